@@ -1,0 +1,297 @@
+// Pages: statistics, INT8 codes, appending and copying.
+//
+// A page is read twice while it lies in the first-level cache, once for the grid and once for the codes. The loops
+// over channels are plain ones that compilers vectorise, because the grid is defined for scalars (csrc/grid.h).
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "../grid.h"
+#include "check.h"
+#include "simd.h"
+
+namespace lserve::cpu {
+namespace {
+
+constexpr int64_t kMaxD = 256;
+
+// The rows of one page: the first `split` from one place, the rest from another. So a page is sealed straight from
+// where its tokens lie, the raw buffer and the new keys.
+template <class T>
+struct Rows {
+  const T* old = nullptr;
+  int64_t old_stride = 0, split = 0;
+  const T* fresh = nullptr;
+  int64_t fresh_stride = 0;
+
+  LSERVE_INLINE const T* operator[](int64_t i) const {
+    return i < split ? old + i * old_stride : fresh + (i - split) * fresh_stride;
+  }
+};
+
+template <class T>
+Rows<T> page_rows(const View& x, int64_t page) {
+  Rows<T> rows;
+  rows.fresh = static_cast<const T*>(x.data) + page * x.stride0;
+  rows.fresh_stride = x.stride1;
+  return rows;
+}
+
+// stats [P/L, 2, D]. A NaN makes its channel's min and max NaN.
+template <class T>
+LSERVE_CLONES void page_bounds(Rows<T> k, int64_t P, int64_t L, int64_t D, T* stats) {
+  for (int64_t first = 0; first < P; first += L, stats += 2 * D)
+    for (int64_t d = 0; d < D; d += 16) {
+      f32x16 low = load(k[first] + d), high = low;
+      for (int64_t i = first + 1; i < first + L; ++i) {
+        const f32x16 x = load(k[i] + d);
+        low = min_nan(low, x);
+        high = max_nan(high, x);
+      }
+      store(stats + d, low);
+      store(stats + D + d, high);
+    }
+}
+
+// K's codes on the grid of its group and channel: stats [P/L, 2, D].
+template <class T>
+LSERVE_CLONES void encode_channels(Rows<T> k, const T* stats, int64_t P, int64_t L, int64_t D, uint8_t* codes) {
+  float low[kMaxD], step[kMaxD];
+  for (int64_t first = 0; first < P; first += L, stats += 2 * D) {
+    for (int64_t d = 0; d < D; ++d) {
+      low[d] = to_float(stats[d]);
+      step[d] = grid_step(low[d], to_float(stats[D + d]));
+    }
+    for (int64_t i = first; i < first + L; ++i, codes += D) {
+      const T* row = k[i];
+      for (int64_t d = 0; d < D; ++d) codes[d] = grid_code(to_float(row[d]), low[d], step[d]);
+    }
+  }
+}
+
+// Codes on a grid per token: scales [P, 2] (step, min).
+template <class T>
+LSERVE_CLONES void encode_tokens(Rows<T> x, int64_t P, int64_t D, uint8_t* codes, float* scales) {
+  for (int64_t i = 0; i < P; ++i, codes += D, scales += 2) {
+    const T* row = x[i];
+    f32x16 least = load(row), most = least;
+    for (int64_t d = 16; d < D; d += 16) {
+      least = min_nan(least, load(row + d));
+      most = max_nan(most, load(row + d));
+    }
+    const float low = min_nan(least), step = grid_step(low, max_nan(most));
+    for (int64_t d = 0; d < D; ++d) codes[d] = grid_code(to_float(row[d]), low, step);
+    scales[0] = step;
+    scales[1] = low;
+  }
+}
+
+template <class T>
+LSERVE_CLONES void decode_channels(const uint8_t* codes, const T* stats, int64_t P, int64_t L, int64_t D, T* k) {
+  float low[kMaxD], high[kMaxD], step[kMaxD];
+  for (int64_t first = 0; first < P; first += L, stats += 2 * D) {
+    for (int64_t d = 0; d < D; ++d) {
+      low[d] = to_float(stats[d]);
+      high[d] = to_float(stats[D + d]);
+      step[d] = grid_step(low[d], high[d]);
+    }
+    for (int64_t i = 0; i < L; ++i, codes += D, k += D)
+      for (int64_t d = 0; d < D; ++d) k[d] = from_float<T>(grid_value(codes[d], low[d], step[d], high[d]));
+  }
+}
+
+template <class T>
+LSERVE_CLONES void decode_tokens(const uint8_t* codes, const float* scales, int64_t P, int64_t D, T* x) {
+  for (int64_t i = 0; i < P; ++i, codes += D, scales += 2, x += D)
+    for (int64_t d = 0; d < D; ++d) x[d] = from_float<T>(grid_value(codes[d], scales[1], scales[0]));
+}
+
+// scales [C, P, 2]: V's, and K's behind them when there are no statistics.
+template <class T>
+void encode_page(Rows<T> k, Rows<T> v, const T* stats, int64_t P, int64_t L, int64_t D, uint8_t* k_codes,
+                 uint8_t* v_codes, float* scales) {
+  encode_tokens(v, P, D, v_codes, scales);
+  if (stats) encode_channels(k, stats, P, L, D, k_codes);
+  else encode_tokens(k, P, D, k_codes, scales + 2 * P);
+}
+
+template <class T>
+void copy_page(Rows<T> rows, int64_t P, int64_t D, T* out) {
+  for (int64_t i = 0; i < P; ++i) std::memcpy(out + i * D, rows[i], D * sizeof(T));
+}
+
+// Explicit, as LSERVE_CLONES asks.
+#define INSTANTIATE(T)                                                                                       \
+  template void page_bounds<T>(Rows<T>, int64_t, int64_t, int64_t, T*);                                      \
+  template void encode_channels<T>(Rows<T>, const T*, int64_t, int64_t, int64_t, uint8_t*);                  \
+  template void encode_tokens<T>(Rows<T>, int64_t, int64_t, uint8_t*, float*);                               \
+  template void decode_channels<T>(const uint8_t*, const T*, int64_t, int64_t, int64_t, T*);                 \
+  template void decode_tokens<T>(const uint8_t*, const float*, int64_t, int64_t, T*);
+INSTANTIATE(float)
+INSTANTIATE(bf16)
+INSTANTIATE(f16)
+#undef INSTANTIATE
+
+// What an append does to one sequence.
+struct Span {
+  int64_t before, after;     // tokens held
+  int64_t first_row;         // of its new tokens in k and v
+  int64_t seal, unsealed;    // pages [seal, unsealed) are sealed now
+  int64_t first_unit;        // pages sealed in the sequences before it, times H
+};
+
+std::vector<Span> plan(const AppendArgs& a) {
+  const Paged& kv = a.kv;
+  std::vector<Span> spans(kv.B);
+  int64_t units = 0;
+  for (int64_t b = 0; b < kv.B; ++b) {
+    check_range("append_kv: cu_seqlens", a.cu_seqlens[b], 0, a.N, b);
+    check_range("append_kv: cu_seqlens", a.cu_seqlens[b + 1], a.cu_seqlens[b], a.N, b + 1);
+    const int64_t count = a.cu_seqlens[b + 1] - a.cu_seqlens[b], before = a.lengths[b], after = before + count;
+    check_range("append_kv: lengths", before, 0, INT32_MAX - count, b);
+    check_range("append_kv: sealed", kv.sealed[b], std::max<int64_t>(before / kv.P - 1, 0), before / kv.P, b);
+    const int64_t unsealed = std::max<int64_t>(kv.sealed[b], after / kv.P - 1);
+    if (unsealed > kv.sealed[b]) check_range("append_kv: pages of a sequence", unsealed, 0, kv.M, b);
+    spans[b] = {before, after, a.cu_seqlens[b], kv.sealed[b], unsealed, units};
+    units += (unsealed - kv.sealed[b]) * kv.H;
+    for (int64_t h = 0; h < kv.H; ++h)
+      for (int64_t p = kv.sealed[b]; p < unsealed; ++p) {
+        const int32_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + p];
+        check_range("append_kv: slot_table", slot, -1, kv.slots - 1, b, h, p);
+        if (slot < 0 || !kv.stats) continue;
+        const int32_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + p];
+        check_range("append_kv: block_table", block, 0, kv.blocks - 1, b, h, p);
+      }
+  }
+  return spans;
+}
+
+template <class T>
+void seal_page(const AppendArgs& a, const Span& s, int64_t b, int64_t h, int64_t p) {
+  const Paged& kv = a.kv;
+  const int64_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + p];
+  if (slot < 0) return;  // a streaming head's page that is already past
+  const int64_t raw = b * kv.raw_stride0 + h * kv.raw_stride1 + p % 2 * kv.P * kv.D;
+  const int64_t split = std::clamp<int64_t>(s.before - p * kv.P, 0, kv.P);
+  const int64_t row = s.first_row + p * kv.P + split - s.before;
+  const auto rows = [&](const void* raw_x, const View& x) {
+    return Rows<T>{static_cast<const T*>(raw_x) + raw, kv.D, split,
+                   static_cast<const T*>(x.data) + row * x.stride0 + h * x.stride1, x.stride0};
+  };
+  const Rows<T> k = rows(kv.raw_k, a.k), v = rows(kv.raw_v, a.v);
+  T* stats = nullptr;
+  if (kv.stats) {
+    const int64_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + p];
+    stats = static_cast<T*>(kv.stats) + block * kv.stats_stride;
+    page_bounds(k, kv.P, kv.L, kv.D, stats);
+  }
+  if (kv.kv_dtype == Dtype::u8) {
+    encode_page(k, v, stats, kv.P, kv.L, kv.D, static_cast<uint8_t*>(kv.k_pool) + slot * kv.k_stride,
+                static_cast<uint8_t*>(kv.v_pool) + slot * kv.v_stride, kv.scales + slot * kv.scales_stride);
+  } else {
+    copy_page(k, kv.P, kv.D, static_cast<T*>(kv.k_pool) + slot * kv.k_stride);
+    copy_page(v, kv.P, kv.D, static_cast<T*>(kv.v_pool) + slot * kv.v_stride);
+  }
+}
+
+// Only tokens of unsealed pages are written. One token never overwrites the page that it seals: the half it is
+// written to belongs to the page after that.
+template <class T>
+void write_raw(const AppendArgs& a, const Span& s, int64_t b, int64_t h) {
+  const Paged& kv = a.kv;
+  const int64_t raw = b * kv.raw_stride0 + h * kv.raw_stride1;
+  const auto write = [&](void* raw_x, const View& x, int64_t t) {
+    std::memcpy(static_cast<T*>(raw_x) + raw + t % (2 * kv.P) * kv.D,
+                static_cast<const T*>(x.data) + (s.first_row + t - s.before) * x.stride0 + h * x.stride1,
+                kv.D * sizeof(T));
+  };
+  for (int64_t t = std::max(s.before, s.unsealed * kv.P); t < s.after; ++t) {
+    write(kv.raw_k, a.k, t);
+    write(kv.raw_v, a.v, t);
+  }
+}
+
+// Runs body(page) for all pages, on all threads.
+template <class Body>
+void for_pages(int64_t pages, Body body) {
+  parallel_for(pages, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t page = begin; page < end; ++page) body(page);
+  });
+}
+
+}  // namespace
+
+void page_stats(const PageStatsArgs& a) {
+  dispatch(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for_pages(a.pages, [&](int64_t page) {
+      page_bounds(page_rows<T>(a.k, page), a.P, a.L, a.D, static_cast<T*>(a.stats) + page * (a.P / a.L) * 2 * a.D);
+    });
+  });
+}
+
+void quantize_kv(const QuantizeArgs& a) {
+  dispatch(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t rows = a.stats ? 1 : 2;  // C
+    for_pages(a.pages, [&](int64_t page) {
+      const T* stats = a.stats ? static_cast<const T*>(a.stats) + page * (a.P / a.L) * 2 * a.D : nullptr;
+      encode_page(page_rows<T>(a.k, page), page_rows<T>(a.v, page), stats, a.P, a.L, a.D,
+                  a.k_codes + page * a.P * a.D, a.v_codes + page * a.P * a.D, a.scales + page * rows * a.P * 2);
+    });
+  });
+}
+
+void dequantize_kv(const DequantizeArgs& a) {
+  dispatch(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t rows = a.stats ? 1 : 2;
+    for_pages(a.pages, [&](int64_t page) {
+      const int64_t at = page * a.P * a.D;
+      const float* scales = a.scales + page * rows * a.P * 2;
+      T *k = static_cast<T*>(a.k) + at, *v = static_cast<T*>(a.v) + at;
+      decode_tokens(a.v_codes + at, scales, a.P, a.D, v);
+      if (!a.stats) return decode_tokens(a.k_codes + at, scales + 2 * a.P, a.P, a.D, k);
+      const T* stats = static_cast<const T*>(a.stats) + page * (a.P / a.L) * 2 * a.D;
+      decode_channels(a.k_codes + at, stats, a.P, a.L, a.D, k);
+    });
+  });
+}
+
+// Seals first and writes raw rows second: a page must be sealed before newer tokens overwrite its rows.
+void append_kv(const AppendArgs& a) {
+  const std::vector<Span> spans = plan(a);
+  const Paged& kv = a.kv;
+  if (spans.empty()) return;
+  const Span& last = spans.back();
+  const int64_t units = last.first_unit + (last.unsealed - last.seal) * kv.H;
+  dispatch(kv.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for_pages(units, [&](int64_t unit) {
+      const auto after = std::upper_bound(spans.begin(), spans.end(), unit,
+                                          [](int64_t u, const Span& s) { return u < s.first_unit; });
+      const Span& s = *(after - 1);
+      const int64_t i = unit - s.first_unit;  // heads first: their rows lie side by side
+      seal_page<T>(a, s, &s - spans.data(), i % kv.H, s.seal + i / kv.H);
+    });
+    parallel_for(kv.B * kv.H, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) write_raw<T>(a, spans[i / kv.H], i / kv.H, i % kv.H);
+    });
+  });
+}
+
+void gather_pages(const GatherArgs& a) {
+  for (int64_t i = 0; i < a.count; ++i) {
+    check_range("gather_pages: src_ids", a.src_ids[i], -1, a.src_rows - 1, i);
+    check_range("gather_pages: dst_ids", a.dst_ids[i], -1, a.dst_rows - 1, i);
+  }
+  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(1, a.bytes));
+  parallel_for(a.count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      if (a.src_ids[i] >= 0 && a.dst_ids[i] >= 0)
+        std::memmove(static_cast<char*>(a.dst) + a.dst_ids[i] * a.dst_stride,
+                     static_cast<const char*>(a.src) + a.src_ids[i] * a.src_stride, a.bytes);
+  });
+}
+
+}  // namespace lserve::cpu

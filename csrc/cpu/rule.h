@@ -1,0 +1,127 @@
+// Which units a query attends, and where their tokens lie: the CPU's reading of Rule and Paged.
+#pragma once
+#include <algorithm>
+
+#include "../kernels.h"
+#include "check.h"
+
+namespace lserve::cpu {
+
+// The units (pages or tokens) of one query, ascending: sink, list, local. Unsealed pages are local.
+struct Entries {
+  int64_t sink = 0, listed = 0, local = 0, end = 0;
+  const int32_t* list = nullptr;
+
+  int64_t count() const { return sink + listed + (end - local); }
+  int64_t operator[](int64_t i) const {
+    if (i < sink) return i;
+    if (i < sink + listed) return list[i - sink];
+    return local + (i - sink - listed);
+  }
+};
+
+// `list` and `list_local` serve heads with window 0; `unsealed` is the first unit that is always attended.
+inline Entries entries(const Rule& rule, int32_t window, const int32_t* list, int64_t list_local, int64_t t, int64_t P,
+                       int64_t unsealed) {
+  const int64_t units_per_page = P / rule.unit;
+  Entries e;
+  e.end = t / rule.unit + 1;
+  int64_t first = window == 0 ? list_local : std::max<int64_t>(0, t / P - window + 1) * units_per_page;
+  e.local = std::min({first, unsealed, e.end});
+  e.sink = std::min(rule.sink * units_per_page, e.local);
+  if (window == 0 && list) {
+    e.list = list;
+    while (e.listed < rule.K && list[e.listed] >= 0) ++e.listed;
+  }
+  return e;
+}
+
+// Tokens that lie one after another in one page: `count` rows from `position` on.
+struct Run {
+  int64_t position, count;
+  bool raw;                // in the model's dtype, from the raw buffer or the new tokens
+  const void *k, *v;       // [count, D]
+  int64_t k_stride, v_stride;
+  const void* stats;       // [P/L, 2, D] of the page, if its codes lie on that grid
+  const float *k_scales, *v_scales;  // (step, min) of the first token; k_scales null with stats
+  int64_t offset;          // of the first token in its page
+};
+
+inline int64_t width(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::u8 ? 1 : 2; }
+
+inline const void* at(const void* base, int64_t element, int64_t width) {
+  return static_cast<const char*>(base) + element * width;
+}
+
+// Rows of tokens [position, position + count) of one page that the cache holds. Count 0 if it was freed.
+inline Run cached_run(const Paged& kv, int64_t b, int64_t h, int64_t position, int64_t count) {
+  const int64_t page = position / kv.P, offset = position % kv.P;
+  Run run{};
+  run.position = position, run.count = count, run.offset = offset;
+  run.k_stride = run.v_stride = kv.D;
+  if (page >= kv.sealed[b]) {
+    const int64_t row = b * kv.raw_stride0 + h * kv.raw_stride1 + position % (2 * kv.P) * kv.D;
+    run.raw = true;
+    run.k = at(kv.raw_k, row, width(kv.dtype));
+    run.v = at(kv.raw_v, row, width(kv.dtype));
+    return run;
+  }
+  const int64_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + page];
+  const int64_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + page];
+  if (block < 0) {
+    run.count = 0;
+    return run;
+  }
+  run.raw = kv.kv_dtype != Dtype::u8;
+  run.k = at(kv.k_pool, slot * kv.k_stride + offset * kv.D, width(kv.kv_dtype));
+  run.v = at(kv.v_pool, slot * kv.v_stride + offset * kv.D, width(kv.kv_dtype));
+  if (!run.raw) {
+    const float* scales = kv.scales + slot * kv.scales_stride;
+    run.v_scales = scales + offset * 2;
+    if (kv.stats) run.stats = at(kv.stats, block * kv.stats_stride, width(kv.dtype));
+    else run.k_scales = scales + (kv.P + offset) * 2;
+  }
+  return run;
+}
+
+// ---- checks, before any work: kernels read tables without looking
+
+inline void check_lengths(const std::string& op, const Paged& kv, const int32_t* lengths) {
+  const int64_t raw = kv.raw_k ? 2 * kv.P : 0;
+  for (int64_t b = 0; b < kv.B; ++b) {
+    if (lengths[b] < 0 || lengths[b] > kv.M * kv.P)
+      fail_range((op + ": lengths").c_str(), lengths[b], 0, kv.M * kv.P, b);
+    const int64_t least = std::max<int64_t>(0, (lengths[b] - raw + kv.P - 1) / kv.P);  // all but the raw buffer's
+    if (kv.sealed[b] < least || kv.sealed[b] > kv.M) fail_range((op + ": sealed").c_str(), kv.sealed[b], least, kv.M, b);
+  }
+}
+
+inline void check_entries(const std::string& op, const Paged& kv, const Rule& rule, const Entries& e, int64_t b, int64_t h) {
+  const bool streaming = rule.windows[h] > 0 && rule.windows[h] < kDense;
+  for (int64_t i = 0, last = e.sink - 1; i < e.listed; last = e.list[i++])
+    if (e.list[i] <= last || e.list[i] >= e.local)  // ascending, between sink and local
+      fail_range((op + ": lists").c_str(), e.list[i], last + 1, e.local - 1, b, h, i);
+  for (int64_t i = 0, checked = -1; i < e.count(); ++i) {
+    const int64_t page = e[i] * rule.unit / kv.P;
+    if (page >= kv.sealed[b]) break;
+    if (page == checked) continue;
+    checked = page;
+    const int64_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + page];
+    const int64_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + page];
+    const int64_t blocks = kv.stats ? kv.blocks : kDense;  // without statistics a block is only a name
+    if (block < (streaming ? -1 : 0) || block >= blocks)
+      fail_range((op + ": block_table").c_str(), block, streaming ? -1 : 0, blocks - 1, b, h, page);
+    if (block >= 0 && (slot < 0 || slot >= kv.slots))
+      fail_range((op + ": slot_table").c_str(), slot, 0, kv.slots - 1, b, h, page);
+  }
+}
+
+inline void check_windows(const std::string& op, const Rule& rule, int64_t H) {
+  for (int64_t h = 0; h < H; ++h) {
+    if (rule.windows[h] < 0) fail_range((op + ": windows").c_str(), rule.windows[h], 0, kDense, h);
+    if (rule.windows[h] == 0 && !rule.lists)
+      throw std::runtime_error("lserve_ext::" + op + ": lists: expected page lists, because windows has a 0, got None");
+  }
+}
+
+}  // namespace lserve::cpu

@@ -1,0 +1,204 @@
+// One plain C++ signature per op. Nothing here knows torch: ops.cpp checks and unpacks tensors, and
+// then calls cpu::op(args) or cuda::op(args, stream).
+//
+// Letters, as in the README: B sequences, Hq query heads, H kv heads, G = Hq / H, D head dimension,
+// P page size, L statistics group, M pages a sequence may have, N tokens of a packed batch.
+// Pools are indexed by block (or slot): [blocks, ...], block stride given, inner part contiguous.
+// All strides are in elements; the last dimension of q, k and v is always contiguous.
+#pragma once
+#include <cstdint>
+#include <functional>
+
+namespace lserve {
+
+enum class Dtype { f32, f16, bf16, u8 };
+
+// A local window that reaches back to page 0: a dense head.
+constexpr int32_t kDense = INT32_MAX;
+// Decode cuts a sequence's own entries every kChunkTokens tokens and folds the partial results in
+// order, so bits do not depend on threads, splits or the rest of the batch.
+constexpr int64_t kChunkTokens = 256;
+
+// A [a, b, D] or [a, b, c, D] tensor whose last dimension is contiguous.
+struct View {
+  const void* data;
+  int64_t stride0, stride1, stride2;
+};
+
+// What a layer holds. Page p of (sequence b, kv head h) is read from the pools if p < sealed[b],
+// else from the raw buffer, at half p % 2.
+struct Paged {
+  void* k_pool;                // [blocks, P, D] dtype, or uint8 codes
+  void* v_pool;                // [blocks, P, D]
+  void* stats;                 // [blocks, P/L, 2, D] dtype: min and max of every group; or null
+  float* scales;               // [blocks, C, P, 2] (step, min) a token: V's; with C = 2 also K's. Null if not uint8
+  const int32_t* block_table;  // [B, H, M] block of the statistics; -1: the page is not held any more
+  const int32_t* slot_table;   // [B, H, M] block of codes and scales; -1: not resident
+  void* raw_k;                 // [B, H, 2P, D] dtype: token t of a sequence lies in row t % 2P; or null
+  void* raw_v;                 // [B, H, 2P, D]
+  const int32_t* sealed;       // [B] pages in the pools
+  int64_t k_stride, v_stride, stats_stride, scales_stride;  // of a block
+  int64_t block_stride0, block_stride1, slot_stride0, slot_stride1;
+  int64_t raw_stride0, raw_stride1;  // of raw_k and raw_v
+  int64_t blocks, slots;       // rows of stats; rows of the other pools
+  int64_t B, H, M, P, L, D;    // L = 0 without statistics
+  int64_t scale_rows;          // C; 0 without scales
+  Dtype dtype, kv_dtype;       // of q, k, v, raw and stats; of the pools
+};
+
+// Which pages (or tokens) a query attends: sink, list and local, see README "What a head attends".
+struct Rule {
+  const int32_t* windows;      // [H] local pages; kDense: all pages; 0: the head follows its list
+  const int32_t* lists;        // [B, H, K] ascending units, -1 padded, row stride 1; or null
+  const int32_t* local_start;  // [B] first local unit of the heads that follow a list; or null
+  int64_t list_stride0, list_stride1;
+  int64_t K;                   // width of a list
+  int64_t sink;                // pages
+  int64_t unit;                // tokens an entry of a list stands for: P or 1
+};
+
+struct PageStatsArgs {
+  View k;         // [pages, P, D]
+  void* stats;    // out [pages, P/L, 2, D]
+  int64_t pages, P, L, D;
+  Dtype dtype;
+};
+
+struct QuantizeArgs {
+  View k, v;             // [pages, P, D]
+  const void* stats;     // [pages, P/L, 2, D], or null: K on a per-token grid of its own
+  uint8_t *k_codes, *v_codes;  // out [pages, P, D]
+  float* scales;         // out [pages, C, P, 2]
+  int64_t pages, P, L, D;
+  Dtype dtype;
+};
+
+struct DequantizeArgs {
+  const uint8_t *k_codes, *v_codes;  // [pages, P, D]
+  const void* stats;                 // [pages, P/L, 2, D] or null
+  const float* scales;               // [pages, C, P, 2]
+  void *k, *v;                       // out [pages, P, D]
+  int64_t pages, P, L, D;
+  Dtype dtype;
+};
+
+struct AppendArgs {
+  View k, v;                  // [N, H, D] packed
+  const int32_t* cu_seqlens;  // [B + 1]
+  const int32_t* lengths;     // [B] tokens held before
+  Paged kv;
+  int64_t N;
+};
+
+struct PageScoresArgs {
+  View q;                     // [B, Hq, D]
+  const void* stats;          // [blocks, P/L, 2, D]
+  const int32_t* block_table; // [B, H, M]
+  const int32_t* sealed;      // [B]
+  const int32_t* windows;     // [H]: heads other than 0 are skipped (score -inf); or null: none is
+  float* scores;              // out [B, H, M]; -inf where there is no sealed page
+  int64_t stats_stride, block_stride0, block_stride1, blocks;
+  int64_t B, H, M, G, D, groups;  // groups = P/L
+  Dtype dtype;
+};
+
+struct SelectPagesArgs {
+  const float* scores;     // [B, H, M], row stride 1
+  const int32_t* lengths;  // [B] tokens held, the query's own included
+  const int32_t* sealed;   // [B]
+  int32_t* pages;          // out [B, H, K]
+  int32_t* local_start;    // out [B]
+  int64_t score_stride0, score_stride1;
+  int64_t B, H, M, K, P;
+  int64_t sink, local;     // pages
+};
+
+struct SelectTokensArgs {
+  const float* mass;       // [B, H, tokens], row stride 1
+  const int32_t* lengths;  // [B] tokens held, the query's own included
+  const int32_t* sealed;   // [B]
+  int32_t* tokens;         // out [B, H, K]
+  int32_t* local_start;    // out [B] first local token
+  int64_t mass_stride0, mass_stride1;
+  int64_t B, H, width, K, P;
+  double ratio;            // share of the tokens that is attended
+};
+
+struct GatherArgs {
+  const void* src;          // [rows, bytes]
+  const int32_t* src_ids;   // [count]
+  void* dst;                // [rows, bytes]
+  const int32_t* dst_ids;   // [count]
+  int64_t src_stride, dst_stride, bytes;  // of a row, in bytes
+  int64_t src_rows, dst_rows, count;
+};
+
+struct DecodeArgs {
+  View q;                  // [B, Hq, D]
+  Paged kv;
+  Rule rule;
+  const int32_t* lengths;  // [B] tokens held, the query's own included
+  void* out;               // out [B, Hq, D]
+  float* lse;              // out [B, Hq]
+  int64_t G;
+  float scale;
+};
+
+struct MassArgs {
+  View q;                  // [B, T, Hq, D]: the last T tokens of every sequence
+  const float* lse;        // [B, T, Hq] contiguous; a row of -inf is no query
+  Paged kv;
+  Rule rule;
+  const int32_t* lengths;  // [B]
+  float* mass;             // out [B, H, M * P]
+  int64_t T, G;
+  float scale;
+};
+
+struct PrefillArgs {
+  View q;                     // [Nq, Hq, D] packed
+  View k, v;                  // [Nk, H, D] packed: the new tokens
+  const int32_t *cu_q, *cu_k; // [B + 1]; queries are the last of their sequence's new tokens
+  const int32_t* lengths;     // [B] tokens held before; or null: none
+  Paged kv;                   // pools null: nothing is held
+  Rule rule;                  // lists: [B, H, R, K], row r for the queries of page r after the first query's
+  int64_t list_stride2;
+  int64_t list_rows;          // R
+  void* out;                  // out [Nq, Hq, D]
+  float* lse;                 // out [Nq, Hq]
+  int64_t Nq, Nk, G;
+  float scale;
+};
+
+struct MergeArgs {
+  const void *out_a, *out_b;     // [rows, D]
+  const float *lse_a, *lse_b;    // [rows]
+  void* out;                     // out [rows, D]
+  float* lse;                    // out [rows]
+  int64_t rows, D;
+  Dtype dtype;
+};
+
+// Runs body(begin, end) over [0, count) on torch's threads. Bodies must not throw.
+void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
+
+namespace cpu {
+void page_stats(const PageStatsArgs&);
+void quantize_kv(const QuantizeArgs&);
+void dequantize_kv(const DequantizeArgs&);
+void append_kv(const AppendArgs&);
+void gather_pages(const GatherArgs&);
+void page_scores(const PageScoresArgs&);
+void select_pages(const SelectPagesArgs&);
+void select_tokens(const SelectTokensArgs&);
+void decode(const DecodeArgs&);
+void attention_mass(const MassArgs&);
+void prefill(const PrefillArgs&);
+void merge_states(const MergeArgs&);
+}  // namespace cpu
+
+namespace cuda {
+void page_stats(const PageStatsArgs&, void* stream);
+}  // namespace cuda
+
+}  // namespace lserve

@@ -1,0 +1,621 @@
+// The table of contents: every op's schema, then its checks, allocation and dispatch, once for CPU and
+// CUDA. This is the only file that knows torch, and it uses only torch's stable ABI, so one build loads
+// in every torch >= 2.11. Letters (B, Hq, H, D, P, L, M, N) as in kernels.h.
+#include "kernels.h"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#ifdef LSERVE_CUDA
+#include "cuda/stream.h"
+#endif
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+// Shapes, units and sources: lserve_ext/ops.py. Dispatch per device: at the end of this file.
+STABLE_TORCH_LIBRARY(lserve_ext, m) {
+  // Pages: statistics, INT8 codes, the cache's storage
+  m.def("page_stats(Tensor k, int group) -> Tensor");
+  m.def("quantize_kv(Tensor k, Tensor v, Tensor? stats) -> (Tensor k_codes, Tensor v_codes, Tensor scales)");
+  m.def("dequantize_kv(Tensor k_codes, Tensor v_codes, Tensor? stats, Tensor scales, ScalarType dtype)"
+        " -> (Tensor k, Tensor v)");
+  m.def("append_kv(Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths,"
+        " Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor(c!)? stats, Tensor(d!)? scales,"
+        " Tensor block_table, Tensor slot_table, Tensor(e!) raw_k, Tensor(f!) raw_v, Tensor sealed) -> ()");
+  m.def("gather_pages(Tensor src, Tensor src_ids, Tensor(a!) dst, Tensor dst_ids) -> ()");
+
+  // Selection: which pages or tokens a retrieval head attends
+  m.def("page_scores(Tensor q, Tensor stats, Tensor block_table, Tensor sealed, Tensor? windows) -> Tensor");
+  m.def("select_pages(Tensor scores, Tensor lengths, Tensor sealed, int page_size, int sink, int local, int count)"
+        " -> (Tensor pages, Tensor local_start)");
+  m.def("select_tokens(Tensor mass, Tensor lengths, Tensor sealed, int page_size, float ratio, int max_picks)"
+        " -> (Tensor tokens, Tensor local_start)");
+
+  // Attention over sink, list and local; each returns what merge_states joins
+  m.def("prefill(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k,"
+        " Tensor? k_pool, Tensor? v_pool, Tensor? stats, Tensor? scales,"
+        " Tensor? block_table, Tensor? slot_table, Tensor? raw_k, Tensor? raw_v, Tensor? sealed,"
+        " Tensor? lengths, Tensor windows, Tensor? lists, int sink, int page_size, float scale)"
+        " -> (Tensor out, Tensor lse)");
+  m.def("decode(Tensor q, Tensor k_pool, Tensor v_pool, Tensor? stats, Tensor? scales,"
+        " Tensor block_table, Tensor slot_table, Tensor? raw_k, Tensor? raw_v, Tensor sealed,"
+        " Tensor lengths, Tensor windows, Tensor? lists, Tensor? local_start, int sink, int unit, float scale)"
+        " -> (Tensor out, Tensor lse)");
+  m.def("attention_mass(Tensor q, Tensor lse, Tensor k_pool, Tensor v_pool, Tensor? stats, Tensor? scales,"
+        " Tensor block_table, Tensor slot_table, Tensor? raw_k, Tensor? raw_v, Tensor sealed,"
+        " Tensor lengths, Tensor windows, Tensor? lists, Tensor? local_start, int sink, int unit, float scale)"
+        " -> Tensor");
+  m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
+}
+
+namespace lserve {
+
+void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+  torch::stable::parallel_for(0, count, grain, body);
+}
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------------
+// Checks. Every message reads `lserve_ext::op: argument: expected X, got Y`.
+
+const char* dtype_name(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+Dtype kernel_dtype(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::Half: return Dtype::f16;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    default: return Dtype::u8;
+  }
+}
+
+std::string text(const std::vector<int64_t>& dims) {
+  std::ostringstream s;
+  s << '[';
+  for (size_t i = 0; i < dims.size(); ++i) {
+    if (i) s << ", ";
+    if (dims[i] < 0) s << '*'; else s << dims[i];
+  }
+  s << ']';
+  return s.str();
+}
+
+std::vector<int64_t> sizes(const Tensor& t) {
+  std::vector<int64_t> dims(t.dim());
+  for (int64_t i = 0; i < t.dim(); ++i) dims[i] = t.size(i);
+  return dims;
+}
+
+constexpr int64_t any = -1;  // a dimension of any size
+
+class Checker {
+ public:
+  Checker(const char* op, const Tensor& like) : op_(op), device_(like.device()) {}
+
+  template <class... Parts>
+  [[noreturn]] void fail(const char* name, const Parts&... parts) const {
+    std::ostringstream s;
+    s << "lserve_ext::" << op_ << ": " << name << ": ";
+    (s << ... << parts);
+    throw std::runtime_error(s.str());
+  }
+
+  // The last `inner` dimensions must be contiguous; the strides of the others are free.
+  const Checker& shape(const Tensor& t, const char* name, const char* letters, std::initializer_list<int64_t> want,
+                       int64_t inner = 1) const {
+    if (t.device() != device_) fail(name, "expected the device of the other arguments, got another device");
+    const std::vector<int64_t> wanted(want), got = sizes(t);
+    bool ok = got.size() == wanted.size();
+    for (size_t i = 0; ok && i < wanted.size(); ++i) ok = wanted[i] == any || wanted[i] == got[i];
+    if (!ok) fail(name, "expected ", letters, " = ", text(wanted), ", got ", text(got));
+    int64_t stride = 1;
+    for (int64_t i = t.dim() - 1; i >= t.dim() - inner; --i) {
+      if (t.size(i) > 1 && t.stride(i) != stride)
+        fail(name, "expected the last ", inner, " dimension(s) of ", letters, " to be contiguous, got stride ",
+             t.stride(i), " in dimension ", i);
+      stride *= t.size(i);
+    }
+    return *this;
+  }
+
+  const Checker& dtype(const Tensor& t, const char* name, ScalarType want) const {
+    if (t.scalar_type() != want)
+      fail(name, "expected dtype ", dtype_name(want), ", got ", dtype_name(t.scalar_type()));
+    return *this;
+  }
+
+  const Checker& floating(const Tensor& t, const char* name) const {
+    if (kernel_dtype(t.scalar_type()) == Dtype::u8)
+      fail(name, "expected dtype float32, float16 or bfloat16, got ", dtype_name(t.scalar_type()));
+    return *this;
+  }
+
+  const Checker& at_least(const char* name, int64_t value, int64_t least) const {
+    if (value < least) fail(name, "expected at least ", least, ", got ", value);
+    return *this;
+  }
+
+  const Checker& head_dim(const char* name, int64_t D) const {
+    if (D < 16 || D > 256 || D % 16) fail(name, "expected a head dimension D that is a multiple of 16 up to 256, got ", D);
+    return *this;
+  }
+
+  int64_t group_heads(const char* name, int64_t Hq, int64_t H) const {
+    if (H == 0 || Hq % H) fail(name, "expected query heads to be a multiple of the ", H, " kv heads, got ", Hq);
+    return Hq / H;
+  }
+
+ private:
+  const char* op_;
+  torch::stable::Device device_;
+};
+
+View view(const Tensor& t) {
+  return {t.const_data_ptr(), t.dim() > 1 ? t.stride(0) : 0, t.dim() > 2 ? t.stride(1) : 0,
+          t.dim() > 3 ? t.stride(2) : 0};
+}
+
+const int32_t* ints(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
+const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+float* out_floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+int32_t* out_ints(const Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); }
+
+// Calls the CPU or the CUDA kernel of an op on the current stream of its device.
+template <class Args>
+void launch(const Tensor& on, const Args& args, void (*cpu)(const Args&), void (*cuda)(const Args&, void*) = nullptr) {
+  if (on.is_cpu()) return cpu(args);
+#ifdef LSERVE_CUDA
+  if (on.is_cuda() && cuda) {
+    torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+    return cuda(args, cuda::current_stream(on.get_device_index()));
+  }
+#else
+  (void)cuda;
+#endif
+  throw std::runtime_error("lserve_ext: this build has no kernel of the op for that device");
+}
+
+// ---------------------------------------------------------------------------------------------------
+// The nine tensors of a paged layer
+
+struct PagedTensors {
+  Tensor k_pool, v_pool;
+  OptTensor stats, scales;
+  Tensor block_table, slot_table;
+  OptTensor raw_k, raw_v;
+  Tensor sealed;
+};
+
+Paged check_paged(const Checker& check, const PagedTensors& t, ScalarType dtype, int64_t B, int64_t H, int64_t D) {
+  check.shape(t.k_pool, "k_pool", "[blocks, P, D]", {any, any, D}, 2);
+  const int64_t slots = t.k_pool.size(0), P = t.k_pool.size(1);
+  check.at_least("k_pool", P, 1);
+  check.shape(t.v_pool, "v_pool", "[blocks, P, D]", {slots, P, D}, 2);
+  check.dtype(t.v_pool, "v_pool", t.k_pool.scalar_type());
+  const bool int8 = t.k_pool.scalar_type() == ScalarType::Byte;
+  if (!int8) check.dtype(t.k_pool, "k_pool", dtype);
+
+  Paged kv{};
+  kv.blocks = slots;
+  if (t.stats) {
+    check.shape(*t.stats, "stats", "[blocks, P/L, 2, D]", {any, any, 2, D}, 3).dtype(*t.stats, "stats", dtype);
+    const int64_t groups = t.stats->size(1);
+    if (groups < 1 || P % groups) check.fail("stats", "expected a number of groups that divides P = ", P, ", got ", groups);
+    kv.stats = t.stats->data_ptr();
+    kv.stats_stride = t.stats->stride(0);
+    kv.blocks = t.stats->size(0);
+    kv.L = P / groups;
+  }
+  if (int8 != t.scales.has_value())
+    check.fail("scales", int8 ? "expected a tensor, because the pools are uint8, got None"
+                              : "expected None, because the pools are not uint8, got a tensor");
+  if (t.scales) {
+    kv.scale_rows = t.stats ? 1 : 2;
+    check.shape(*t.scales, "scales", "[blocks, C, P, 2]", {slots, kv.scale_rows, P, 2}, 3);
+    check.dtype(*t.scales, "scales", ScalarType::Float);
+    kv.scales = static_cast<float*>(t.scales->data_ptr());
+    kv.scales_stride = t.scales->stride(0);
+  }
+  check.shape(t.block_table, "block_table", "[B, H, M]", {B, H, any}).dtype(t.block_table, "block_table", ScalarType::Int);
+  kv.M = t.block_table.size(2);
+  check.shape(t.slot_table, "slot_table", "[B, H, M]", {B, H, kv.M}).dtype(t.slot_table, "slot_table", ScalarType::Int);
+  check.shape(t.sealed, "sealed", "[B]", {B}).dtype(t.sealed, "sealed", ScalarType::Int);
+  if (t.raw_k.has_value() != t.raw_v.has_value()) check.fail("raw_v", "expected raw_k and raw_v, or neither, got one");
+  if (t.raw_k) {
+    check.shape(*t.raw_k, "raw_k", "[B, H, 2P, D]", {B, H, 2 * P, D}, 2).dtype(*t.raw_k, "raw_k", dtype);
+    check.shape(*t.raw_v, "raw_v", "[B, H, 2P, D]", {B, H, 2 * P, D}, 2).dtype(*t.raw_v, "raw_v", dtype);
+    if (t.raw_k->stride(0) != t.raw_v->stride(0) || t.raw_k->stride(1) != t.raw_v->stride(1))
+      check.fail("raw_v", "expected the strides of raw_k, got others");
+    kv.raw_k = t.raw_k->data_ptr();
+    kv.raw_v = t.raw_v->data_ptr();
+    kv.raw_stride0 = t.raw_k->stride(0);
+    kv.raw_stride1 = t.raw_k->stride(1);
+  }
+  kv.k_pool = t.k_pool.data_ptr();
+  kv.v_pool = t.v_pool.data_ptr();
+  kv.k_stride = t.k_pool.stride(0);
+  kv.v_stride = t.v_pool.stride(0);
+  kv.block_table = ints(t.block_table);
+  kv.slot_table = ints(t.slot_table);
+  kv.block_stride0 = t.block_table.stride(0);
+  kv.block_stride1 = t.block_table.stride(1);
+  kv.slot_stride0 = t.slot_table.stride(0);
+  kv.slot_stride1 = t.slot_table.stride(1);
+  kv.sealed = ints(t.sealed);
+  kv.slots = slots;
+  kv.B = B, kv.H = H, kv.P = P, kv.D = D;
+  kv.dtype = kernel_dtype(dtype);
+  kv.kv_dtype = kernel_dtype(t.k_pool.scalar_type());
+  return kv;
+}
+
+Rule check_rule(const Checker& check, const Tensor& windows, const OptTensor& lists, const OptTensor& local_start,
+                int64_t B, int64_t H, int64_t P, int64_t sink, int64_t unit) {
+  check.shape(windows, "windows", "[H]", {H}).dtype(windows, "windows", ScalarType::Int);
+  check.at_least("sink", sink, 0);
+  if (unit != P && unit != 1) check.fail("unit", "expected the page size ", P, " or 1, got ", unit);
+  Rule rule{};
+  rule.windows = ints(windows);
+  rule.sink = sink;
+  rule.unit = unit;
+  if (lists.has_value() != local_start.has_value())
+    check.fail("local_start", "expected lists and local_start, or neither, got one");
+  if (lists) {
+    check.shape(*lists, "lists", "[B, H, K]", {B, H, any}).dtype(*lists, "lists", ScalarType::Int);
+    check.shape(*local_start, "local_start", "[B]", {B}).dtype(*local_start, "local_start", ScalarType::Int);
+    rule.lists = ints(*lists);
+    rule.local_start = ints(*local_start);
+    rule.list_stride0 = lists->stride(0);
+    rule.list_stride1 = lists->stride(1);
+    rule.K = lists->size(2);
+  }
+  return rule;
+}
+
+// ---------------------------------------------------------------------------------------------------
+// The ops
+
+Tensor page_stats(Tensor k, int64_t group) {
+  const Checker check("page_stats", k);
+  check.shape(k, "k", "[pages, P, D]", {any, any, any}).floating(k, "k");
+  const int64_t pages = k.size(0), P = k.size(1), D = k.size(2);
+  check.head_dim("k", D).at_least("k", P, 1);
+  if (group < 1 || P % group) check.fail("group", "expected a divisor of the page size ", P, ", got ", group);
+  Tensor stats = torch::stable::new_empty(k, {pages, P / group, 2, D});
+  const PageStatsArgs args{view(k), stats.mutable_data_ptr(), pages, P, group, D, kernel_dtype(k.scalar_type())};
+#ifdef LSERVE_CUDA
+  launch(k, args, cpu::page_stats, cuda::page_stats);
+#else
+  launch(k, args, cpu::page_stats);
+#endif
+  return stats;
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_kv(Tensor k, Tensor v, OptTensor stats) {
+  const Checker check("quantize_kv", k);
+  check.shape(k, "k", "[pages, P, D]", {any, any, any}).floating(k, "k");
+  const int64_t pages = k.size(0), P = k.size(1), D = k.size(2);
+  check.head_dim("k", D).at_least("k", P, 1);
+  check.shape(v, "v", "[pages, P, D]", {pages, P, D}).dtype(v, "v", k.scalar_type());
+  QuantizeArgs args{};
+  if (stats) {
+    check.shape(*stats, "stats", "[pages, P/L, 2, D]", {pages, any, 2, D}, 4).dtype(*stats, "stats", k.scalar_type());
+    const int64_t groups = stats->size(1);
+    if (groups < 1 || P % groups) check.fail("stats", "expected a number of groups that divides P = ", P, ", got ", groups);
+    args.stats = stats->const_data_ptr();
+    args.L = P / groups;
+  }
+  Tensor k_codes = torch::stable::new_empty(k, {pages, P, D}, ScalarType::Byte);
+  Tensor v_codes = torch::stable::new_empty(k, {pages, P, D}, ScalarType::Byte);
+  Tensor scales = torch::stable::new_empty(k, {pages, stats ? 1 : 2, P, 2}, ScalarType::Float);
+  args.k = view(k), args.v = view(v);
+  args.k_codes = static_cast<uint8_t*>(k_codes.mutable_data_ptr());
+  args.v_codes = static_cast<uint8_t*>(v_codes.mutable_data_ptr());
+  args.scales = out_floats(scales);
+  args.pages = pages, args.P = P, args.D = D, args.dtype = kernel_dtype(k.scalar_type());
+  launch(k, args, cpu::quantize_kv);
+  return {k_codes, v_codes, scales};
+}
+
+std::tuple<Tensor, Tensor> dequantize_kv(Tensor k_codes, Tensor v_codes, OptTensor stats, Tensor scales, ScalarType dtype) {
+  const Checker check("dequantize_kv", k_codes);
+  check.shape(k_codes, "k_codes", "[pages, P, D]", {any, any, any}, 3).dtype(k_codes, "k_codes", ScalarType::Byte);
+  const int64_t pages = k_codes.size(0), P = k_codes.size(1), D = k_codes.size(2);
+  check.head_dim("k_codes", D).at_least("k_codes", P, 1);
+  check.shape(v_codes, "v_codes", "[pages, P, D]", {pages, P, D}, 3).dtype(v_codes, "v_codes", ScalarType::Byte);
+  if (kernel_dtype(dtype) == Dtype::u8)
+    check.fail("dtype", "expected dtype float32, float16 or bfloat16, got ", dtype_name(dtype));
+  DequantizeArgs args{};
+  if (stats) {
+    check.shape(*stats, "stats", "[pages, P/L, 2, D]", {pages, any, 2, D}, 4).dtype(*stats, "stats", dtype);
+    const int64_t groups = stats->size(1);
+    if (groups < 1 || P % groups) check.fail("stats", "expected a number of groups that divides P = ", P, ", got ", groups);
+    args.stats = stats->const_data_ptr();
+    args.L = P / groups;
+  }
+  check.shape(scales, "scales", "[pages, C, P, 2]", {pages, stats ? 1 : 2, P, 2}, 4).dtype(scales, "scales", ScalarType::Float);
+  Tensor k = torch::stable::new_empty(k_codes, {pages, P, D}, dtype);
+  Tensor v = torch::stable::new_empty(k_codes, {pages, P, D}, dtype);
+  args.k_codes = static_cast<const uint8_t*>(k_codes.const_data_ptr());
+  args.v_codes = static_cast<const uint8_t*>(v_codes.const_data_ptr());
+  args.scales = floats(scales);
+  args.k = k.mutable_data_ptr(), args.v = v.mutable_data_ptr();
+  args.pages = pages, args.P = P, args.D = D, args.dtype = kernel_dtype(dtype);
+  launch(k_codes, args, cpu::dequantize_kv);
+  return {k, v};
+}
+
+void append_kv(Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths, Tensor k_pool, Tensor v_pool, OptTensor stats,
+               OptTensor scales, Tensor block_table, Tensor slot_table, Tensor raw_k, Tensor raw_v, Tensor sealed) {
+  const Checker check("append_kv", k);
+  check.shape(k, "k", "[N, H, D]", {any, any, any}).floating(k, "k");
+  const int64_t N = k.size(0), H = k.size(1), D = k.size(2);
+  check.head_dim("k", D);
+  check.shape(v, "v", "[N, H, D]", {N, H, D}).dtype(v, "v", k.scalar_type());
+  check.shape(lengths, "lengths", "[B]", {any}).dtype(lengths, "lengths", ScalarType::Int);
+  const int64_t B = lengths.size(0);
+  check.shape(cu_seqlens, "cu_seqlens", "[B + 1]", {B + 1}).dtype(cu_seqlens, "cu_seqlens", ScalarType::Int);
+  AppendArgs args{};
+  args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, raw_k, raw_v, sealed},
+                        k.scalar_type(), B, H, D);
+  args.k = view(k), args.v = view(v), args.N = N;
+  args.cu_seqlens = ints(cu_seqlens), args.lengths = ints(lengths);
+  launch(k, args, cpu::append_kv);
+}
+
+void gather_pages(Tensor src, Tensor src_ids, Tensor dst, Tensor dst_ids) {
+  const Checker check("gather_pages", src);
+  check.at_least("src", src.dim(), 1);
+  std::vector<int64_t> row = sizes(src);
+  if (dst.scalar_type() != src.scalar_type())
+    check.fail("dst", "expected dtype ", dtype_name(src.scalar_type()), ", got ", dtype_name(dst.scalar_type()));
+  std::vector<int64_t> got = sizes(dst);
+  row[0] = any;
+  if (got.size() != row.size() || !std::equal(row.begin() + 1, row.end(), got.begin() + 1))
+    check.fail("dst", "expected rows of src, ", text(row), ", got ", text(got));
+  const auto inner_contiguous = [&](const Tensor& t, const char* name) {
+    int64_t stride = 1;
+    for (int64_t i = t.dim() - 1; i > 0; --i) {
+      if (t.size(i) > 1 && t.stride(i) != stride) check.fail(name, "expected contiguous rows, got strided ones");
+      stride *= t.size(i);
+    }
+    return stride;
+  };
+  const int64_t elements = inner_contiguous(src, "src");
+  inner_contiguous(dst, "dst");
+  check.shape(src_ids, "src_ids", "[count]", {any}).dtype(src_ids, "src_ids", ScalarType::Int);
+  check.shape(dst_ids, "dst_ids", "[count]", {src_ids.size(0)}).dtype(dst_ids, "dst_ids", ScalarType::Int);
+  if (!dst.is_cpu() || !src.is_cpu()) throw std::runtime_error("lserve_ext: this build has no kernel of the op for that device");
+  const int64_t width = static_cast<int64_t>(src.element_size());
+  GatherArgs args{};
+  args.src = src.const_data_ptr(), args.src_ids = ints(src_ids);
+  args.dst = dst.mutable_data_ptr(), args.dst_ids = ints(dst_ids);
+  args.src_stride = src.stride(0) * width, args.dst_stride = dst.stride(0) * width, args.bytes = elements * width;
+  args.src_rows = src.size(0), args.dst_rows = dst.size(0), args.count = src_ids.size(0);
+  launch(src, args, cpu::gather_pages);
+}
+
+Tensor page_scores(Tensor q, Tensor stats, Tensor block_table, Tensor sealed, OptTensor windows) {
+  const Checker check("page_scores", q);
+  check.shape(q, "q", "[B, Hq, D]", {any, any, any}).floating(q, "q");
+  const int64_t B = q.size(0), D = q.size(2);
+  check.head_dim("q", D);
+  check.shape(stats, "stats", "[blocks, P/L, 2, D]", {any, any, 2, D}, 3).dtype(stats, "stats", q.scalar_type());
+  check.at_least("stats", stats.size(1), 1);
+  check.shape(block_table, "block_table", "[B, H, M]", {B, any, any}).dtype(block_table, "block_table", ScalarType::Int);
+  const int64_t H = block_table.size(1), M = block_table.size(2), G = check.group_heads("q", q.size(1), H);
+  check.shape(sealed, "sealed", "[B]", {B}).dtype(sealed, "sealed", ScalarType::Int);
+  if (windows) check.shape(*windows, "windows", "[H]", {H}).dtype(*windows, "windows", ScalarType::Int);
+  Tensor scores = torch::stable::new_empty(q, {B, H, M}, ScalarType::Float);
+  PageScoresArgs args{};
+  args.q = view(q), args.stats = stats.const_data_ptr(), args.block_table = ints(block_table), args.sealed = ints(sealed);
+  args.windows = windows ? ints(*windows) : nullptr, args.scores = out_floats(scores);
+  args.stats_stride = stats.stride(0), args.blocks = stats.size(0), args.groups = stats.size(1);
+  args.block_stride0 = block_table.stride(0), args.block_stride1 = block_table.stride(1);
+  args.B = B, args.H = H, args.M = M, args.G = G, args.D = D, args.dtype = kernel_dtype(q.scalar_type());
+  launch(q, args, cpu::page_scores);
+  return scores;
+}
+
+std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor lengths, Tensor sealed, int64_t page_size, int64_t sink,
+                                        int64_t local, int64_t count) {
+  const Checker check("select_pages", scores);
+  check.shape(scores, "scores", "[B, H, M]", {any, any, any}).dtype(scores, "scores", ScalarType::Float);
+  const int64_t B = scores.size(0), H = scores.size(1), M = scores.size(2);
+  check.shape(lengths, "lengths", "[B]", {B}).dtype(lengths, "lengths", ScalarType::Int);
+  check.shape(sealed, "sealed", "[B]", {B}).dtype(sealed, "sealed", ScalarType::Int);
+  check.at_least("page_size", page_size, 1).at_least("sink", sink, 0).at_least("local", local, 1).at_least("count", count, 0);
+  Tensor pages = torch::stable::new_empty(scores, {B, H, count}, ScalarType::Int);
+  Tensor local_start = torch::stable::new_empty(scores, {B}, ScalarType::Int);
+  launch(scores, SelectPagesArgs{floats(scores), ints(lengths), ints(sealed), out_ints(pages), out_ints(local_start),
+                                 scores.stride(0), scores.stride(1), B, H, M, count, page_size, sink, local},
+         cpu::select_pages);
+  return {pages, local_start};
+}
+
+std::tuple<Tensor, Tensor> select_tokens(Tensor mass, Tensor lengths, Tensor sealed, int64_t page_size, double ratio,
+                                         int64_t max_picks) {
+  const Checker check("select_tokens", mass);
+  check.shape(mass, "mass", "[B, H, tokens]", {any, any, any}).dtype(mass, "mass", ScalarType::Float);
+  const int64_t B = mass.size(0), H = mass.size(1);
+  check.shape(lengths, "lengths", "[B]", {B}).dtype(lengths, "lengths", ScalarType::Int);
+  check.shape(sealed, "sealed", "[B]", {B}).dtype(sealed, "sealed", ScalarType::Int);
+  check.at_least("page_size", page_size, 1).at_least("max_picks", max_picks, 0);
+  if (!(ratio > 0 && ratio <= 1)) check.fail("ratio", "expected a share of the tokens in (0, 1], got ", ratio);
+  Tensor tokens = torch::stable::new_empty(mass, {B, H, max_picks}, ScalarType::Int);
+  Tensor local_start = torch::stable::new_empty(mass, {B}, ScalarType::Int);
+  launch(mass, SelectTokensArgs{floats(mass), ints(lengths), ints(sealed), out_ints(tokens), out_ints(local_start),
+                                mass.stride(0), mass.stride(1), B, H, mass.size(2), max_picks, page_size, ratio},
+         cpu::select_tokens);
+  return {tokens, local_start};
+}
+
+std::tuple<Tensor, Tensor> prefill(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, OptTensor k_pool,
+                                   OptTensor v_pool, OptTensor stats, OptTensor scales, OptTensor block_table,
+                                   OptTensor slot_table, OptTensor raw_k, OptTensor raw_v, OptTensor sealed,
+                                   OptTensor lengths, Tensor windows, OptTensor lists, int64_t sink, int64_t page_size,
+                                   double scale) {
+  const Checker check("prefill", q);
+  check.shape(q, "q", "[N, Hq, D]", {any, any, any}).floating(q, "q");
+  const int64_t N = q.size(0), Hq = q.size(1), D = q.size(2);
+  check.head_dim("q", D).at_least("page_size", page_size, 1);
+  check.shape(k, "k", "[N, H, D]", {any, any, D}).dtype(k, "k", q.scalar_type());
+  const int64_t H = k.size(1), G = check.group_heads("q", Hq, H);
+  check.shape(v, "v", "[N, H, D]", {k.size(0), H, D}).dtype(v, "v", q.scalar_type());
+  check.shape(cu_q, "cu_q", "[B + 1]", {any}).dtype(cu_q, "cu_q", ScalarType::Int);
+  const int64_t B = cu_q.size(0) - 1;
+  check.at_least("cu_q", B, 0);
+  check.shape(cu_k, "cu_k", "[B + 1]", {B + 1}).dtype(cu_k, "cu_k", ScalarType::Int);
+
+  PrefillArgs args{};
+  if (lengths) {
+    check.shape(*lengths, "lengths", "[B]", {B}).dtype(*lengths, "lengths", ScalarType::Int);
+    if (!k_pool || !v_pool || !block_table || !slot_table || !sealed)
+      check.fail("k_pool", "expected pools, tables and sealed, because lengths are given, got None");
+    args.kv = check_paged(check, {*k_pool, *v_pool, stats, scales, *block_table, *slot_table, raw_k, raw_v, *sealed},
+                          q.scalar_type(), B, H, D);
+    if (args.kv.P != page_size) check.fail("page_size", "expected that of the pools, ", args.kv.P, ", got ", page_size);
+    args.lengths = ints(*lengths);
+  } else {
+    if (k_pool) check.fail("lengths", "expected the tokens held per sequence, because pools are given, got None");
+    args.kv.B = B, args.kv.H = H, args.kv.D = D, args.kv.P = page_size;
+    args.kv.dtype = args.kv.kv_dtype = kernel_dtype(q.scalar_type());
+  }
+  args.rule = check_rule(check, windows, std::nullopt, std::nullopt, B, H, page_size, sink, page_size);
+  if (lists) {
+    check.shape(*lists, "lists", "[B, H, R, K]", {B, H, any, any}).dtype(*lists, "lists", ScalarType::Int);
+    args.rule.lists = ints(*lists);
+    args.rule.list_stride0 = lists->stride(0), args.rule.list_stride1 = lists->stride(1);
+    args.list_stride2 = lists->stride(2), args.list_rows = lists->size(2), args.rule.K = lists->size(3);
+  }
+  Tensor out = torch::stable::new_empty(q, {N, Hq, D});
+  Tensor lse = torch::stable::new_empty(q, {N, Hq}, ScalarType::Float);
+  args.q = view(q), args.k = view(k), args.v = view(v), args.cu_q = ints(cu_q), args.cu_k = ints(cu_k);
+  args.out = out.mutable_data_ptr(), args.lse = out_floats(lse);
+  args.Nq = N, args.Nk = k.size(0), args.G = G, args.scale = static_cast<float>(scale);
+  launch(q, args, cpu::prefill);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_pool, Tensor v_pool, OptTensor stats, OptTensor scales,
+                                  Tensor block_table, Tensor slot_table, OptTensor raw_k, OptTensor raw_v, Tensor sealed,
+                                  Tensor lengths, Tensor windows, OptTensor lists, OptTensor local_start, int64_t sink,
+                                  int64_t unit, double scale) {
+  const Checker check("decode", q);
+  check.shape(q, "q", "[B, Hq, D]", {any, any, any}).floating(q, "q");
+  const int64_t B = q.size(0), Hq = q.size(1), D = q.size(2);
+  check.head_dim("q", D);
+  check.shape(block_table, "block_table", "[B, H, M]", {B, any, any});
+  const int64_t H = block_table.size(1);
+  DecodeArgs args{};
+  args.G = check.group_heads("q", Hq, H);
+  args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, raw_k, raw_v, sealed},
+                        q.scalar_type(), B, H, D);
+  args.rule = check_rule(check, windows, lists, local_start, B, H, args.kv.P, sink, unit);
+  check.shape(lengths, "lengths", "[B]", {B}).dtype(lengths, "lengths", ScalarType::Int);
+  Tensor out = torch::stable::new_empty(q, {B, Hq, D});
+  Tensor lse = torch::stable::new_empty(q, {B, Hq}, ScalarType::Float);
+  args.q = view(q), args.lengths = ints(lengths), args.scale = static_cast<float>(scale);
+  args.out = out.mutable_data_ptr(), args.lse = out_floats(lse);
+  launch(q, args, cpu::decode);
+  return {out, lse};
+}
+
+Tensor attention_mass(Tensor q, Tensor lse, Tensor k_pool, Tensor v_pool, OptTensor stats, OptTensor scales,
+                      Tensor block_table, Tensor slot_table, OptTensor raw_k, OptTensor raw_v, Tensor sealed,
+                      Tensor lengths, Tensor windows, OptTensor lists, OptTensor local_start, int64_t sink, int64_t unit,
+                      double scale) {
+  const Checker check("attention_mass", q);
+  check.shape(q, "q", "[B, T, Hq, D]", {any, any, any, any}).floating(q, "q");
+  const int64_t B = q.size(0), T = q.size(1), Hq = q.size(2), D = q.size(3);
+  check.head_dim("q", D);
+  check.shape(lse, "lse", "[B, T, Hq]", {B, T, Hq}, 3).dtype(lse, "lse", ScalarType::Float);
+  check.shape(block_table, "block_table", "[B, H, M]", {B, any, any});
+  const int64_t H = block_table.size(1);
+  MassArgs args{};
+  args.G = check.group_heads("q", Hq, H);
+  args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, raw_k, raw_v, sealed},
+                        q.scalar_type(), B, H, D);
+  args.rule = check_rule(check, windows, lists, local_start, B, H, args.kv.P, sink, unit);
+  check.shape(lengths, "lengths", "[B]", {B}).dtype(lengths, "lengths", ScalarType::Int);
+  Tensor mass = torch::stable::new_empty(q, {B, H, args.kv.M * args.kv.P}, ScalarType::Float);
+  args.q = view(q), args.lse = floats(lse), args.lengths = ints(lengths), args.mass = out_floats(mass);
+  args.T = T, args.scale = static_cast<float>(scale);
+  launch(q, args, cpu::attention_mass);
+  return mass;
+}
+
+std::tuple<Tensor, Tensor> merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
+  const Checker check("merge_states", out_a);
+  check.floating(out_a, "out_a").at_least("out_a", out_a.dim(), 1);
+  const std::vector<int64_t> dims = sizes(out_a);
+  const int64_t D = dims.back();
+  const auto same = [&](const Tensor& t, const char* name, const std::vector<int64_t>& want, ScalarType dtype) {
+    check.dtype(t, name, dtype);
+    if (sizes(t) != want) check.fail(name, "expected ", text(want), ", got ", text(sizes(t)));
+    if (!t.is_contiguous()) check.fail(name, "expected a contiguous tensor, got a strided one");
+    if (t.device() != out_a.device()) check.fail(name, "expected the device of out_a, got another device");
+  };
+  const std::vector<int64_t> rows(dims.begin(), dims.end() - 1);
+  check.head_dim("out_a", D);
+  same(out_a, "out_a", dims, out_a.scalar_type());
+  same(lse_a, "lse_a", rows, ScalarType::Float);
+  same(out_b, "out_b", dims, out_a.scalar_type());
+  same(lse_b, "lse_b", rows, ScalarType::Float);
+  Tensor out = torch::stable::empty_like(out_a), lse = torch::stable::empty_like(lse_a);
+  launch(out_a, MergeArgs{out_a.const_data_ptr(), out_b.const_data_ptr(), floats(lse_a), floats(lse_b),
+                          out.mutable_data_ptr(), out_floats(lse), lse_a.numel(), D, kernel_dtype(out_a.scalar_type())},
+         cpu::merge_states);
+  return {out, lse};
+}
+
+}  // namespace
+}  // namespace lserve
+
+STABLE_TORCH_LIBRARY_IMPL(lserve_ext, CPU, m) {
+  m.impl("page_stats", TORCH_BOX(&lserve::page_stats));
+  m.impl("quantize_kv", TORCH_BOX(&lserve::quantize_kv));
+  m.impl("dequantize_kv", TORCH_BOX(&lserve::dequantize_kv));
+  m.impl("append_kv", TORCH_BOX(&lserve::append_kv));
+  m.impl("gather_pages", TORCH_BOX(&lserve::gather_pages));
+  m.impl("page_scores", TORCH_BOX(&lserve::page_scores));
+  m.impl("select_pages", TORCH_BOX(&lserve::select_pages));
+  m.impl("select_tokens", TORCH_BOX(&lserve::select_tokens));
+  m.impl("prefill", TORCH_BOX(&lserve::prefill));
+  m.impl("decode", TORCH_BOX(&lserve::decode));
+  m.impl("attention_mass", TORCH_BOX(&lserve::attention_mass));
+  m.impl("merge_states", TORCH_BOX(&lserve::merge_states));
+}
+
+#ifdef LSERVE_CUDA
+STABLE_TORCH_LIBRARY_IMPL(lserve_ext, CUDA, m) {
+  m.impl("page_stats", TORCH_BOX(&lserve::page_stats));
+}
+#endif

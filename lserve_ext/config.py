@@ -1,0 +1,254 @@
+"""What is attended and how it is stored: one frozen dataclass, and the published methods as presets of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from .heads import HeadPattern
+
+Scorer: TypeAlias = Callable[..., torch.Tensor]
+
+PRESETS = ("dense", "streaming", "duo", "quest", "h2o", "lserve", "alisa")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparseConfig:
+    """Every head attends sink, list and local; this says how long each is. All lengths are in tokens.
+
+    page_size             tokens of a page, the unit of storage
+    stats_group           keys that share one min and max; divides page_size
+    kv_dtype              "auto" keeps the model's dtype, "int8" quantises pages
+    sink_tokens           first tokens of a sequence, always attended
+    local_tokens          newest tokens, always attended
+    prefill_sink_tokens   the same for streaming heads in prefill; None: as sink_tokens
+    prefill_local_tokens  the same for streaming heads in prefill; None: as local_tokens
+    budget_tokens         what a retrieval head attends in decode, sink and local included; None: all
+    kv_sparsity           the share of tokens it does not attend, in place of budget_tokens (unit "token" only)
+    reuse_interval        decode steps that share one selection
+    scorer                "minmax": bounds of pages; "mass": accumulated attention of tokens; "decayed_mass": the same,
+                          forgetting, one set of tokens a layer; or a callable with the arguments and result of
+                          `ops.page_scores`
+    unit                  what a list holds, "page" or "token"; half of a budget of tokens is local
+    streaming             heads that keep sink and local only: None (no head), a HeadPattern, its file or the name of a
+                          shipped one, or a fraction (1.0: every head; others need a pattern)
+    dense_layers          the first n layers attend everything
+    max_tokens            tokens a sequence to reserve memory for; None: memory grows on demand
+    """
+
+    page_size: int = 64
+    stats_group: int = 16
+    kv_dtype: Literal["auto", "int8"] = "auto"
+    sink_tokens: int = 128
+    local_tokens: int = 256
+    prefill_sink_tokens: int | None = None
+    prefill_local_tokens: int | None = None
+    budget_tokens: int | None = None
+    kv_sparsity: float | None = None
+    reuse_interval: int = 1
+    scorer: str | Scorer = "minmax"
+    unit: Literal["page", "token"] = "page"
+    streaming: HeadPattern | str | os.PathLike[str] | float | None = None
+    dense_layers: int = 0
+    max_tokens: int | None = None
+
+    # ---- presets: any field is an override --------------------------------------------------------------------------
+    @classmethod
+    def dense(cls, **overrides: Any) -> SparseConfig:
+        """Every head attends everything."""
+        return cls(**overrides)
+
+    @classmethod
+    def streaming_llm(cls, **overrides: Any) -> SparseConfig:
+        """StreamingLLM: every head keeps sink and local."""
+        return cls(**_merge(overrides, streaming=1.0))
+
+    @classmethod
+    def duo(cls, **overrides: Any) -> SparseConfig:
+        """DuoAttention: a pattern of streaming heads, the others dense."""
+        return cls(**_merge(overrides, streaming=0.5))
+
+    @classmethod
+    def quest(cls, **overrides: Any) -> SparseConfig:
+        """Quest: small pages selected by their min and max at every step."""
+        return cls(**_merge(overrides, page_size=16, sink_tokens=0, local_tokens=16, budget_tokens=2048, dense_layers=2))
+
+    @classmethod
+    def h2o(cls, **overrides: Any) -> SparseConfig:
+        """H2O: the newest tokens and those of the largest accumulated attention, per head."""
+        return cls(**_merge(overrides, unit="token", scorer="mass", sink_tokens=0, budget_tokens=1024))
+
+    @classmethod
+    def lserve(cls, **overrides: Any) -> SparseConfig:
+        """LServe: half the heads streaming, the others on reusable lists of INT8 pages."""
+        return cls(**_merge(overrides, streaming=0.5, budget_tokens=4096, reuse_interval=4, kv_dtype="int8"))
+
+    @classmethod
+    def alisa(cls, **overrides: Any) -> SparseConfig:
+        """ALISA: sparse window attention over INT8 tokens, one set of tokens a layer."""
+        return cls(**_merge(overrides, unit="token", scorer="decayed_mass", sink_tokens=0, kv_sparsity=0.8, kv_dtype="int8"))
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> SparseConfig:
+        """The preset of that name. ("streaming" is `streaming_llm`: the plain name is the field's.)"""
+        if name not in PRESETS:
+            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+        make: Callable[..., SparseConfig] = getattr(cls, "streaming_llm" if name == "streaming" else name)
+        return make(**overrides)
+
+    def replace(self, **overrides: Any) -> SparseConfig:
+        """A copy with some fields changed. One of budget_tokens and kv_sparsity takes the other's place."""
+        return type(self)(**_merge(overrides, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}))
+
+    # ---- what the cache reads ---------------------------------------------------------------------------------------
+    @property
+    def sink_pages(self) -> int:
+        """Sink pages in decode."""
+        return math.ceil(self.sink_tokens / self.page_size)
+
+    @property
+    def local_pages(self) -> int:
+        """Local pages in decode, the page of the query included."""
+        return max(1, math.ceil(self.local_tokens / self.page_size))
+
+    @property
+    def prefill_sink_pages(self) -> int:
+        """Sink pages of streaming heads in prefill."""
+        tokens = self.sink_tokens if self.prefill_sink_tokens is None else self.prefill_sink_tokens
+        return math.ceil(tokens / self.page_size)
+
+    @property
+    def prefill_local_pages(self) -> int:
+        """Local pages of streaming heads in prefill, the page of the query included."""
+        tokens = self.local_tokens if self.prefill_local_tokens is None else self.prefill_local_tokens
+        return max(1, math.ceil(tokens / self.page_size))
+
+    @property
+    def selects(self) -> bool:
+        """Whether retrieval heads follow a list in decode; otherwise they are dense."""
+        return self.budget_tokens is not None or self.kv_sparsity is not None
+
+    @property
+    def list_pages(self) -> int:
+        """Length of a list of pages: the budget less sink and local."""
+        return 0 if self.budget_tokens is None else self.budget_tokens // self.page_size - self.sink_pages - self.local_pages
+
+    @property
+    def token_ratio(self) -> float:
+        """Share of a sequence's tokens attended under a list of tokens, half of it local (`ops.select_tokens`)."""
+        return 1.0 if self.kv_sparsity is None else 1.0 - self.kv_sparsity
+
+    @property
+    def token_picks(self) -> int | None:
+        """Length of a list of tokens: half the budget; None: it grows with the sequence, at token_ratio / 2."""
+        return None if self.budget_tokens is None else self.budget_tokens // 2
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether pages keep the min and max of their key groups, as scores or as the grid of INT8 keys."""
+        return self.unit == "page" and (self.selects or self.kv_dtype == "int8")
+
+    # ---- JSON -------------------------------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, ready for JSON."""
+        if callable(self.scorer):
+            raise TypeError(f"SparseConfig.scorer: expected a name, because a callable has no JSON form, got {self.scorer!r}")
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if isinstance(self.streaming, HeadPattern):
+            fields["streaming"] = self.streaming.to_dict()
+        elif isinstance(self.streaming, os.PathLike):
+            fields["streaming"] = os.fspath(self.streaming)
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> SparseConfig:
+        """The inverse of `to_dict`; fields left out have their defaults."""
+        if not isinstance(fields, Mapping):
+            raise TypeError(f"SparseConfig: expected a mapping of fields, got {fields!r:.80}")
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise ValueError(f"SparseConfig: expected the fields {', '.join(known)}, got {name!r}")
+        streaming = fields.get("streaming")
+        return cls(**{**fields, "streaming": HeadPattern.from_dict(streaming) if isinstance(streaming, Mapping) else streaming})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SparseConfig:
+        """Reads JSON."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    # ---- validation -------------------------------------------------------------------------------------------------
+    def __post_init__(self) -> None:
+        for name, least in (("page_size", 1), ("stats_group", 1), ("reuse_interval", 1), ("sink_tokens", 0),
+                            ("local_tokens", 0), ("dense_layers", 0)):
+            self._check_int(name, least)
+        for name, least in (("prefill_sink_tokens", 0), ("prefill_local_tokens", 0), ("budget_tokens", 1), ("max_tokens", 1)):
+            if getattr(self, name) is not None:
+                self._check_int(name, least)
+        self._check_name("kv_dtype", "auto", "int8")
+        self._check_name("unit", "page", "token")
+        if not callable(self.scorer):
+            self._check_name("scorer", "minmax", "mass", "decayed_mass")
+        if self.page_size % self.stats_group:
+            raise self._error("stats_group", f"a divisor of page_size {self.page_size}")
+        self._check_streaming()
+        self._check_selection()
+
+    def _check_streaming(self) -> None:
+        if self.streaming is None or isinstance(self.streaming, (HeadPattern, str, os.PathLike)):
+            return
+        if isinstance(self.streaming, bool) or not isinstance(self.streaming, (int, float)):
+            raise self._error("streaming", "None, a HeadPattern, its file or a fraction", TypeError)
+        if not 0 <= self.streaming <= 1:
+            raise self._error("streaming", "a fraction from 0 to 1")
+
+    def _check_selection(self) -> None:
+        if self.kv_sparsity is not None:
+            if isinstance(self.kv_sparsity, bool) or not isinstance(self.kv_sparsity, (int, float)):
+                raise self._error("kv_sparsity", "a number from 0 up to 1", TypeError)
+            if not 0 <= self.kv_sparsity < 1:
+                raise self._error("kv_sparsity", "a number from 0 up to 1")
+            if self.budget_tokens is not None:
+                raise self._error("kv_sparsity", f"None beside budget_tokens {self.budget_tokens}")
+            if self.unit == "page":
+                raise self._error("kv_sparsity", "None with unit 'page', which takes budget_tokens")
+        if self.selects and self.unit == "token" and self.scorer not in ("mass", "decayed_mass"):
+            raise self._error("scorer", "'mass' or 'decayed_mass' with unit 'token'")
+        if self.selects and self.unit == "page" and self.scorer in ("mass", "decayed_mass"):
+            raise self._error("scorer", "'minmax' or a callable with unit 'page'")
+        forced = (self.sink_pages + self.local_pages) * self.page_size
+        if self.budget_tokens is not None and self.unit == "page" and self.budget_tokens < forced:
+            raise self._error("budget_tokens", f"at least {forced}, the tokens of the sink and local pages")
+
+    def _check_int(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self._error(name, f"an int of at least {least}", TypeError)
+        if value < least:
+            raise self._error(name, f"an int of at least {least}")
+
+    def _check_name(self, name: str, *names: str) -> None:
+        if getattr(self, name) not in names:
+            raise self._error(name, "one of " + ", ".join(map(repr, names)))
+
+    def _error(self, name: str, expected: str, kind: type[Exception] = ValueError) -> Exception:
+        return kind(f"SparseConfig.{name}: expected {expected}, got {getattr(self, name)!r}")
+
+
+def _merge(overrides: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
+    """fields with overrides over them; a budget takes the place of a sparsity and the other way round."""
+    for given, dropped in (("budget_tokens", "kv_sparsity"), ("kv_sparsity", "budget_tokens")):
+        if overrides.get(given) is not None:
+            fields.pop(dropped, None)
+    return {**fields, **overrides}

@@ -1,0 +1,453 @@
+"""The ops: typed wrappers of ``torch.ops.lserve_ext.*`` with their fake (meta) rules.
+
+Letters used for shapes: B sequences, Hq query heads, H kv heads, G = Hq / H, D head dimension (a
+multiple of 16, up to 256), P page size in tokens, L statistics group in tokens (divides P), M pages a
+sequence may have (columns of a table), N tokens of a packed batch, K width of a list.
+
+Shared by all ops: q, k, v, the raw buffer and the statistics have one dtype (float32, float16 or
+bfloat16); ids and lengths are int32. The last dimensions must be contiguous where a shape is that of a
+row or a page; outer strides are free. Wrong shapes, strides and values raise ValueError, wrong dtypes
+and devices TypeError, before anything is written (the raw ops raise RuntimeError with the same text).
+There is no autograd: an input that requires grad raises while grad mode is on. No op reads device data
+on the host. Results are deterministic and independent of threads and of the rest of the batch.
+
+What a query attends is a *rule* per kv head, ``sink ∪ list ∪ local``, always causal. For a query at
+position t of its sequence, in page b = t // P:
+
+- sink: the first ``sink`` pages;
+- local: for ``windows[h] > 0`` the pages (b - windows[h], b]; with ``DENSE`` that is all of them;
+- list: for ``windows[h] == 0`` the units of ``lists`` (pages, or tokens with ``unit=1``), and local
+  starts at ``local_start``;
+- every unsealed page.
+
+A head with a finite window (streaming) skips pages that it no longer holds (``block_table`` -1).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from . import _C  # noqa: F401  (its import registers torch.ops.lserve_ext)
+
+__all__ = [
+    "DENSE",
+    "PagedKV",
+    "append_kv",
+    "attention_mass",
+    "decode",
+    "dequantize_kv",
+    "gather_pages",
+    "merge_states",
+    "page_scores",
+    "page_stats",
+    "prefill",
+    "quantize_kv",
+    "select_pages",
+    "select_tokens",
+]
+
+DENSE = 2**31 - 1
+"""A window that reaches back to page 0."""
+
+_ops = torch.ops.lserve_ext
+_R = TypeVar("_R")
+
+
+class PagedKV(NamedTuple):
+    """What one attention layer holds: pools, tables and the raw buffer of the newest tokens.
+
+    Page p of (sequence b, kv head h) lies in the pools if ``p < sealed[b]``, else in the raw buffer,
+    where token t has row ``t % (2 * P)``. At most two pages are unsealed.
+    """
+
+    k_pool: Tensor
+    """[blocks, P, D], the model's dtype or uint8 codes."""
+    v_pool: Tensor
+    """[blocks, P, D], like k_pool."""
+    stats: Tensor | None
+    """[blocks, P/L, 2, D] min and max of each group and channel of K: bounds for page scores, and K's grid."""
+    scales: Tensor | None
+    """[blocks, C, P, 2] float32 (step, min) a token, with uint8 pools: row 0 for V; without stats also row 1, for K."""
+    block_table: Tensor
+    """[B, H, M] int32 block that holds a page's statistics; -1: the page is not held any more."""
+    slot_table: Tensor
+    """[B, H, M] int32 row of the pools and scales that holds a page; -1: not resident. Often the same tensor."""
+    raw_k: Tensor | None
+    """[B, H, 2P, D], the model's dtype; None (both): all pages are in the pools, the last one maybe partly."""
+    raw_v: Tensor | None
+    """[B, H, 2P, D]."""
+    sealed: Tensor
+    """[B] int32 pages that are in the pools."""
+
+
+def _call(op: Any, *args: Any) -> Any:
+    """Runs an op; turns the text of a failed check into the Python error that a caller expects."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    try:
+        return op(*args)
+    except NotImplementedError:  # no kernel for the device: torch's own text says it best
+        raise
+    except RuntimeError as error:
+        text = str(error).splitlines()[0] if str(error) else ""
+        start = text.find("lserve_ext::")
+        if start < 0:
+            raise
+        kind = TypeError if "expected dtype" in text or "expected the device" in text else ValueError
+        raise kind(text[start:]) from None
+
+
+def page_stats(k: Tensor, group: int) -> Tensor:
+    """Min and max of every group and channel of whole pages (LServe, section 4.2; Quest, section 3).
+
+    Args:
+        k: [pages, P, D].
+        group: L, tokens a group; divides P.
+
+    Returns:
+        [pages, P/L, 2, D] in k's dtype, so exact: minimum, maximum. A NaN stays NaN.
+    """
+    return cast(Tensor, _call(_ops.page_stats, k, group))
+
+
+def quantize_kv(k: Tensor, v: Tensor, stats: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """INT8 codes and steps of whole pages.
+
+    K lies on the grid of its statistics: step = max/255 - min/255 per group and channel, so that a
+    dequantised key stays in the box that page scores are computed from. V, and K without statistics, has
+    one (step, min) per token (LServe, section 3.1; ALISA, section 4.3).
+
+    Args:
+        k, v: [pages, P, D].
+        stats: ``page_stats(k, L)``, or None for a per-token grid.
+
+    Returns:
+        k_codes, v_codes: [pages, P, D] uint8; scales: [pages, C, P, 2] float32 (step, min), C = 1 with
+        statistics (V's), else 2 (V's, then K's).
+    """
+    return cast("tuple[Tensor, Tensor, Tensor]", _call(_ops.quantize_kv, k, v, stats))
+
+
+def dequantize_kv(
+    k_codes: Tensor, v_codes: Tensor, stats: Tensor | None, scales: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The inverse of `quantize_kv`; K is clamped to its box in ``dtype``.
+
+    Args:
+        k_codes, v_codes: [pages, P, D] uint8.
+        stats: [pages, P/L, 2, D] of ``dtype``, or None.
+        scales: [pages, C, P, 2] float32.
+        dtype: of the result.
+
+    Returns:
+        k, v: [pages, P, D].
+    """
+    return cast("tuple[Tensor, Tensor]", _call(_ops.dequantize_kv, k_codes, v_codes, stats, scales, dtype))
+
+
+def append_kv(k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: Tensor, kv: PagedKV) -> None:
+    """Appends the new tokens of a ragged batch, in place: into the raw buffer, and what is due into the pools.
+
+    With n tokens held after the call, pages below ``max(sealed, n // P - 1)`` are sealed: statistics are
+    taken, codes written. A page whose slot is -1 is skipped (a streaming head is already past it). The
+    caller then advances ``lengths`` and ``sealed``; the op writes neither.
+
+    Args:
+        k, v: [N, H, D] packed new tokens, after rotary embedding.
+        cu_seqlens: [B + 1] int32 bounds of each sequence's tokens in k and v.
+        lengths: [B] int32 tokens held before.
+        kv: the layer's cache; pools, statistics, scales and raw buffer are written.
+    """
+    _call(_ops.append_kv, k, v, cu_seqlens, lengths, *kv)
+
+
+def gather_pages(src: Tensor, src_ids: Tensor, dst: Tensor, dst_ids: Tensor) -> None:
+    """Copies listed rows between two pools: ``dst[dst_ids[i]] = src[src_ids[i]]``, in place.
+
+    A row is a block, or a single token when both pools are viewed as [blocks * P, D].
+
+    Args:
+        src, dst: [rows, ...] with contiguous rows of one shape and dtype.
+        src_ids, dst_ids: [count] int32; a pair with a -1 is skipped. dst_ids should not repeat.
+    """
+    _call(_ops.gather_pages, src, src_ids, dst, dst_ids)
+
+
+def page_scores(
+    q: Tensor, stats: Tensor, block_table: Tensor, sealed: Tensor, windows: Tensor | None = None
+) -> Tensor:
+    """Importance of every sealed page for every kv head (Quest, section 3.3; LServe, section 4.2).
+
+    The maximum over a page's groups and over the G query heads of ``Σ_i max(q_i·min_i, q_i·max_i)``: an
+    upper bound of every q·k in the page, before scaling.
+
+    Args:
+        q: [B, Hq, D].
+        stats: [blocks, P/L, 2, D].
+        block_table: [B, H, M] int32.
+        sealed: [B] int32.
+        windows: [H] int32; heads other than 0 follow no list and are skipped. None: all are scored.
+
+    Returns:
+        [B, H, M] float32; -inf for pages that are not sealed or not held, and for skipped heads.
+    """
+    return cast(Tensor, _call(_ops.page_scores, q, stats, block_table, sealed, windows))
+
+
+def select_pages(
+    scores: Tensor, lengths: Tensor, sealed: Tensor, page_size: int, sink: int, local: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """The ``count`` best pages between sink and local, deterministically (LServe, section 4.3).
+
+    Args:
+        scores: [B, H, M] float32. NaN counts as -inf.
+        lengths: [B] int32 tokens held, the query's own included.
+        sealed: [B] int32.
+        page_size: P.
+        sink, local: pages; neither is selected, both are attended anyway.
+        count: K, pages to pick.
+
+    Returns:
+        pages: [B, H, K] int32, ascending, -1 padded; ties go to the lower page.
+        local_start: [B] int32, the first local page, which a reused list keeps.
+    """
+    return cast(
+        "tuple[Tensor, Tensor]", _call(_ops.select_pages, scores, lengths, sealed, page_size, sink, local, count)
+    )
+
+
+def select_tokens(
+    mass: Tensor, lengths: Tensor, sealed: Tensor, page_size: int, ratio: float, max_picks: int
+) -> tuple[Tensor, Tensor]:
+    """Half of the budget local, half by attention mass, at token granularity (ALISA, Algorithm 1).
+
+    With n tokens held, k = min(max_picks, round(n * ratio / 2)). Local are the newest max(k, unsealed)
+    tokens; picked are the k heaviest older ones.
+
+    Args:
+        mass: [B, H, tokens] float32, for instance a running sum of `attention_mass`.
+        lengths: [B] int32 tokens held, the query's own included.
+        sealed: [B] int32.
+        page_size: P.
+        ratio: share of the tokens to attend, in (0, 1].
+        max_picks: K, the most that are picked.
+
+    Returns:
+        tokens: [B, H, K] int32 positions, ascending, -1 padded; ties go to the lower position.
+        local_start: [B] int32 first local position.
+    """
+    return cast(
+        "tuple[Tensor, Tensor]", _call(_ops.select_tokens, mass, lengths, sealed, page_size, ratio, max_picks)
+    )
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    windows: Tensor,
+    kv: PagedKV | None = None,
+    lengths: Tensor | None = None,
+    lists: Tensor | None = None,
+    *,
+    sink: int = 0,
+    page_size: int | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Block-sparse flash attention over a packed ragged batch (LServe, section 3.2).
+
+    Query i of a sequence with nq queries and nk new keys stands at position ``held + nk - nq + i``. It
+    reads cached positions from the cache as it lies and new ones from k and v.
+
+    Args:
+        q: [Nq, Hq, D].
+        k, v: [Nk, H, D] new tokens, not yet appended.
+        cu_q, cu_k: [B + 1] int32 bounds of each sequence in q and in k; nq <= nk.
+        windows: [H] int32, see the module's text.
+        kv, lengths: the cache and [B] int32 tokens held in it; or None.
+        lists: [B, H, R, K] int32 pages for heads with window 0: row r serves the queries of page r after
+            that of the sequence's first query. Their local part is the query's own page.
+        sink: pages.
+        page_size: P; by default that of the cache, else 64.
+        scale: of q·k; by default D ** -0.5.
+
+    Returns:
+        out: [Nq, Hq, D] in q's dtype; lse: [Nq, Hq] float32, natural logarithm.
+    """
+    if page_size is None:
+        page_size = kv.k_pool.shape[1] if kv is not None else 64
+    if scale is None:
+        scale = float(q.shape[-1]) ** -0.5
+    cache = kv if kv is not None else (None,) * len(PagedKV._fields)
+    return cast(
+        "tuple[Tensor, Tensor]",
+        _call(_ops.prefill, q, k, v, cu_q, cu_k, *cache, lengths, windows, lists, sink, page_size, scale),
+    )
+
+
+def decode(
+    q: Tensor,
+    kv: PagedKV,
+    lengths: Tensor,
+    windows: Tensor,
+    lists: Tensor | None = None,
+    local_start: Tensor | None = None,
+    *,
+    sink: int = 0,
+    unit: int | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One query a sequence against sink, list, local and raw tokens (LServe, section 3.3).
+
+    Append the query's own token first. ``kv.sealed`` may be that from before the append, so that a step
+    reads every page as it lay when the step began.
+
+    Args:
+        q: [B, Hq, D].
+        kv: the layer's cache.
+        lengths: [B] int32 tokens held, the query's own included; 0 attends nothing.
+        windows: [H] int32, see the module's text.
+        lists, local_start: [B, H, K] and [B] int32 from `select_pages` or `select_tokens`, for heads with
+            window 0.
+        sink: pages.
+        unit: tokens that an entry of lists stands for: P (the default) or 1.
+        scale: of q·k; by default D ** -0.5.
+
+    Returns:
+        out: [B, Hq, D] in q's dtype; lse: [B, Hq] float32. Nothing attended: 0 and -inf.
+    """
+    if unit is None:
+        unit = kv.k_pool.shape[1]
+    if scale is None:
+        scale = float(q.shape[-1]) ** -0.5
+    return cast(
+        "tuple[Tensor, Tensor]",
+        _call(_ops.decode, q, *kv, lengths, windows, lists, local_start, sink, unit, scale),
+    )
+
+
+def attention_mass(
+    q: Tensor,
+    lse: Tensor,
+    kv: PagedKV,
+    lengths: Tensor,
+    windows: Tensor,
+    lists: Tensor | None = None,
+    local_start: Tensor | None = None,
+    *,
+    sink: int = 0,
+    unit: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax mass that queries put on every token, exp(q·k - lse): ALISA's and H2O's scorer.
+
+    Args:
+        q: [B, T, Hq, D], the last T tokens of every sequence.
+        lse: [B, T, Hq] float32 from the attention of these queries; a row of -inf is no query.
+        kv, lengths, windows, lists, local_start, sink, unit, scale: as in `decode`.
+
+    Returns:
+        [B, H, M * P] float32: summed over the T queries and the G query heads of a kv head; 0 where
+        nothing is attended.
+    """
+    if unit is None:
+        unit = kv.k_pool.shape[1]
+    if scale is None:
+        scale = float(q.shape[-1]) ** -0.5
+    return cast(
+        Tensor, _call(_ops.attention_mass, q, lse, *kv, lengths, windows, lists, local_start, sink, unit, scale)
+    )
+
+
+def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Joins two partial attentions over disjoint keys (FlashAttention's split-K rule, in float32).
+
+    Args:
+        out_a, out_b: [..., D], one floating dtype, contiguous.
+        lse_a, lse_b: [...] float32; -inf: nothing was attended.
+
+    Returns:
+        out: [..., D] in out_a's dtype; lse: [...] float32.
+    """
+    return cast("tuple[Tensor, Tensor]", _call(_ops.merge_states, out_a, lse_a, out_b, lse_b))
+
+
+# Fake rules: shapes and dtypes only, for torch.compile and torch.export.
+
+
+@torch.library.register_fake("lserve_ext::page_stats")
+def _(k: Tensor, group: int) -> Tensor:
+    return k.new_empty(k.shape[0], k.shape[1] // group, 2, k.shape[2])
+
+
+@torch.library.register_fake("lserve_ext::quantize_kv")
+def _(k: Tensor, v: Tensor, stats: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    scales = k.new_empty(k.shape[0], 2 if stats is None else 1, k.shape[1], 2, dtype=torch.float32)
+    return k.new_empty(k.shape, dtype=torch.uint8), k.new_empty(k.shape, dtype=torch.uint8), scales
+
+
+@torch.library.register_fake("lserve_ext::dequantize_kv")
+def _(
+    k_codes: Tensor, v_codes: Tensor, stats: Tensor | None, scales: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return k_codes.new_empty(k_codes.shape, dtype=dtype), k_codes.new_empty(k_codes.shape, dtype=dtype)
+
+
+@torch.library.register_fake("lserve_ext::append_kv")
+def _(*args: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("lserve_ext::gather_pages")
+def _(src: Tensor, src_ids: Tensor, dst: Tensor, dst_ids: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("lserve_ext::page_scores")
+def _(q: Tensor, stats: Tensor, block_table: Tensor, sealed: Tensor, windows: Tensor | None) -> Tensor:
+    return q.new_empty(block_table.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("lserve_ext::select_pages")
+def _(
+    scores: Tensor, lengths: Tensor, sealed: Tensor, page_size: int, sink: int, local: int, count: int
+) -> tuple[Tensor, Tensor]:
+    B, H, _ = scores.shape
+    return scores.new_empty(B, H, count, dtype=torch.int32), scores.new_empty(B, dtype=torch.int32)
+
+
+@torch.library.register_fake("lserve_ext::select_tokens")
+def _(
+    mass: Tensor, lengths: Tensor, sealed: Tensor, page_size: int, ratio: float, max_picks: int
+) -> tuple[Tensor, Tensor]:
+    B, H, _ = mass.shape
+    return mass.new_empty(B, H, max_picks, dtype=torch.int32), mass.new_empty(B, dtype=torch.int32)
+
+
+@torch.library.register_fake("lserve_ext::prefill")
+def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("lserve_ext::decode")
+def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("lserve_ext::attention_mass")
+def _(
+    q: Tensor, lse: Tensor, k_pool: Tensor, v_pool: Tensor, stats: Tensor | None, scales: Tensor | None,
+    block_table: Tensor, *args: Any,
+) -> Tensor:  # fmt: skip
+    B, H, M = block_table.shape
+    return q.new_empty(B, H, M * k_pool.shape[1], dtype=torch.float32)
+
+
+@torch.library.register_fake("lserve_ext::merge_states")
+def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(out_a), torch.empty_like(lse_a)

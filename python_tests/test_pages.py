@@ -1,0 +1,375 @@
+"""Statistics, the INT8 grid, and the life of a page: append, seal, gather."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from _cases import (
+    BF16,
+    F16,
+    F32,
+    SHAPES,
+    SMALL,
+    Shape,
+    awkward_lengths,
+    build,
+    empty_kv,
+    generator,
+    guarded,
+    ints,
+    normal,
+    outside,
+    pack,
+    same_bits,
+    sealed_pages,
+    spread,
+    spread_kv,
+    unsealed_rows,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lserve_ext import ops, reference
+from lserve_ext.ops import PagedKV
+
+# ---------------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("page_size, group, head_dim", [(16, 16, 16), (16, 4, 80), (12, 4, 96), (64, 16, 256), (5, 1, 64)])
+def test_page_stats(page_size: int, group: int, head_dim: int, dtype: torch.dtype, device: str) -> None:
+    k = normal(0, 5, page_size, head_dim, dtype=dtype, device=device)
+    assert torch.equal(ops.page_stats(k, group), reference.page_stats(k, group))
+    for strided in (spread(k, 0), spread(k, 1)):
+        assert torch.equal(ops.page_stats(strided, group), reference.page_stats(k, group))
+
+
+def test_page_stats_of_no_pages(device: str) -> None:
+    assert ops.page_stats(torch.zeros(0, 16, 64, device=device), 4).shape == (0, 4, 2, 64)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_page_stats_keep_nan_and_infinities(dtype: torch.dtype, device: str) -> None:
+    k = normal(0, 2, 16, 64, dtype=dtype, device=device)
+    k[0, 3, 5], k[0, 9, 6], k[1, 0, 7], k[1, 15, 63] = math.nan, math.inf, -math.inf, math.nan
+    torch.testing.assert_close(ops.page_stats(k, 8), reference.page_stats(k, 8), rtol=0, atol=0, equal_nan=True)
+
+
+# ---------------------------------------------------------------------------------------------- the grid
+
+
+def plain(pages: int, page_size: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    return normal(1, pages, page_size, head_dim, dtype=dtype)
+
+
+def constant_channels(pages: int, page_size: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    k = plain(pages, page_size, head_dim, dtype)
+    k[:, :, ::2] = k[:, :1, ::2]
+    return k
+
+
+def constant(pages: int, page_size: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((pages, page_size, head_dim), -1.7, dtype=dtype)
+
+
+def zeros(pages: int, page_size: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(pages, page_size, head_dim, dtype=dtype)
+
+
+def offset_channels(pages: int, page_size: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    return (plain(pages, page_size, head_dim, F32) + 50.0 * normal(2, head_dim)).to(dtype)
+
+
+def outliers(pages: int, page_size: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """Channels, and single values, at the ends of the range."""
+    k = plain(pages, page_size, head_dim, F32)
+    huge = min(3e38, float(torch.finfo(dtype).max))
+    k[:, 3, 0], k[:, 5, 1] = huge, -huge
+    k[:, 2, 2], k[:, 4, 2] = huge, -huge
+    k[:, 2, 3] = min(1e30, huge)
+    return k.to(dtype)
+
+
+def denormals(pages: int, page_size: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    return (plain(pages, page_size, head_dim, F32) * float(torch.finfo(dtype).tiny) * 2**-3).to(dtype)
+
+
+VALUES = [plain, constant_channels, constant, zeros, offset_channels, outliers, denormals]
+
+
+def assert_within_half_a_step(x: Tensor, back: Tensor, step: Tensor, dtype: torch.dtype) -> None:
+    """|x - back| <= step / 2 + rounding: of the grid in float32, of the result in its dtype, of denormals."""
+    size = torch.maximum(x.double().abs(), back.double().abs())
+    span = 256 * step.double() + size
+    info = torch.finfo(dtype)
+    slack = 8 * torch.finfo(F32).eps * span + info.eps * (size + info.tiny) + 512 * 2.0**-149
+    assert ((x.double() - back.double()).abs() <= step.double() / 2 + slack).all()
+
+
+@pytest.mark.parametrize("make", VALUES, ids=lambda make: str(make.__name__))
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("page_size, group, head_dim", [(16, 4, 64), (12, 12, 80), (64, None, 128)])
+def test_quantize_and_back(
+    make: object, page_size: int, group: int | None, head_dim: int, dtype: torch.dtype, device: str
+) -> None:
+    assert callable(make)
+    k = make(3, page_size, head_dim, dtype).to(device)
+    v = make(3, page_size, head_dim, dtype).flip(2).contiguous().to(device)
+    stats = None if group is None else ops.page_stats(k, group)
+
+    k_codes, v_codes, scales = ops.quantize_kv(k, v, stats)
+    for got, want in zip((k_codes, v_codes, scales), reference.quantize_kv(k, v, stats), strict=True):
+        assert same_bits(got, want)
+
+    k_back, v_back = ops.dequantize_kv(k_codes, v_codes, stats, scales, dtype)
+    want_k, want_v = reference.dequantize_kv(k_codes, v_codes, stats, scales, dtype)
+    assert torch.equal(k_back, want_k)
+    assert torch.equal(v_back, want_v)
+
+    assert_within_half_a_step(v, v_back, scales[:, 0, :, :1], dtype)
+    if stats is None:
+        assert_within_half_a_step(k, k_back, scales[:, 1, :, :1], dtype)
+    else:
+        low, high = stats.repeat_interleave(page_size // stats.shape[1], dim=1).unbind(2)
+        assert_within_half_a_step(k, k_back, high.float() / 255 - low.float() / 255, dtype)
+        assert (k_back >= low).all() and (k_back <= high).all(), "a dequantised key left its box"
+
+
+@pytest.mark.parametrize("with_stats", [True, False])
+def test_a_constant_is_exact(with_stats: bool, device: str) -> None:
+    x = torch.full((1, 16, 64), 0.1, device=device)
+    stats = ops.page_stats(x, 4) if with_stats else None
+    k_codes, v_codes, scales = ops.quantize_kv(x, x, stats)
+    assert not k_codes.any() and not v_codes.any() and not scales[..., 0].any()
+    assert all(torch.equal(back, x) for back in ops.dequantize_kv(k_codes, v_codes, stats, scales, F32))
+
+
+def test_minimum_and_maximum_are_the_ends_of_the_grid(device: str) -> None:
+    k = normal(4, 2, 16, 64, device=device)
+    stats = ops.page_stats(k, 16)
+    k_codes, v_codes, _ = ops.quantize_kv(k, k, stats)
+    assert torch.equal(k_codes.amin(1), torch.zeros_like(k_codes[:, 0]))
+    assert torch.equal(k_codes.amax(1), torch.full_like(k_codes[:, 0], 255))
+    assert torch.equal(v_codes.amax(2), torch.full_like(v_codes[:, :, 0], 255))
+
+
+@settings(max_examples=60)
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=16, max_size=16))
+def test_any_finite_token_comes_back_within_half_a_step(values: list[float]) -> None:
+    x = torch.tensor(values, dtype=F32)
+    v, k = x.reshape(1, 1, 16), x.reshape(1, 16, 1).expand(1, 16, 16).contiguous()
+    stats = ops.page_stats(k, 16)
+    k_codes, _, _ = ops.quantize_kv(k, k, stats)
+    _, v_codes, scales = ops.quantize_kv(v, v)
+    k_back, _ = ops.dequantize_kv(k_codes, k_codes, stats, torch.zeros(1, 1, 16, 2), F32)
+    _, v_back = ops.dequantize_kv(v_codes, v_codes, None, scales, F32)
+    step = x.max() / 255 - x.min() / 255
+    assert k_back.min() >= x.min() and k_back.max() <= x.max()
+    assert_within_half_a_step(k, k_back, step, F32)
+    assert_within_half_a_step(v, v_back, step, F32)
+
+
+@pytest.mark.parametrize("with_stats", [True, False])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_bad_values_stay_in_their_group(bad: float, with_stats: bool, device: str) -> None:
+    """No crash, and no other token (of V) or channel's group (of K) notices."""
+    k = normal(5, 1, 16, 64, device=device)
+    broken = k.clone()
+    broken[0, 3, 7] = bad
+    stats, broken_stats = (ops.page_stats(x, 4) if with_stats else None for x in (k, broken))
+    clean, dirty = ops.quantize_kv(k, k, stats), ops.quantize_kv(broken, broken, broken_stats)
+    backs = ops.dequantize_kv(*dirty[:2], broken_stats, dirty[2], F32)
+    wants = ops.dequantize_kv(*clean[:2], stats, clean[2], F32)
+    for i, (back, want) in enumerate(zip(backs, wants, strict=True)):
+        same = back == want
+        if i == 0 and with_stats:
+            same[0, :4, 7] = True
+        else:
+            same[0, 3] = True
+        assert same.all()
+
+
+# ---------------------------------------------------------------------------------------------- append
+
+
+def assert_same_cache(got: PagedKV, want: PagedKV, lengths: list[int]) -> None:
+    """Every bit of the pools, the poison of unused blocks included, and the raw rows that hold a token."""
+    for name in ("k_pool", "v_pool", "stats", "scales"):
+        a, b = getattr(got, name), getattr(want, name)
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert same_bits(a, b), name
+            assert same_bits(outside(a), outside(b)), f"{name}: written out of bounds"
+    for name in ("raw_k", "raw_v"):
+        a, b = getattr(got, name), getattr(want, name)
+        for i, n in enumerate(lengths):
+            rows = unsealed_rows(want, i, n)
+            assert same_bits(a[i][:, rows], b[i][:, rows]), name
+        assert same_bits(outside(a), outside(b)), f"{name}: written out of bounds"
+
+
+def append_in_steps(k: list[Tensor], v: list[Tensor], kv: PagedKV, steps: list[list[int]]) -> PagedKV:
+    """Appends steps[i][b] tokens of sequence b at a time, keeping lengths and sealed as a cache does."""
+    page_size, held = kv.k_pool.shape[1], [0] * len(k)
+    for step in steps:
+        parts = [[s[b : b + n] for s, b, n in zip(x, held, step, strict=True)] for x in (k, v)]
+        (new_k, cu), (new_v, _) = pack(parts[0]), pack(parts[1])
+        ops.append_kv(new_k, new_v, cu, ints(held, str(new_k.device)), kv)
+        held = [n + new for n, new in zip(held, step, strict=True)]
+        due = ints(sealed_pages(held, page_size), str(new_k.device))
+        kv = kv._replace(sealed=torch.maximum(kv.sealed, due))
+    return kv
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
+def test_append_in_one_go(shape: Shape, strided: bool, device: str) -> None:
+    lengths = awkward_lengths(shape.page_size)
+    want = build(shape, lengths, device=device, seed=1, strided=strided)
+    kv = empty_kv(shape, sealed_pages(lengths, shape.page_size), heads=3, columns=want.kv.block_table.shape[2],
+                  device=device, seed=1)  # fmt: skip
+    kv = spread_kv(kv) if strided else kv
+    (k, cu), (v, _) = pack(want.k), pack(want.v)
+    if strided:
+        k, v = spread(k, 0), spread(v, 1)
+    ops.append_kv(k, v, cu, torch.zeros_like(want.lengths), kv)
+    assert_same_cache(kv._replace(sealed=want.kv.sealed), want.kv, lengths)
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+@pytest.mark.parametrize("how", ["token by token", "pages", "random"])
+def test_chunks_make_the_same_cache(shape: Shape, how: str, device: str) -> None:
+    p = shape.page_size
+    lengths = [3 * p + 5, 1, 4 * p, p + 1, 0, 2 * p - 1]
+    want = build(shape, lengths, heads=2, device=device, seed=2)
+    kv = empty_kv(shape, sealed_pages(lengths, p), heads=2, columns=want.kv.block_table.shape[2], device=device, seed=2)
+    rng, left, steps = generator(9), list(lengths), []
+    while any(left):
+        most = {"token by token": 1, "pages": p, "random": 1 + int(torch.randint(3 * p, (), generator=rng))}[how]
+        step = [min(most if how != "random" else int(torch.randint(most + 1, (), generator=rng)), n) for n in left]
+        steps.append(step)
+        left = [n - s for n, s in zip(left, step, strict=True)]
+    assert_same_cache(append_in_steps(want.k, want.v, kv, steps), want.kv, lengths)
+
+
+def test_append_of_nothing_writes_nothing(device: str) -> None:
+    case = build(SHAPES[1], [40, 0], device=device)
+    before = [None if t is None else t.clone() for t in case.kv]
+    nothing = torch.zeros(0, 3, 64, device=device)
+    ops.append_kv(nothing, nothing, ints([0, 0, 0], device), case.lengths, case.kv)
+    assert all(a is None or b is None or same_bits(a, b) for a, b in zip(before, case.kv, strict=True))
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_a_page_without_a_slot_is_passed_over(shape: Shape, device: str) -> None:
+    """A streaming head's pages that are already past: no block is needed, and none is touched."""
+    p = shape.page_size
+    lengths = [5 * p + 3]
+    full = build(shape, lengths, heads=2, device=device, seed=3)
+    kv = empty_kv(shape, [4], heads=2, columns=full.kv.block_table.shape[2], device=device, seed=3)
+    want = build(shape, lengths, heads=2, device=device, seed=3)
+    for page in (1, 2):
+        slot, block = int(kv.slot_table[0, 1, page]), int(kv.block_table[0, 1, page])
+        for t, row in ((want.kv.k_pool, slot), (want.kv.v_pool, slot), (want.kv.scales, slot), (want.kv.stats, block)):
+            if t is not None:
+                t[row] = math.nan if t.dtype.is_floating_point else 255
+        kv.slot_table[0, 1, page] = kv.block_table[0, 1, page] = -1
+    (k, cu), (v, _) = pack(full.k), pack(full.v)
+    ops.append_kv(k, v, cu, ints([0], device), kv)
+    assert_same_cache(kv._replace(sealed=ints([4], device)), want.kv, lengths)
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_a_sealed_page_is_never_written_again(shape: Shape, device: str) -> None:
+    """After a crop more pages may be sealed than the length alone would say."""
+    p = shape.page_size
+    case = build(shape, [4 * p], heads=2, device=device)  # 3 sealed
+    before = [None if t is None else t.clone() for t in (case.kv.k_pool, case.kv.v_pool, case.kv.stats, case.kv.scales)]
+    more = normal(9, p - 2, 2, shape.head_dim, dtype=shape.dtype, device=device)
+    ops.append_kv(more, more, ints([0, p - 2], device), ints([3 * p + 1], device), case.kv)  # to 4P - 1: nothing is due
+    after = (case.kv.k_pool, case.kv.v_pool, case.kv.stats, case.kv.scales)
+    assert all(a is None or b is None or same_bits(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_append_reads_bad_values_without_harm(device: str) -> None:
+    shape = SHAPES[1]
+    kv = empty_kv(shape, [2], heads=1, device=device)
+    k = normal(1, 48, 1, 64, device=device)
+    k[3, 0, 0], k[20, 0, 1], k[21, 0, 1] = math.nan, math.inf, -math.inf
+    ops.append_kv(k, k, ints([0, 48], device), ints([0], device), kv)
+    assert kv.stats is not None
+    held = kv.stats[int(kv.block_table[0, 0, 0])]
+    torch.testing.assert_close(held, reference.page_stats(k[None, :16, 0], 8)[0], rtol=0, atol=0, equal_nan=True)
+
+
+# ---------------------------------------------------------------------------------------------- gather
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.uint8, torch.int32], ids=str)
+@pytest.mark.parametrize("row", [(16, 64), (1,), (3, 2, 5), ()], ids=str)
+def test_gather_pages(row: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    src = (normal(0, 11, *row) * 50).abs().to(dtype).to(device)
+    dst = guarded(9, *row, dtype=dtype, device=device)
+    want = guarded(9, *row, dtype=dtype, device=device)
+    src_ids, dst_ids = ints([10, -1, 0, 0, 5, 3, 6], device), ints([8, 2, 0, 3, -1, 4, 7], device)
+    reference.gather_pages(src, src_ids, want, dst_ids)
+    ops.gather_pages(src, src_ids, dst, dst_ids)
+    assert same_bits(dst, want) and same_bits(outside(dst), outside(want))
+
+
+def test_gather_between_strided_pools(device: str) -> None:
+    src, dst = normal(1, 6, 16, 64, device=device), normal(2, 7, 16, 64, device=device)
+    ids = ints([5, 2], device), ints([0, 6], device)
+    wide, target = spread(src, 0), spread(dst, 0)
+    ops.gather_pages(wide, ids[0], target, ids[1])
+    reference.gather_pages(src, ids[0], dst, ids[1])
+    assert same_bits(target, dst)
+
+
+def test_gather_of_single_tokens(device: str) -> None:
+    """Rows of a pool seen as [blocks * P, D]: what a list of tokens stages."""
+    pool, staging = normal(1, 4, 16, 64, device=device), torch.zeros(5, 64, device=device)
+    ids = ints([63, 0, 17, -1, 16], device)
+    ops.gather_pages(pool.view(-1, 64), ids, staging, ints(range(5), device))
+    want = pool.view(-1, 64)[ids.long().clamp(min=0)]
+    want[3] = 0
+    assert torch.equal(staging, want)
+
+
+def test_gather_of_nothing(device: str) -> None:
+    dst = torch.ones(2, 3, device=device)
+    ops.gather_pages(torch.zeros(0, 3, device=device), ints([], device), dst, ints([], device))
+    assert torch.equal(dst, torch.ones(2, 3, device=device))
+
+
+def test_pools_of_more_than_2_31_elements(device: str) -> None:
+    """Ids are int32 but offsets are not. Only the pages at the far end are ever touched."""
+    shape = Shape(256, 16, 16, 2, F32, "int8")
+    blocks, lengths = 2**31 // (16 * 256) + 8, [100]
+    want = build(shape, lengths, heads=2, device=device)
+    far = blocks - 1 - want.kv.slot_table
+    slot_table = torch.where(want.kv.slot_table < 0, want.kv.slot_table, far)
+    kv = want.kv._replace(
+        k_pool=torch.empty(blocks, 16, 256, dtype=torch.uint8, device=device),
+        v_pool=torch.empty(blocks, 16, 256, dtype=torch.uint8, device=device),
+        scales=torch.empty(blocks, 1, 16, 2, device=device),
+        slot_table=slot_table,
+        sealed=torch.zeros_like(want.kv.sealed),
+    )
+    (k, cu), (v, _) = pack(want.k), pack(want.v)
+    ops.append_kv(k, v, cu, ints([0], device), kv)
+    kv = kv._replace(sealed=want.kv.sealed)
+    q = want.queries()
+    windows = want.windows(ops.DENSE, ops.DENSE)
+    for got, expected in zip(
+        ops.decode(q, kv, want.lengths, windows), ops.decode(q, want.kv, want.lengths, windows), strict=True
+    ):
+        assert same_bits(got, expected)
+
+    staging = torch.zeros(2, 16, 256, dtype=torch.uint8, device=device)
+    near = want.kv.slot_table[0, 1, :2].contiguous()
+    ops.gather_pages(kv.k_pool, (blocks - 1 - near).int(), staging, ints([0, 1], device))
+    assert torch.equal(staging, want.kv.k_pool[near.long()])
