@@ -25,7 +25,7 @@ test: $(VENV)/.installed
 	$(BIN)/pytest --installed $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed
-	$(BIN)/python bench/run.py
+	$(BIN)/python bench/kernels.py
 
 wheel: dist/.built
 

@@ -21,8 +21,8 @@ namespace lserve {
 LSERVE_HD float grid_step(float min, float max) { return max / 255.0f - min / 255.0f; }
 
 LSERVE_HD uint8_t grid_code(float x, float min, float step) {
-  // Halves, because x - min may overflow. The comparisons send NaN to code 0.
-  const float half = (x * 0.5f - min * 0.5f) / step;
+  // Halves, because x - min may overflow; fused by name, so that every compiler rounds alike. NaN goes to code 0.
+  const float half = fmaf(x, 0.5f, -(min * 0.5f)) / step;
   const float code = rintf(half + half);
   return !(step > 0.0f) ? 0 : code >= 255.0f ? 255 : code > 0.0f ? static_cast<uint8_t>(code) : 0;
 }

@@ -52,6 +52,7 @@ struct Rule {
   const int32_t* lists;        // [B, H, K] ascending units, -1 padded, row stride 1; or null
   const int32_t* local_start;  // [B] first local unit of the heads that follow a list; or null
   int64_t list_stride0, list_stride1;
+  bool has_lists;              // a list of width 0 has no data, and yet is one
   int64_t K;                   // width of a list
   int64_t sink;                // pages
   int64_t unit;                // tokens an entry of a list stands for: P or 1
@@ -121,7 +122,7 @@ struct SelectTokensArgs {
   int32_t* local_start;    // out [B] first local token
   int64_t mass_stride0, mass_stride1;
   int64_t B, H, width, K, P;
-  double ratio;            // share of the tokens that is attended
+  double ratio;            // k = min(K, round(tokens * ratio / 2)) are picked
 };
 
 struct GatherArgs {

@@ -217,10 +217,10 @@ Paged check_paged(const Checker& check, const PagedTensors& t, ScalarType dtype,
   check.shape(t.k_pool, "k_pool", "[blocks, P, D]", {any, any, D}, 2);
   const int64_t slots = t.k_pool.size(0), P = t.k_pool.size(1);
   check.at_least("k_pool", P, 1);
-  check.shape(t.v_pool, "v_pool", "[blocks, P, D]", {slots, P, D}, 2);
-  check.dtype(t.v_pool, "v_pool", t.k_pool.scalar_type());
   const bool int8 = t.k_pool.scalar_type() == ScalarType::Byte;
-  if (!int8) check.dtype(t.k_pool, "k_pool", dtype);
+  if (!int8 && t.k_pool.scalar_type() != dtype)
+    check.fail("k_pool", "expected dtype ", dtype_name(dtype), " or uint8, got ", dtype_name(t.k_pool.scalar_type()));
+  check.shape(t.v_pool, "v_pool", "[blocks, P, D]", {slots, P, D}, 2).dtype(t.v_pool, "v_pool", t.k_pool.scalar_type());
 
   Paged kv{};
   kv.blocks = slots;
@@ -290,6 +290,7 @@ Rule check_rule(const Checker& check, const Tensor& windows, const OptTensor& li
   if (lists) {
     check.shape(*lists, "lists", "[B, H, K]", {B, H, any}).dtype(*lists, "lists", ScalarType::Int);
     check.shape(*local_start, "local_start", "[B]", {B}).dtype(*local_start, "local_start", ScalarType::Int);
+    rule.has_lists = true;
     rule.lists = ints(*lists);
     rule.local_start = ints(*local_start);
     rule.list_stride0 = lists->stride(0);
@@ -468,7 +469,7 @@ std::tuple<Tensor, Tensor> select_tokens(Tensor mass, Tensor lengths, Tensor sea
   check.shape(lengths, "lengths", "[B]", {B}).dtype(lengths, "lengths", ScalarType::Int);
   check.shape(sealed, "sealed", "[B]", {B}).dtype(sealed, "sealed", ScalarType::Int);
   check.at_least("page_size", page_size, 1).at_least("max_picks", max_picks, 0);
-  if (!(ratio > 0 && ratio <= 1)) check.fail("ratio", "expected a share of the tokens in (0, 1], got ", ratio);
+  if (!(ratio > 0 && ratio <= 2)) check.fail("ratio", "expected a share of the tokens in (0, 2], got ", ratio);
   Tensor tokens = torch::stable::new_empty(mass, {B, H, max_picks}, ScalarType::Int);
   Tensor local_start = torch::stable::new_empty(mass, {B}, ScalarType::Int);
   launch(mass, SelectTokensArgs{floats(mass), ints(lengths), ints(sealed), out_ints(tokens), out_ints(local_start),
@@ -511,6 +512,7 @@ std::tuple<Tensor, Tensor> prefill(Tensor q, Tensor k, Tensor v, Tensor cu_q, Te
   args.rule = check_rule(check, windows, std::nullopt, std::nullopt, B, H, page_size, sink, page_size);
   if (lists) {
     check.shape(*lists, "lists", "[B, H, R, K]", {B, H, any, any}).dtype(*lists, "lists", ScalarType::Int);
+    args.rule.has_lists = true;
     args.rule.lists = ints(*lists);
     args.rule.list_stride0 = lists->stride(0), args.rule.list_stride1 = lists->stride(1);
     args.list_stride2 = lists->stride(2), args.list_rows = lists->size(2), args.rule.K = lists->size(3);

@@ -38,8 +38,8 @@ class BlockPool:
 
     GROWTH = 1.5
 
-    def __init__(self, config: SparseConfig, head_dim: int, dtype: torch.dtype, device: torch.device, capacity: int) -> None:
-        P, D = config.page_size, head_dim
+    def __init__(self, config: SparseConfig, like: Tensor, capacity: int) -> None:
+        P, D, dtype = config.page_size, like.shape[-1], like.dtype
         int8 = config.kv_dtype == "int8"
         rows: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "k": ((P, D), torch.uint8 if int8 else dtype),
@@ -49,8 +49,8 @@ class BlockPool:
             rows["stats"] = ((P // config.stats_group, 2, D), dtype)
         if int8:
             rows["scales"] = ((1 if config.needs_stats else 2, P, 2), torch.float32)
-        self.tensors = {name: torch.empty((0, *shape), dtype=kind, device=device) for name, (shape, kind) in rows.items()}
-        self.block_bytes = sum(tensor[0:1].element_size() * tensor.shape[1:].numel() for tensor in self.tensors.values())
+        self.tensors = {name: like.new_empty((0, *shape), dtype=kind) for name, (shape, kind) in rows.items()}
+        self.block_bytes = sum(t.element_size() * t.shape[1:].numel() for t in self.tensors.values())
         self._references = np.zeros(0, np.int64)
         self._free: list[int] = []
         self.peak = 0
@@ -119,13 +119,11 @@ class LayerCache:
         self._window = max(config.local_pages, config.prefill_local_pages)  # of streaming heads, until the first decode
         self._selector = None if dense or self._streaming.all() else make_selector(config)
         with torch.inference_mode(False):
-            local = [(config.local_pages, config.prefill_local_pages) if s else (0 if self._selector else DENSE, DENSE)
-                     for s in streaming]
-            self._decode_windows, self._prefill_windows = (
-                torch.tensor(windows, dtype=torch.int32, device=self.device) for windows in zip(*local)
-            )  # fmt: skip
+            listed = DENSE if self._selector is None else 0
+            self._decode_windows = self._ints(np.where(self._streaming, config.local_pages, listed))
+            self._prefill_windows = self._ints(np.where(self._streaming, config.prefill_local_pages, DENSE))
             pages = -(-config.max_tokens // P) if config.max_tokens else 4
-            self._pool = BlockPool(config, D, self.dtype, self.device, B * H * pages if config.max_tokens else 0)
+            self._pool = BlockPool(config, like, B * H * pages if config.max_tokens else 0)
             self._raw_k = like.new_empty(B, H, 2 * P, D)
             self._raw_v = like.new_empty(B, H, 2 * P, D)
         self._table = np.full((B, H, pages), -1, np.int32)
@@ -189,9 +187,8 @@ class LayerCache:
             [B, T, Hq, D]; 0 for pad tokens.
         """
         if k.shape[:2] != (self.batch_size, self.heads) or k.shape[3] != self.head_dim:
-            raise ValueError(
-                f"k: expected [{self.batch_size}, {self.heads}, T, {self.head_dim}], as the cache holds, got {list(k.shape)}"
-            )
+            held = f"[{self.batch_size}, {self.heads}, T, {self.head_dim}]"
+            raise ValueError(f"k: expected {held}, as the cache holds, got {list(k.shape)}")
         return (self._decode if k.shape[2] == 1 else self._prefill)(q, k, v, np.asarray(pads, np.int64), scale)
 
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, pads: np.ndarray, scale: float) -> Tensor:
@@ -199,16 +196,24 @@ class LayerCache:
         new = T - pads
         if pads.any():
             columns = torch.arange(T, device=self.device) >= torch.from_numpy(pads).to(self.device)[:, None]
-            packed = [x.transpose(1, 2)[columns] for x in (q, k, v)]
+            q_new, k_new, v_new = (x.transpose(1, 2)[columns] for x in (q, k, v))
         else:
             columns = None
-            packed = [x.transpose(1, 2).reshape(B * T, x.shape[1], D) for x in (q, k, v)]
+            q_new, k_new, v_new = (x.transpose(1, 2).reshape(B * T, x.shape[1], D) for x in (q, k, v))
         bounds = self._ints(np.concatenate([[0], np.cumsum(new)]))
         out, lse = ops.prefill(
-            *packed, bounds, bounds, self._prefill_windows, self.kv, self._device_lengths,
-            sink=self.config.prefill_sink_pages, scale=scale,
-        )  # fmt: skip
-        self._append(packed[1], packed[2], bounds, new)
+            q_new,
+            k_new,
+            v_new,
+            bounds,
+            bounds,
+            self._prefill_windows,
+            self.kv,
+            self._device_lengths,
+            sink=self.config.prefill_sink_pages,
+            scale=scale,
+        )
+        self._append(k_new, v_new, bounds, new)
         if columns is not None:
             out = out.new_zeros(B, T, Hq, D).index_put_((columns,), out)
             lse = lse.new_full((B, T, Hq), float("-inf")).index_put_((columns,), lse)
@@ -235,13 +240,13 @@ class LayerCache:
         if self._selector is not None:
             lists, local_start = self._selector.select(q, kv, self._device_lengths, self._decode_windows)
             unit = self._selector.unit
-        rule = (self._device_lengths, self._decode_windows, lists, local_start)
-        out, lse = ops.decode(q, kv, *rule, sink=self.config.sink_pages, unit=unit, scale=scale)
-        if self._selector is not None:
-            if self._selector.observes:
-                mass = ops.attention_mass(q[:, None], lse[:, None], kv, *rule, sink=self.config.sink_pages, unit=unit, scale=scale)
-                self._selector.observe(mass, self._device_lengths, 1)
             self._last = lists, local_start, unit
+        rule = (self._device_lengths, self._decode_windows, lists, local_start)
+        sink = self.config.sink_pages
+        out, lse = ops.decode(q, kv, *rule, sink=sink, unit=unit, scale=scale)
+        if self._selector is not None and self._selector.observes:
+            mass = ops.attention_mass(q[:, None], lse[:, None], kv, *rule, sink=sink, unit=unit, scale=scale)
+            self._selector.observe(mass, self._device_lengths, 1)
         return out[:, None]
 
     def _append(self, k: Tensor, v: Tensor, bounds: Tensor, new: np.ndarray) -> None:
@@ -320,8 +325,8 @@ class LayerCache:
             last = min(length // P + (length % P > 0), self._sealed[b])
             if length < self._lengths[b] and first < min(self._freed[b], last):
                 raise ValueError(
-                    f"crop: expected at most the tokens that streaming heads still hold, got {tokens} tokens, which needs "
-                    f"page {first} of sequence {b}, and pages up to {self._freed[b] - 1} are freed"
+                    f"crop: expected no more than streaming heads still hold, got {tokens} tokens, which needs page "
+                    f"{first} of sequence {b}, and pages up to {self._freed[b] - 1} are freed"
                 )
 
     def _cropped(self, tokens: int) -> np.ndarray:
@@ -340,7 +345,7 @@ class LayerCache:
         for b in np.flatnonzero(lengths < self._sealed * P):
             page = int(lengths[b] // P)
             if lengths[b] % P:
-                self._unseal(b, page)
+                self._unseal(int(b), page)
             self._pool.drop(self._table[b, :, page:])
             self._table[b, :, page:] = -1
             self._sealed[b] = page
@@ -411,20 +416,24 @@ class LayerCache:
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`, in a layer just made for it."""
-        part = {name: {key.removeprefix(name): tensor.to(self.device) for key, tensor in state.items() if key.startswith(name)}
-                for name in ("pool.", "selector.")}  # fmt: skip
-        blocks = self._pool.take(len(part["pool."]["k"]))
-        for name, tensor in part["pool."].items():
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {key.removeprefix(prefix): t.to(self.device) for key, t in state.items() if key.startswith(prefix)}
+
+        pools = part("pool.")
+        blocks = self._pool.take(len(pools["k"]))
+        for name, tensor in pools.items():
             self._pool.tensors[name][torch.from_numpy(blocks).to(self.device).long()] = tensor
         table = state["table"].numpy()
         self._table = np.where(table >= 0, blocks[table] if len(blocks) else table, -1).astype(np.int32)
         self._pool.share(self._table)
         self._pool.drop(blocks)  # what take gave; the table's own references stay
-        self._lengths, self._sealed, self._freed = (state[name].numpy().copy() for name in ("lengths", "sealed", "freed"))
+        hosts = (state[name].numpy().copy() for name in ("lengths", "sealed", "freed"))
+        self._lengths, self._sealed, self._freed = hosts
         self._window = int(state["window"])
         self._raw_k, self._raw_v = state["raw_k"].to(self.device), state["raw_v"].to(self.device)
         if self._selector is not None:
-            self._selector.restore(part["selector."])
+            self._selector.restore(part("selector."))
         self._upload()
 
     def __del__(self) -> None:

@@ -16,6 +16,8 @@ from .heads import HeadPattern
 
 Scorer: TypeAlias = Callable[..., torch.Tensor]
 
+_OPTIONAL = ("prefill_sink_tokens", "prefill_local_tokens", "budget_tokens", "max_tokens")
+
 PRESETS = ("dense", "streaming", "duo", "quest", "h2o", "lserve", "alisa")
 
 
@@ -78,7 +80,8 @@ class SparseConfig:
     @classmethod
     def quest(cls, **overrides: Any) -> SparseConfig:
         """Quest: small pages selected by their min and max at every step."""
-        return cls(**_merge(overrides, page_size=16, sink_tokens=0, local_tokens=16, budget_tokens=2048, dense_layers=2))
+        fields = {"page_size": 16, "sink_tokens": 0, "local_tokens": 16, "budget_tokens": 2048, "dense_layers": 2}
+        return cls(**_merge(overrides, **fields))
 
     @classmethod
     def h2o(cls, **overrides: Any) -> SparseConfig:
@@ -93,7 +96,8 @@ class SparseConfig:
     @classmethod
     def alisa(cls, **overrides: Any) -> SparseConfig:
         """ALISA: sparse window attention over INT8 tokens, one set of tokens a layer."""
-        return cls(**_merge(overrides, unit="token", scorer="decayed_mass", sink_tokens=0, kv_sparsity=0.8, kv_dtype="int8"))
+        fields = {"unit": "token", "scorer": "decayed_mass", "sink_tokens": 0, "kv_sparsity": 0.8, "kv_dtype": "int8"}
+        return cls(**_merge(overrides, **fields))
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> SparseConfig:
@@ -133,17 +137,20 @@ class SparseConfig:
     @property
     def selects(self) -> bool:
         """Whether retrieval heads follow a list in decode; otherwise they are dense."""
-        return self.budget_tokens is not None or self.kv_sparsity is not None
+        return self.budget_tokens is not None or bool(self.kv_sparsity)
 
     @property
     def list_pages(self) -> int:
         """Length of a list of pages: the budget less sink and local."""
-        return 0 if self.budget_tokens is None else self.budget_tokens // self.page_size - self.sink_pages - self.local_pages
+        if self.budget_tokens is None:
+            return 0
+        return self.budget_tokens // self.page_size - self.sink_pages - self.local_pages
 
     @property
     def token_ratio(self) -> float:
-        """Share of a sequence's tokens attended under a list of tokens, half of it local (`ops.select_tokens`)."""
-        return 1.0 if self.kv_sparsity is None else 1.0 - self.kv_sparsity
+        """Share of a sequence's tokens that a list of tokens leaves, half of it local (`ops.select_tokens`); 2
+        without a sparsity: then only token_picks bounds it."""
+        return 2.0 if self.kv_sparsity is None else 1.0 - self.kv_sparsity
 
     @property
     def token_picks(self) -> int | None:
@@ -159,7 +166,7 @@ class SparseConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every field, ready for JSON."""
         if callable(self.scorer):
-            raise TypeError(f"SparseConfig.scorer: expected a name, because a callable has no JSON form, got {self.scorer!r}")
+            raise self._error("scorer", "a name, because a callable has no JSON form", TypeError)
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if isinstance(self.streaming, HeadPattern):
             fields["streaming"] = self.streaming.to_dict()
@@ -177,7 +184,9 @@ class SparseConfig:
             if name not in known:
                 raise ValueError(f"SparseConfig: expected the fields {', '.join(known)}, got {name!r}")
         streaming = fields.get("streaming")
-        return cls(**{**fields, "streaming": HeadPattern.from_dict(streaming) if isinstance(streaming, Mapping) else streaming})
+        if isinstance(streaming, Mapping):
+            fields = {**fields, "streaming": HeadPattern.from_dict(streaming)}
+        return cls(**fields)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON."""
@@ -190,12 +199,10 @@ class SparseConfig:
 
     # ---- validation -------------------------------------------------------------------------------------------------
     def __post_init__(self) -> None:
-        for name, least in (("page_size", 1), ("stats_group", 1), ("reuse_interval", 1), ("sink_tokens", 0),
-                            ("local_tokens", 0), ("dense_layers", 0)):
-            self._check_int(name, least)
-        for name, least in (("prefill_sink_tokens", 0), ("prefill_local_tokens", 0), ("budget_tokens", 1), ("max_tokens", 1)):
-            if getattr(self, name) is not None:
-                self._check_int(name, least)
+        for name in ("page_size", "stats_group", "reuse_interval", "budget_tokens", "max_tokens"):
+            self._check_int(name, 1)
+        for name in ("sink_tokens", "local_tokens", "prefill_sink_tokens", "prefill_local_tokens", "dense_layers"):
+            self._check_int(name, 0)
         self._check_name("kv_dtype", "auto", "int8")
         self._check_name("unit", "page", "token")
         if not callable(self.scorer):
@@ -227,12 +234,16 @@ class SparseConfig:
             raise self._error("scorer", "'mass' or 'decayed_mass' with unit 'token'")
         if self.selects and self.unit == "page" and self.scorer in ("mass", "decayed_mass"):
             raise self._error("scorer", "'minmax' or a callable with unit 'page'")
+        if self.selects and self.unit == "token" and self.sink_tokens:
+            raise self._error("sink_tokens", "0 with unit 'token', where heavy tokens take the sink's place")
         forced = (self.sink_pages + self.local_pages) * self.page_size
         if self.budget_tokens is not None and self.unit == "page" and self.budget_tokens < forced:
             raise self._error("budget_tokens", f"at least {forced}, the tokens of the sink and local pages")
 
     def _check_int(self, name: str, least: int) -> None:
         value = getattr(self, name)
+        if value is None and name in _OPTIONAL:
+            return
         if isinstance(value, bool) or not isinstance(value, int):
             raise self._error(name, f"an int of at least {least}", TypeError)
         if value < least:

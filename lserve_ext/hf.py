@@ -29,9 +29,10 @@ from .config import SparseConfig
 from .heads import HeadPattern
 
 NAME = "lserve"
+_WHO = f"attn_implementation={NAME!r}"
 
 # Keywords that change what is attended; the others that reach an attention function do not.
-_UNSUPPORTED = ("softcap", "sliding_window", "s_aux", "sinks", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k", "block_mask")
+_UNSUPPORTED = ("softcap", "sliding_window", "s_aux", "sinks", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 class PendingKV:
@@ -63,7 +64,7 @@ class PendingKV:
         cls._refuse()
 
 
-class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
+class SparseLayer(CacheLayerMixin):
     """One layer of a `SparseCache`: makes its `LayerCache` when it sees the first keys."""
 
     is_compileable = False
@@ -72,15 +73,20 @@ class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
     supports_early_init = False
 
     def __init__(self, config: SparseConfig, pattern: Sequence[bool], index: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.config, self.pattern, self.index = config, pattern, index
         self.seen = 0  # columns of the padded batch, which is what transformers counts
         self.kv: LayerCache | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        streaming = _local_heads(self.pattern, key_states.shape[1])
-        self.kv = LayerCache(self.config, streaming, self.index < self.config.dense_layers, key_states)
+        self.make(key_states)
+
+    def make(self, like: Tensor) -> LayerCache:
+        """The layer's cache, empty, for keys of that shape, dtype and device."""
+        streaming = _local_heads(self.pattern, like.shape[1])
+        self.kv = LayerCache(self.config, streaming, self.index < self.config.dense_layers, like)
         self.is_initialized = True
+        return self.kv
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if self.kv is None:
@@ -138,7 +144,7 @@ class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
     prefetch = offload
 
 
-class SparseCache(Cache):  # type: ignore[misc]
+class SparseCache(Cache):
     """The KV cache of a transformers model: paged, sparse, optionally INT8.
 
     Args:
@@ -149,6 +155,8 @@ class SparseCache(Cache):  # type: ignore[misc]
         ValueError: the pattern of streaming heads does not fit the model, or there is none to cut a fraction from.
     """
 
+    layers: list[SparseLayer]  # type: ignore[assignment]  # transformers' list is of any layers
+
     def __init__(self, config: PretrainedConfig, sparse: SparseConfig | None = None) -> None:
         sparse = sparse if sparse is not None else SparseConfig.dense()
         text = config.get_text_config(decoder=True)
@@ -156,13 +164,11 @@ class SparseCache(Cache):  # type: ignore[misc]
         patterns = heads.resolve(sparse.streaming, text.num_hidden_layers, kv_heads)
         super().__init__(layers=[SparseLayer(sparse, pattern, i) for i, pattern in enumerate(patterns)])
         self.sparse = sparse
-        self._committed = 0  # columns that every layer holds
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if layer_idx == 0:
             self._recover()
-        result: tuple[Any, Any] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return result
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _recover(self) -> None:
         """After an exception in the middle of a forward: back to the last length that all layers reached."""
@@ -201,7 +207,7 @@ class SparseCache(Cache):  # type: ignore[misc]
         """Writes the cache as safetensors."""
         from safetensors.torch import save_file
 
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
             if layer.kv is not None:
                 tensors |= {f"{i}.{name}": tensor.cpu().contiguous() for name, tensor in layer.kv.state().items()}
@@ -213,7 +219,9 @@ class SparseCache(Cache):  # type: ignore[misc]
         save_file(tensors, path, {"lserve_ext": json.dumps(head)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], config: PretrainedConfig, device: torch.device | str = "cpu") -> SparseCache:
+    def load(
+        cls, path: str | os.PathLike[str], config: PretrainedConfig, device: torch.device | str = "cpu"
+    ) -> SparseCache:
         """Reads what `save` wrote, for the same model, onto one device."""
         from safetensors import safe_open
 
@@ -222,7 +230,7 @@ class SparseCache(Cache):  # type: ignore[misc]
             if "lserve_ext" not in metadata:
                 raise ValueError(f"SparseCache.load: expected a file of SparseCache.save, got {os.fspath(path)!r}")
             head = json.loads(metadata["lserve_ext"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
         cache = cls(config, SparseConfig.from_dict(head["sparse"]))
         if len(cache.layers) != len(head["seen"]):
             raise ValueError(f"SparseCache.load: expected {len(cache.layers)} layers, got {len(head['seen'])}")
@@ -231,8 +239,7 @@ class SparseCache(Cache):  # type: ignore[misc]
             layer.pattern, layer.seen = head["pattern"][i], head["seen"][i]
             if state:
                 raw = state["raw_k"].to(device)
-                layer.lazy_initialization(raw, raw)
-                layer.kv.restore(state)
+                layer.make(raw).restore(state)
         return cache
 
 
@@ -271,13 +278,13 @@ def attention(
     """
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
-            raise ValueError(f"attn_implementation='lserve' does not support {name}: expected None, got {kwargs[name]!r:.60}")
+            raise ValueError(f"{_WHO} does not support {name}: expected None, got {kwargs[name]!r:.60}")
     if dropout:
-        raise ValueError(f"attn_implementation='lserve' does not support dropout: expected 0, got {dropout}")
+        raise ValueError(f"{_WHO} does not support dropout: expected 0, got {dropout}")
     if getattr(module, "is_causal", True) is False or kwargs.get("is_causal") is False:
-        raise ValueError("attn_implementation='lserve' is causal, and this attention is not")
+        raise ValueError(f"{_WHO} is causal, and this attention is not")
     if torch.is_grad_enabled() and query.requires_grad:
-        raise RuntimeError("attn_implementation='lserve' has no gradient: call the model under torch.no_grad()")
+        raise RuntimeError(f"{_WHO} has no gradient: call the model under torch.no_grad()")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if isinstance(key, PendingKV):
         return key.layer.attend(query, key.k, key.v, attention_mask, scale), None
@@ -290,19 +297,18 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, kv_start: Tensor | None, scale: floa
     S = k.shape[2]
     starts = [0] * B if kv_start is None else [min(int(s), S) for s in kv_start.tolist()]
     q_rows = [T - min(T, S - start) for start in starts]
-    packed = [
-        torch.cat([x[b, :, first:].transpose(0, 1) for b, first in enumerate(firsts)])
-        for x, firsts in ((q, q_rows), (k, starts), (v, starts))
-    ]
-    cu_q, cu_k = (
-        torch.tensor(np.concatenate([[0], np.cumsum([n - first for first in firsts])]), dtype=torch.int32, device=q.device)
-        for n, firsts in ((T, q_rows), (S, starts))
-    )
+
+    def pack(x: Tensor, firsts: list[int]) -> tuple[Tensor, Tensor]:
+        rows = [x[b, :, first:].transpose(0, 1) for b, first in enumerate(firsts)]
+        bounds = np.cumsum([0, *map(len, rows)])
+        return torch.cat(rows), torch.from_numpy(bounds.astype(np.int32)).to(x.device)
+
+    (q_new, cu_q), (k_new, cu_k), (v_new, _) = pack(q, q_rows), pack(k, starts), pack(v, starts)
     windows = torch.full((k.shape[1],), ops.DENSE, dtype=torch.int32, device=q.device)
-    packed_out, _ = ops.prefill(*packed, cu_q, cu_k, windows, scale=scale)
+    packed, _ = ops.prefill(q_new, k_new, v_new, cu_q, cu_k, windows, scale=scale)
     out = q.new_zeros(B, T, Hq, D)
-    for b, (first, rows) in enumerate(zip(q_rows, packed_out.split([T - first for first in q_rows]))):
-        out[b, first:] = rows
+    for b, first in enumerate(q_rows):
+        out[b, first:] = packed[int(cu_q[b]) : int(cu_q[b + 1])]
     return out
 
 
@@ -323,14 +329,14 @@ def mask(
     """
     if int(q_offset) + q_length != kv_length + kv_offset:
         raise ValueError(
-            f"attn_implementation='lserve': expected a cache that holds {int(q_offset)} tokens and no more, got {kv_length} keys "
-            f"for {q_length} queries. Static caches are not supported: use SparseCache or DynamicCache"
+            f"{_WHO}: expected a cache that holds {int(q_offset)} tokens and no more, got {kv_length} keys for "
+            f"{q_length} queries. Static caches are not supported: use SparseCache or DynamicCache"
         )
     if attention_mask is None:
         return None
     padding = attention_mask[:, :kv_length].bool().cpu()
     if not bool((padding[:, :-1] <= padding[:, 1:]).all()):
-        raise ValueError("attn_implementation='lserve' supports padding on the left only, got a mask with padding elsewhere")
+        raise ValueError(f"{_WHO} supports padding on the left only, got a mask with padding elsewhere")
     return (~padding).sum(1, dtype=torch.int32)
 
 

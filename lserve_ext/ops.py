@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from . import _C  # noqa: F401  (its import registers torch.ops.lserve_ext)
+from . import _C  # type: ignore[attr-defined]  # noqa: F401  (its import registers torch.ops.lserve_ext)
 
 __all__ = [
     "DENSE",
@@ -94,7 +94,7 @@ def _call(op: Any, *args: Any) -> Any:
     except RuntimeError as error:
         text = str(error).splitlines()[0] if str(error) else ""
         start = text.find("lserve_ext::")
-        if start < 0:
+        if start < 0 or "no gradient" in text:
             raise
         kind = TypeError if "expected dtype" in text or "expected the device" in text else ValueError
         raise kind(text[start:]) from None
@@ -176,9 +176,7 @@ def gather_pages(src: Tensor, src_ids: Tensor, dst: Tensor, dst_ids: Tensor) -> 
     _call(_ops.gather_pages, src, src_ids, dst, dst_ids)
 
 
-def page_scores(
-    q: Tensor, stats: Tensor, block_table: Tensor, sealed: Tensor, windows: Tensor | None = None
-) -> Tensor:
+def page_scores(q: Tensor, stats: Tensor, block_table: Tensor, sealed: Tensor, windows: Tensor | None = None) -> Tensor:
     """Importance of every sealed page for every kv head (Quest, section 3.3; LServe, section 4.2).
 
     The maximum over a page's groups and over the G query heads of ``Σ_i max(q_i·min_i, q_i·max_i)``: an
@@ -232,16 +230,14 @@ def select_tokens(
         lengths: [B] int32 tokens held, the query's own included.
         sealed: [B] int32.
         page_size: P.
-        ratio: share of the tokens to attend, in (0, 1].
+        ratio: share of the tokens to attend, local and picked, up to 1; or 2, so that only max_picks bounds k.
         max_picks: K, the most that are picked.
 
     Returns:
         tokens: [B, H, K] int32 positions, ascending, -1 padded; ties go to the lower position.
         local_start: [B] int32 first local position.
     """
-    return cast(
-        "tuple[Tensor, Tensor]", _call(_ops.select_tokens, mass, lengths, sealed, page_size, ratio, max_picks)
-    )
+    return cast("tuple[Tensor, Tensor]", _call(_ops.select_tokens, mass, lengths, sealed, page_size, ratio, max_picks))
 
 
 def prefill(
@@ -375,6 +371,28 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
         out: [..., D] in out_a's dtype; lse: [...] float32.
     """
     return cast("tuple[Tensor, Tensor]", _call(_ops.merge_states, out_a, lse_a, out_b, lse_b))
+
+
+# No op has a gradient. Saying so at the call is kinder than a wrong or missing gradient later.
+
+
+def _refuse_grad(name: str) -> Any:
+    op = getattr(_ops, name).default
+
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            for x in (*args, *kwargs.values()):
+                if isinstance(x, Tensor) and x.requires_grad:
+                    raise RuntimeError(f"lserve_ext::{name} has no gradient: call it under torch.no_grad()")
+        return op.redispatch(keys & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    return kernel
+
+
+_autograd = torch.library.Library("lserve_ext", "IMPL")
+for _name in __all__:
+    if hasattr(_ops, _name):
+        _autograd.impl(_name, _refuse_grad(_name), "Autograd", with_keyset=True)
 
 
 # Fake rules: shapes and dtypes only, for torch.compile and torch.export.

@@ -199,9 +199,7 @@ def history(kv: PagedKV, b: int, h: int, length: int) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------------- selection
 
 
-def page_scores(
-    q: Tensor, stats: Tensor, block_table: Tensor, sealed: Tensor, windows: Tensor | None = None
-) -> Tensor:
+def page_scores(q: Tensor, stats: Tensor, block_table: Tensor, sealed: Tensor, windows: Tensor | None = None) -> Tensor:
     """q [B, Hq, D] -> [B, H, M]: no key of the page has a larger q·k with any query head of the group."""
     heads, group = block_table.shape[1], q.shape[1] // block_table.shape[1]
     scores = torch.full(block_table.shape, -math.inf, device=q.device)

@@ -133,7 +133,7 @@ class TokenSelector(_Reusable):
         if self._mass is not None:
             before = self._padded(mass.shape[2], mass.shape[0], mass.shape[1], mass.device)
             if self._decays:
-                window = (lengths * (self._ratio / 2)).clamp_min(1.0)  # k
+                window = (lengths * (self._ratio / 2)).clamp(1.0, self._picks)  # k
                 before = before * ((1 - 1 / window) ** steps)[:, None, None]
             mass = before + mass
         self._mass = mass

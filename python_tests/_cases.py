@@ -6,17 +6,22 @@ Whatever nobody should read is poisoned: free blocks, stale raw rows and everyth
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any, ParamSpec, TypeVar
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 from lserve_ext import reference
-from lserve_ext.ops import DENSE, PagedKV
+from lserve_ext.ops import PagedKV
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,21 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return same_kind and torch.equal(a.contiguous().view(as_int), b.contiguous().view(as_int))
 
 
+def one_thread(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The reference is thousands of tiny ops, whose threads would only wait for each other."""
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
 def outside(t: Tensor) -> Tensor:
     """The rest of a tensor's storage: guard rows, and what lies between strided ones."""
     flat = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage()).clone()
@@ -143,9 +163,7 @@ class Case:
         """Random tokens older than the local ones, and local_start, unit 1."""
         width = self.kv.block_table.shape[2] * self.shape.page_size
         mass = normal(seed, self.batch, self.heads, width, device=str(self.lengths.device))
-        return reference.select_tokens(
-            mass, self.lengths, self.kv.sealed, self.shape.page_size, ratio, max_picks
-        )
+        return reference.select_tokens(mass, self.lengths, self.kv.sealed, self.shape.page_size, ratio, max_picks)
 
 
 def empty_kv(
@@ -156,35 +174,33 @@ def empty_kv(
     columns: int | None = None,
     device: str = "cpu",
     seed: int = 0,
-    one_table: bool = False,
 ) -> PagedKV:
     """A poisoned cache with blocks for the first pages[b] pages of sequence b, in a random order of the pools.
 
-    Blocks and slots differ, as they do when some blocks live elsewhere; with `one_table` they agree.
+    Blocks and slots differ, as they do when some blocks live elsewhere.
     """
     int8, batch = shape.kv_dtype == "int8", len(pages)
     p, d, rng = shape.page_size, shape.head_dim, generator(seed)
     columns = max(pages, default=0) + 1 if columns is None else columns
     used = heads * sum(pages)
 
-    def table(spare: int) -> Tensor:
-        ids = iter(torch.randperm(used + spare, generator=rng).tolist())
+    def table(rows_of_pool: int) -> Tensor:
+        ids = iter(torch.randperm(rows_of_pool, generator=rng).tolist())
         rows = [[[next(ids) for _ in range(n)] + [-1] * (columns - n) for _ in range(heads)] for n in pages]
         return ints(rows, device).reshape(batch, heads, columns)
 
-    slot_table = table(3)
-    block_table = slot_table if one_table else table(5)
-    slots, blocks = used + 3, used + (3 if one_table else 5)
+    slots, blocks = used + 3, used + 5
     pool = torch.uint8 if int8 else shape.dtype
-    stats = shape.stats_group and guarded(blocks, p // shape.stats_group, 2, d, dtype=shape.dtype, device=device)
+    groups = p // shape.stats_group if shape.stats_group else 0
+    stats = guarded(blocks, groups, 2, d, dtype=shape.dtype, device=device) if groups else None
     scales = guarded(slots, 1 if shape.stats_group else 2, p, 2, dtype=F32, device=device) if int8 else None
     return PagedKV(
         k_pool=guarded(slots, p, d, dtype=pool, device=device),
         v_pool=guarded(slots, p, d, dtype=pool, device=device),
-        stats=stats if isinstance(stats, Tensor) else None,
+        stats=stats,
         scales=scales,
-        block_table=block_table,
-        slot_table=slot_table,
+        slot_table=table(slots),
+        block_table=table(blocks),
         raw_k=guarded(batch, heads, 2 * p, d, dtype=shape.dtype, device=device),
         raw_v=guarded(batch, heads, 2 * p, d, dtype=shape.dtype, device=device),
         sealed=torch.zeros(batch, dtype=torch.int32, device=device),
@@ -201,6 +217,7 @@ def pack(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(list(sequences)), ints(sizes, str(sequences[0].device)).cumsum(0, dtype=torch.int32)
 
 
+@one_thread
 def build(
     shape: Shape,
     lengths: Sequence[int],
@@ -209,14 +226,15 @@ def build(
     device: str = "cpu",
     seed: int = 0,
     columns: int | None = None,
-    one_table: bool = False,
+    room: int = 0,
     strided: bool = False,
     make: Callable[..., Tensor] = normal,
 ) -> Case:
-    """A cache that holds `lengths` tokens a sequence, written by the reference."""
+    """A cache that holds `lengths` tokens a sequence, written by the reference, and blocks for `room` pages more."""
     sealed = sealed_pages(lengths, shape.page_size)
-    columns = max(-(-n // shape.page_size) for n in lengths) + 1 if columns is None else columns
-    kv = empty_kv(shape, sealed, heads=heads, columns=columns, device=device, seed=seed, one_table=one_table)
+    columns = max(-(-n // shape.page_size) for n in lengths) + 1 + room if columns is None else columns
+    pages = [n + room for n in sealed]
+    kv = empty_kv(shape, pages, heads=heads, columns=columns, device=device, seed=seed)
     if strided:
         kv = spread_kv(kv)
     dims = (heads, shape.head_dim)
@@ -300,10 +318,13 @@ def permuted(kv: PagedKV, seed: int) -> PagedKV:
     )
 
 
+PER_SEQUENCE = ("block_table", "slot_table", "raw_k", "raw_v", "sealed")
+
+
 def sequence(case: Case, b: int) -> Case:
     """One sequence of the batch, in the same pools."""
-    tables = {name: getattr(case.kv, name)[b : b + 1] for name in ("block_table", "slot_table", "raw_k", "raw_v", "sealed")}
-    return Case(case.kv._replace(**tables), case.lengths[b : b + 1], [case.k[b]], [case.v[b]], case.shape)
+    own = {name: getattr(case.kv, name)[b : b + 1] for name in PER_SEQUENCE}
+    return Case(case.kv._replace(**own), case.lengths[b : b + 1], [case.k[b]], [case.v[b]], case.shape)
 
 
 # ---------------------------------------------------------------------------------------------- comparison
@@ -339,8 +360,9 @@ def assert_as_good_as_torch(actual: Tensor, exact: Tensor, plain: Tensor, atol: 
         assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
 
+@one_thread
 def assert_attention(
-    op: tuple[Tensor, Tensor], function: Callable[..., tuple[Tensor, Tensor]], q: Tensor, *args: object, **kwargs: object
+    op: tuple[Tensor, Tensor], function: Callable[..., tuple[Tensor, Tensor]], q: Tensor, *args: Any, **kwargs: Any
 ) -> None:
     """Compares (out, lse) of an op with the reference `function` of the same arguments."""
     exact = function(q.double(), *args, **kwargs)
@@ -349,6 +371,3 @@ def assert_attention(
     assert op[0].dtype == q.dtype and op[1].dtype == F32
     assert_as_good_as_torch(op[0], exact[0], plain[0])
     assert_as_good_as_torch(op[1], exact[1].float(), plain[1], atol=3e-6)
-
-
-__all__ = ["DENSE", "SHAPES", "SMALL", "Case", "PagedKV", "Shape"]

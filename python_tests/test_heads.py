@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import _tiny
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lserve_ext import HeadPattern
-from lserve_ext.heads import resolve, shipped
+from lserve_ext.heads import calibrate, resolve, shipped
 
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 6))
 
@@ -86,7 +88,7 @@ def test_resolve() -> None:
     assert resolve(pattern, 2, 2) == [(True, False), (False, True)]
     with pytest.raises(ValueError, match=r"expected a pattern of 2 layers x 3 kv heads, got 2 x 2"):
         resolve(pattern, 2, 3)
-    with pytest.raises(ValueError, match=r"got the fraction 0.5: which heads stream is never guessed.*lserve calibrate"):
+    with pytest.raises(ValueError, match=r"got the fraction 0.5: which heads stream is never.*lserve calibrate"):
         resolve(0.5, 2, 2)
 
 
@@ -105,9 +107,9 @@ def test_the_shipped_pattern_loads_by_name() -> None:
 def test_messages(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"a shipped pattern \(smollm2-135m-instruct\), got 'no-such'"):
         HeadPattern.load("no-such")
-    with pytest.raises(ValueError, match=r"scores: expected one or more rows of one length, got 2 of lengths \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"scores: expected rows of one length, got 2 rows of lengths \[1, 2\]"):
         HeadPattern(((1.0,), (1.0, 2.0)))
-    with pytest.raises(ValueError, match=r"scores: expected one or more rows of one length, got 0"):
+    with pytest.raises(ValueError, match=r"scores: expected rows of one length, got 0 rows"):
         HeadPattern(())
     with pytest.raises(ValueError, match="scores: expected finite numbers"):
         HeadPattern(((float("nan"),),))
@@ -117,10 +119,56 @@ def test_messages(tmp_path: Path) -> None:
         HeadPattern(((1.0,),), 2)
     with pytest.raises(TypeError, match="fraction: expected a number from 0 to 1, got 'half'"):
         HeadPattern(((1.0,),), "half")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="expected the fields scores, fraction, metadata, got 'gates'"):
+    with pytest.raises(ValueError, match=r"expected the fields scores, fraction, metadata, got \['gates'\]"):
         HeadPattern.from_dict({"gates": []})
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "bad.tsv").write_text("1.0\tx\n")
     for name in ("bad.json", "bad.tsv"):
         with pytest.raises(ValueError, match=f"expected JSON or a TSV of gates in .*{name}"):
             HeadPattern.load(tmp_path / name)
+
+
+# ---- calibration ----------------------------------------------------------------------------------------------------
+
+
+def test_calibration_measures_every_head_and_leaves_the_model_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model, known = _tiny.llama(), list(ALL_ATTENTION_FUNCTIONS)
+    before = model.config._attn_implementation
+    pattern = calibrate(model, _tiny.tokenizer(), text=_tiny.text(), length=3000, samples=2, fraction=0.25)
+    assert (pattern.num_layers, pattern.num_heads, pattern.fraction) == (2, 2, 0.25)
+    assert all(score > 0 for row in pattern.scores for score in row)
+    assert pattern.metadata["samples"] == 2
+    assert model.config._attn_implementation == before and list(ALL_ATTENTION_FUNCTIONS) == known
+    assert "4/4" in capsys.readouterr().err  # the progress bar
+
+
+def test_calibration_repeats_and_the_seed_matters() -> None:
+    model, tokenizer, text = _tiny.llama(), _tiny.tokenizer(), _tiny.text()
+    scores = [calibrate(model, tokenizer, text=text, length=3000, samples=1, seed=seed).scores for seed in (0, 0, 1)]
+    assert scores[0] == scores[1] != scores[2]
+
+
+@pytest.mark.parametrize("far", [0, 1, 2])
+def test_the_head_that_looks_far_back_has_the_highest_score(far: int) -> None:
+    """Queries and keys are constants: 0 in one kv head, which so attends evenly to everything; in the others so large
+    that after rotary embedding only the nearest tokens count."""
+    model = _tiny.llama(layers=1, kv_heads=3, num_attention_heads=6, hidden_size=96, attention_bias=True)
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        for projection in (attention.q_proj, attention.k_proj):
+            projection.weight.zero_()
+            projection.bias.view(3, -1).copy_(torch.full((3, 1), 10.0).index_fill(0, torch.tensor(far), 0.0))
+    pattern = calibrate(model, _tiny.tokenizer(), text=_tiny.text(), length=3000, samples=1, fraction=2 / 3)
+    assert max(range(3), key=pattern.scores[0].__getitem__) == far
+    assert pattern.streaming(0) == tuple(head != far for head in range(3))
+
+
+def test_calibration_wants_a_text_of_that_length() -> None:
+    with pytest.raises(ValueError, match="length: expected more than sink and local, 384, got 300"):
+        calibrate(_tiny.llama(), _tiny.tokenizer(), length=300)
+    with pytest.raises(ValueError, match="samples: expected at least 1, got 0"):
+        calibrate(_tiny.llama(), _tiny.tokenizer(), samples=0)
+    with pytest.raises(ValueError, match=r"length: expected .* tokens with this text, got 3000"):
+        calibrate(_tiny.llama(), _tiny.tokenizer(), text="short", length=3000, samples=1)

