@@ -6,10 +6,10 @@
 
 Before each call of an op or of a peer, the same threads sum (for ops that write much: copy) a stretch of memory that
 no cache holds. That leaves the caches cold, as a model's other layers do, and is the ceiling, taken in the same moments
-as what is compared with it. Share: the time that the op's bytes must take at that rate, or its operations at the rate of
-torch's matmul in the same dtype, over the time that the op takes. Bytes are those that must be read and written once,
-with statistics, scales, raw pages and tables. Peers do the same work in torch on the same tensors; those of INT8 read
-the model's dtype. With --threads 1, CPU time is taken, which other processes on a shared machine do not stretch.
+as what is compared with it. Share: the time that the op's bytes must take at that rate, or its operations at the rate
+of torch's matmul in the same dtype, over the time that the op takes. Bytes are those that must be read and written
+once, with statistics, scales, raw pages and tables. Peers do the same work in torch on the same tensors; those of INT8
+read the model's dtype. With --threads 1, CPU time is taken, which other processes on a shared machine do not stretch.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Work:
 
 
 def size(*tensors: Tensor | None) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return sum(t.nbytes for t in tensors if t is not None)
 
 
 class Layer:
@@ -73,7 +73,8 @@ class Layer:
     def __init__(self, shape: str, tokens: int, batch: int, dtype: str, kv: str, prompt: int, device: str):
         self.Hq, self.H, self.D = SHAPES[shape]
         self.B, self.n, self.M, self.prompt = batch, tokens, tokens // P, min(prompt, tokens) // P * P
-        self.dtype, self.int8, self.device = getattr(torch, dtype), kv == "int8", device
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.int8, self.device = kv == "int8", device
         self.k, self.v = (self.normal(batch, self.H, tokens, self.D) for _ in "kv")
         self.raw_k, self.raw_v = (self.normal(batch, self.H, 2 * P, self.D) for _ in "kv")
         self.k_pages, self.v_pages = self.k.view(-1, P, self.D), self.v.view(-1, P, self.D)
@@ -365,7 +366,8 @@ def main() -> None:
         pools_only = "" if kv == options.kv[0] else READS_POOLS
         cases = [c for c in CASES if c.startswith(pools_only) and any(word in c for word in options.only)]
         _, H, D = SHAPES[shape]
-        if not cases or 2 * batch * tokens * H * D * getattr(torch, dtype).itemsize > LARGEST:
+        if 2 * batch * tokens * H * D * getattr(torch, dtype).itemsize > LARGEST:
+            print(f"{shape} {tokens} x {batch} {dtype} {kv}: skipped, more than {LARGEST >> 30} GiB of keys and values")
             continue
         layer = Layer(shape, tokens, batch, dtype, kv, options.prompt, options.device)
         for c in cases:

@@ -254,11 +254,15 @@ class LayerCache:
         lengths = self._lengths + new
         sealed = np.maximum(self._sealed, lengths // P - 1)
         self._reserve(int(lengths.max(initial=0)))
-        keep_from = lengths // P - self._window  # streaming heads: one page more than the window, for exact crops
+        # Streaming heads keep one page more than their window, for exact crops. And what this append leaves behind is
+        # freed by the next one, so that an interrupted forward can be taken back.
+        self._free_past(self._lengths // P - self._window)
+        keep_from = lengths // P - self._window
         taken = []
         for b in np.flatnonzero(sealed > self._sealed):
             pages = np.arange(self._sealed[b], sealed[b])
-            wanted = ~self._streaming[:, None] | (pages < self._sink) | (pages >= keep_from[b])
+            was_raw = pages <= self._lengths[b] // P
+            wanted = ~self._streaming[:, None] | (pages < self._sink) | (pages >= keep_from[b]) | was_raw
             self._pool.drop(self._table[b][:, pages[0] : pages[-1] + 1])  # left by an interrupted append
             ids = self._pool.take(int(wanted.sum()))
             self._table[b][:, pages[0] : pages[-1] + 1][wanted] = ids
@@ -274,7 +278,6 @@ class LayerCache:
             self._upload_table()
             raise
         self._lengths, self._sealed = lengths, sealed
-        self._free_past(keep_from)
         self._upload_lengths()
 
     def _free_past(self, keep_from: np.ndarray) -> None:
@@ -322,11 +325,12 @@ class LayerCache:
         P = self.config.page_size
         for b, length in enumerate(self._cropped(tokens)):
             first = max(length // P - self._window + 1, self._sink)
-            last = min(length // P + (length % P > 0), self._sealed[b])
-            if length < self._lengths[b] and first < min(self._freed[b], last):
+            last = min(-(-length // P), self._sealed[b])  # the page that is cut, too
+            gone = (self._table[b, self._streaming, first:last] < 0).any(0)
+            if length < self._lengths[b] and gone.any():
                 raise ValueError(
                     f"crop: expected no more than streaming heads still hold, got {tokens} tokens, which needs page "
-                    f"{first} of sequence {b}, and pages up to {self._freed[b] - 1} are freed"
+                    f"{first + int(gone.argmax())} of sequence {b}"
                 )
 
     def _cropped(self, tokens: int) -> np.ndarray:

@@ -170,9 +170,16 @@ class SparseCache(Cache):
             self._recover()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns that every layer holds: after an interrupted forward, those from before it."""
+        return min(layer.seen for layer in self.layers)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
     def _recover(self) -> None:
         """After an exception in the middle of a forward: back to the last length that all layers reached."""
-        length = min(layer.seen for layer in self.layers)
+        length = self.get_seq_length()
         for layer in self.layers:
             if layer.seen > length and layer.kv is not None:
                 layer.kv.check_crop(layer.seen - length)

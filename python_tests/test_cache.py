@@ -57,6 +57,8 @@ def contents(cache: LayerCache) -> list[Tensor]:
         found += [kv.raw_k[b, :, rows], kv.raw_v[b, :, rows]]
         for h in range(H):
             blocks = kv.block_table[b, h, :sealed]
+            if cache._streaming[h]:  # what lies between sink and window is about to be freed, or already is
+                blocks = torch.cat([blocks[:1], blocks[max(1, n // P - cache._window) :]])
             found.append(blocks >= 0)
             found += [pool[blocks[blocks >= 0].long()] for pool in kv[:4] if pool is not None]
     return found
@@ -124,7 +126,7 @@ def test_streaming_heads_give_their_blocks_back() -> None:
     feed(cache, tuple(x[:, :, 20 * P :] for x in (q, k, v)), list(range(1, 44 * P)))  # type: ignore[arg-type]
     later = cache.memory()
     assert later.used <= after_prefill.used
-    assert cache._pool.peak <= H * 4  # sink, and local with one page of slack: never the whole prompt
+    assert cache._pool.peak <= H * 5  # sink, and local with two pages of slack: never the whole prompt
     audit(cache)
 
 

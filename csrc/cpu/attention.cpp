@@ -25,14 +25,17 @@ LSERVE_INLINE void dot_rows(const float* q, const X* rows, int64_t stride, int64
   for (int64_t i = 0; i < count; i += R) {
     const X* row[R];
     for (int r = 0; r < R; ++r) row[r] = rows + std::min(i + r, count - 1) * stride;
-    f32x16 acc[R][Heads] = {};
-    for (int64_t d = 0; d < D; d += 16)
-      for (int r = 0; r < R; ++r) {
-        const f32x16 x = load(row[r] + d);
-        for (int g = 0; g < Heads; ++g) acc[r][g] += x * load(q + g * kMaxD + d);
+    wide acc[R][Heads] = {};
+    for (int64_t d = 0; d < D; d += 16) {
+      wide x[R];
+      for (int r = 0; r < R; ++r) x[r] = load_wide(row[r] + d);
+      for (int g = 0; g < Heads; ++g) {
+        const wide y = load_wide(q + g * kMaxD + d);
+        for (int r = 0; r < R; ++r) acc[r][g] += x[r] * y;
       }
+    }
     for (int r = 0; r < R && i + r < count; ++r)
-      for (int g = 0; g < Heads; ++g) s[g * s_stride + i + r] = sum(acc[r][g]);
+      for (int g = 0; g < Heads; ++g) s[g * s_stride + i + r] = sum(bit_cast<f32x16>(acc[r][g]));
   }
 }
 
@@ -53,16 +56,16 @@ LSERVE_CLONES void dots(int64_t G, const float* q, const X* rows, int64_t stride
 
 template <int Heads, int Vectors, class X>
 LSERVE_INLINE void add_columns(const float* w, int64_t w_stride, const X* rows, int64_t stride, int64_t count, float* acc) {
-  f32x16 sums[Heads][Vectors];
+  wide sums[Heads][Vectors];
   for (int g = 0; g < Heads; ++g)
-    for (int v = 0; v < Vectors; ++v) sums[g][v] = load(acc + g * kMaxD + v * 16);
+    for (int v = 0; v < Vectors; ++v) sums[g][v] = load_wide(acc + g * kMaxD + v * 16);
   for (int64_t i = 0; i < count; ++i)
     for (int v = 0; v < Vectors; ++v) {
-      const f32x16 x = load(rows + i * stride + v * 16);
+      const wide x = load_wide(rows + i * stride + v * 16);
       for (int g = 0; g < Heads; ++g) sums[g][v] += x * w[g * w_stride + i];
     }
   for (int g = 0; g < Heads; ++g)
-    for (int v = 0; v < Vectors; ++v) store(acc + g * kMaxD + v * 16, sums[g][v]);
+    for (int v = 0; v < Vectors; ++v) std::memcpy(acc + g * kMaxD + v * 16, &sums[g][v], sizeof(wide));
 }
 
 template <int Heads, class X>

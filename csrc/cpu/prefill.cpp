@@ -18,19 +18,15 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kQueries = 64, kKeys = 64;  // a tile
 constexpr int kRows = 8;                      // of A that one pass over B serves
 
-// As wide as any register: a product needs no comparison, so what a compiler takes apart is as good.
-typedef float wide __attribute__((vector_size(64)));
-
 template <int Rows, int Vectors>
 LSERVE_INLINE void multiply_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t inner, float* c,
                                   int64_t ldc, bool add) {
   wide acc[Rows][Vectors] = {};
   for (int r = 0; r < Rows && add; ++r)
-    for (int v = 0; v < Vectors; ++v) std::memcpy(&acc[r][v], c + r * ldc + v * 16, sizeof(wide));
+    for (int v = 0; v < Vectors; ++v) acc[r][v] = load_wide(c + r * ldc + v * 16);
   for (int64_t k = 0; k < inner; ++k)
     for (int v = 0; v < Vectors; ++v) {
-      wide x;
-      std::memcpy(&x, b + k * ldb + v * 16, sizeof(x));
+      const wide x = load_wide(b + k * ldb + v * 16);
       for (int r = 0; r < Rows; ++r) acc[r][v] += x * a[r * lda + k];
     }
   for (int r = 0; r < Rows; ++r)
