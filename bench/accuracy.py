@@ -89,6 +89,11 @@ def main() -> None:
             results[name] = compare(dense, logits) | cost
             figures = "  ".join(f"{key} {value:.4g}" for key, value in results[name].items())
             print(f"{name:50} {figures}", flush=True)
+            write(options, results)
+
+
+def write(options: argparse.Namespace, results: dict[str, dict[str, float]]) -> None:
+    """After every config, so that a long run can be cut short."""
     head = {"lserve_ext": __version__, "torch": torch.__version__, "model": "SmolLM2-135M-Instruct, float32"}
     head |= {"machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
     head |= {"threads": torch.get_num_threads(), "prefix": options.prefix, "positions": options.positions}

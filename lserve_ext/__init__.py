@@ -5,8 +5,7 @@ and `attn_implementation="lserve"` put both under transformers (the extra `hf`).
 """
 
 from importlib.metadata import version as _version
-from importlib.util import find_spec as _find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import ops
 from .cache import LayerCache
@@ -18,11 +17,12 @@ __version__ = _version("lserve-ext")
 __all__ = ["HeadPattern", "LayerCache", "PagedKV", "SparseCache", "SparseConfig", "__version__", "ops"]
 
 # With transformers installed, importing this package is enough for attn_implementation="lserve".
-if TYPE_CHECKING or _find_spec("transformers") is not None:
+try:
     from .hf import SparseCache
-else:
+except ImportError as error:
+    _reason = str(error)
 
     def __getattr__(name: str) -> Any:
         if name == "SparseCache":
-            raise ImportError("lserve_ext.SparseCache needs transformers: pip install 'lserve-ext[hf]'")
+            raise ImportError(f"SparseCache needs transformers, pip install 'lserve-ext[hf]': {_reason}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -121,6 +121,7 @@ class SparseLayer(CacheLayerMixin):
         self.kv, self.seen, self.is_initialized = None, 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop: expected minus the number of tokens to remove, got {tokens_to_remove}")
         if tokens_to_remove < 0 and self.kv is not None:
@@ -190,7 +191,7 @@ class SparseCache(Cache):
         """Removes the newest ``-tokens_to_remove`` columns from every sequence, or raises and changes nothing."""
         for layer in self.layers:
             if layer.kv is not None and tokens_to_remove < 0:
-                layer.kv.check_crop(-tokens_to_remove)
+                layer.kv.check_crop(-int(tokens_to_remove))
         super().crop(tokens_to_remove)
 
     def memory(self) -> dict[str, Memory]:

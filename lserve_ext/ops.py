@@ -9,7 +9,8 @@ bfloat16); ids and lengths are int32. The last dimensions must be contiguous whe
 row or a page; outer strides are free. Wrong shapes, strides and values raise ValueError, wrong dtypes
 and devices TypeError, before anything is written (the raw ops raise RuntimeError with the same text).
 There is no autograd: an input that requires grad raises while grad mode is on. No op reads device data
-on the host. Results are deterministic and independent of threads and of the rest of the batch.
+on the host. Results are deterministic and independent of threads and of the rest of the batch. With the environment
+variable LSERVE_DEBUG=1, q, k and v that are not finite raise ValueError; otherwise they give what arithmetic gives.
 
 What a query attends is a *rule* per kv head, ``sink ∪ list ∪ local``, always causal. For a query at
 position t of its sequence, in page b = t // P:
@@ -25,7 +26,8 @@ A head with a finite window (streaming) skips pages that it no longer holds (``b
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeVar, cast
+import os
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -53,7 +55,7 @@ DENSE = 2**31 - 1
 """A window that reaches back to page 0."""
 
 _ops = torch.ops.lserve_ext
-_R = TypeVar("_R")
+_DEBUG = os.environ.get("LSERVE_DEBUG") == "1"
 
 
 class PagedKV(NamedTuple):
@@ -98,6 +100,13 @@ def _call(op: Any, *args: Any) -> Any:
             raise
         kind = TypeError if "expected dtype" in text or "expected the device" in text else ValueError
         raise kind(text[start:]) from None
+
+
+def _check_finite(op: str, **inputs: Tensor) -> None:
+    if _DEBUG:
+        for name, x in inputs.items():
+            if not bool(torch.isfinite(x).all()):
+                raise ValueError(f"lserve_ext::{op}: {name}: expected finite numbers, got NaN or infinity")
 
 
 def page_stats(k: Tensor, group: int) -> Tensor:
@@ -161,6 +170,7 @@ def append_kv(k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: Tensor, kv: Pag
         lengths: [B] int32 tokens held before.
         kv: the layer's cache; pools, statistics, scales and raw buffer are written.
     """
+    _check_finite("append_kv", k=k, v=v)
     _call(_ops.append_kv, k, v, cu_seqlens, lengths, *kv)
 
 
@@ -279,6 +289,7 @@ def prefill(
         page_size = kv.k_pool.shape[1] if kv is not None else 64
     if scale is None:
         scale = float(q.shape[-1]) ** -0.5
+    _check_finite("prefill", q=q, k=k, v=v)
     cache = kv if kv is not None else (None,) * len(PagedKV._fields)
     return cast(
         "tuple[Tensor, Tensor]",
@@ -321,6 +332,7 @@ def decode(
         unit = kv.k_pool.shape[1]
     if scale is None:
         scale = float(q.shape[-1]) ** -0.5
+    _check_finite("decode", q=q)
     return cast(
         "tuple[Tensor, Tensor]",
         _call(_ops.decode, q, *kv, lengths, windows, lists, local_start, sink, unit, scale),

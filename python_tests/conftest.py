@@ -1,6 +1,9 @@
 """What all tests share: a seed, the devices, and a header that says what is tested."""
 
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while others work make a shared machine crawl
+
 import random
 from pathlib import Path
 

@@ -153,4 +153,4 @@ def test_demo_finds_the_pass_key_in_a_smaller_cache(capsys: pytest.CaptureFixtur
     dense_share, lserve_share, alisa_share = (
         int(cell.split("(")[1].rstrip("%)")) for cell in cells(out, "attended in decode")
     )
-    assert dense_share == 100 and lserve_share < 30 and alisa_share < 30
+    assert dense_share == 100 and lserve_share < 30 and alisa_share <= 50

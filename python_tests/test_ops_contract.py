@@ -380,6 +380,18 @@ def test_a_wrong_value_is_named(op: str, name: str, what: str, change: Callable[
     assert_rejected(op, name, change, ValueError, device)
 
 
+def test_debug_mode_refuses_what_is_not_finite(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments("append_kv", device)
+    args["v"][0, 0, 3] = math.inf
+    kv = ops.PagedKV(*(args[name] for name in ops.PagedKV._fields))
+    before = [t.clone() for t in tensors(args)]
+    monkeypatch.setattr(ops, "_DEBUG", True)
+    with pytest.raises(ValueError, match=r"^lserve_ext::append_kv: v: expected finite numbers"):
+        ops.append_kv(args["k"], args["v"], args["cu_seqlens"], args["lengths"], kv)
+    for a, b in zip(before, tensors(args), strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
 def test_a_table_too_narrow_is_named(device: str) -> None:
     """Both tables end before the page that is due."""
     args = arguments("append_kv", device)

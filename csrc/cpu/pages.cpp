@@ -158,7 +158,9 @@ std::vector<Span> plan(const AppendArgs& a) {
     check_range("append_kv: lengths", before, 0, INT32_MAX - count, b);
     check_range("append_kv: sealed", kv.sealed[b], std::max<int64_t>(before / kv.P - 1, 0), before / kv.P, b);
     const int64_t unsealed = std::max<int64_t>(kv.sealed[b], after / kv.P - 1);
-    if (unsealed > kv.sealed[b]) check_range("append_kv: slot_table columns", kv.M, unsealed, INT32_MAX, b);
+    if (unsealed > kv.sealed[b] && unsealed > kv.M)
+      throw std::runtime_error("lserve_ext::append_kv: slot_table: expected at least " + std::to_string(unsealed) +
+                               " columns, got " + std::to_string(kv.M));
     spans[b] = {before, after, a.cu_seqlens[b], kv.sealed[b], unsealed, units};
     units += (unsealed - kv.sealed[b]) * kv.H;
     for (int64_t h = 0; h < kv.H; ++h)
