@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from . import _C  # type: ignore[attr-defined]  # noqa: F401  (its import registers torch.ops.lserve_ext)
+from . import _C  # noqa: F401  (its import registers torch.ops.lserve_ext)
 
 __all__ = [
     "DENSE",
