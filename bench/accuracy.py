@@ -64,8 +64,11 @@ def compare(dense: Tensor, other: Tensor) -> dict[str, float]:
     p, q = dense.log_softmax(-1), other.log_softmax(-1)
     best = dense.topk(2, -1).values
     flipped = dense.argmax(-1) != other.argmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).double().clamp_min(0)
     return {
-        "kl": float((p.exp() * (p - q)).sum(-1).double().mean().clamp_min(0)),
+        "kl": float(kl.mean()),
+        "kl_median": float(kl.median()),
+        "kl_first_half": float(kl[: len(kl) // 2].mean()),
         "top1": float((~flipped).double().mean()),
         "clear_flips": int((flipped & (best[:, 0] - best[:, 1] > 0.1)).sum()),
     }
@@ -73,14 +76,16 @@ def compare(dense: Tensor, other: Tensor) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prefix", type=int, default=4096)
-    parser.add_argument("--positions", type=int, default=2048)
+    parser.add_argument("--start", type=int, default=0, help="first token of the text (%(default)s)")
+    parser.add_argument("--prefix", type=int, default=4096, help="tokens that are prefilled (%(default)s)")
+    parser.add_argument("--positions", type=int, default=2048, help="tokens that are decoded after it (%(default)s)")
     parser.add_argument("--only", default="", help="configs whose name contains this")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "accuracy.json")
     options = parser.parse_args()
 
     model, tokenizer = demo.load_model()
-    ids = torch.tensor([demo.encode(tokenizer, demo.long_text())[: options.prefix + options.positions]])
+    end = options.start + options.prefix + options.positions
+    ids = torch.tensor([demo.encode(tokenizer, demo.long_text())[options.start : end]])
     dense, cost = read(model, ids, options.prefix, SparseConfig.dense(), "dense")
     results = {"dense": cost}
     for name, sparse in configs(model.config.num_hidden_layers, model.config.num_key_value_heads).items():
@@ -96,7 +101,8 @@ def write(options: argparse.Namespace, results: dict[str, dict[str, float]]) -> 
     """After every config, so that a long run can be cut short."""
     head = {"lserve_ext": __version__, "torch": torch.__version__, "model": "SmolLM2-135M-Instruct, float32"}
     head |= {"machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
-    head |= {"threads": torch.get_num_threads(), "prefix": options.prefix, "positions": options.positions}
+    head |= {"threads": torch.get_num_threads(), "start": options.start}
+    head |= {"prefix": options.prefix, "positions": options.positions}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(head | {"results": results}, indent=2) + "\n", encoding="utf-8")
 
