@@ -189,7 +189,13 @@ class LayerCache:
         if k.shape[:2] != (self.batch_size, self.heads) or k.shape[3] != self.head_dim:
             held = f"[{self.batch_size}, {self.heads}, T, {self.head_dim}]"
             raise ValueError(f"k: expected {held}, as the cache holds, got {list(k.shape)}")
-        return (self._decode if k.shape[2] == 1 else self._prefill)(q, k, v, np.asarray(pads, np.int64), scale)
+        before = self._lengths
+        try:
+            return (self._decode if k.shape[2] == 1 else self._prefill)(q, k, v, np.asarray(pads, np.int64), scale)
+        except BaseException:
+            if self._lengths is not before:  # already appended: take it back
+                self._truncate(before)
+            raise
 
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, pads: np.ndarray, scale: float) -> Tensor:
         B, Hq, T, D = q.shape
@@ -345,7 +351,10 @@ class LayerCache:
         second time later. Raises ValueError, and changes nothing, if streaming heads have freed what it needs.
         """
         self.check_crop(tokens)
-        P, lengths = self.config.page_size, self._cropped(tokens)
+        self._truncate(self._cropped(tokens))
+
+    def _truncate(self, lengths: np.ndarray) -> None:
+        P = self.config.page_size
         for b in np.flatnonzero(lengths < self._sealed * P):
             page = int(lengths[b] // P)
             if lengths[b] % P:

@@ -286,6 +286,24 @@ def test_a_failed_append_leaves_no_block_behind(monkeypatch: pytest.MonkeyPatch)
     audit(cache)
 
 
+@pytest.mark.parametrize("name", ["pages", "half"])
+def test_a_step_that_fails_after_its_append_is_taken_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the token would be appended twice when the step is tried again."""
+    plain, interrupted, qkv = make(name), make(name), tokens(9 * P)
+    feed(plain, qkv, [6 * P, *range(6 * P + 1, 9 * P + 1)])
+    feed(interrupted, tuple(x[:, :, : 6 * P] for x in qkv), [6 * P])  # type: ignore[arg-type]
+    for t in range(6 * P, 9 * P):
+        step = tuple(x[:, :, t : t + 1] for x in qkv)
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "decode", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt):
+                feed(interrupted, step, [1])  # type: ignore[arg-type]
+        assert interrupted.lengths == [t]
+        audit(interrupted)
+        feed(interrupted, step, [1])  # type: ignore[arg-type]
+    assert_same(plain, interrupted)
+
+
 def test_keys_of_another_shape_are_refused() -> None:
     cache = make("dense")
     q, k, v = tokens(4)
