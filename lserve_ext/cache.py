@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,10 +88,14 @@ class BlockPool:
 
     def _grow(self, capacity: int) -> None:
         old = self.capacity
-        for name, tensor in self.tensors.items():  # one at a time: the peak is one copy, not all
-            grown = tensor.new_empty((capacity, *tensor.shape[1:]))
-            grown[:old] = tensor
-            self.tensors[name] = grown
+        try:
+            for name, tensor in self.tensors.items():  # one at a time: the peak is one copy, not all
+                grown = tensor.new_empty((capacity, *tensor.shape[1:]))
+                grown[:old] = tensor
+                self.tensors[name] = grown
+        except BaseException:
+            self.tensors = {name: tensor[:old] for name, tensor in self.tensors.items()}
+            raise
         self._references = np.concatenate([self._references, np.zeros(capacity - old, np.int64)])
         self._free[:0] = range(capacity - 1, old - 1, -1)
 
@@ -101,7 +106,7 @@ class LayerCache:
     Args:
         config: what is attended and how it is stored.
         streaming: which kv heads stream, [H].
-        dense: every other head attends everything in decode too (`SparseConfig.dense_layers`).
+        dense: heads that do not stream attend everything in decode too.
         like: [B, H, T, D] keys whose shape, dtype and device the layer takes.
 
     Each sequence has its own length; lengths live on the host. A cache belongs to one thread.
@@ -117,6 +122,7 @@ class LayerCache:
         self._streaming = np.array(streaming, bool)
         self._sink = max(config.sink_pages, config.prefill_sink_pages)
         self._window = max(config.local_pages, config.prefill_local_pages)  # of streaming heads, until the first decode
+        self._dense = dense
         self._selector = None if dense or self._streaming.all() else make_selector(config)
         with torch.inference_mode(False):
             listed = DENSE if self._selector is None else 0
@@ -165,7 +171,7 @@ class LayerCache:
                 local, listed = max(0, (n - 1) // P - window + 1) * P, 0
                 if window == 0:
                     local = 0
-                    if self._last is not None:
+                    if self._last is not None:  # else: as the next step will see it, before it selects
                         lists, local_start, unit = self._last
                         local, listed = int(local_start[b]) * unit, int((lists[b, h] >= 0).sum()) * unit
                 local = min(local, self._sealed[b] * P)
@@ -223,6 +229,7 @@ class LayerCache:
         if columns is not None:
             out = out.new_zeros(B, T, Hq, D).index_put_((columns,), out)
             lse = lse.new_full((B, T, Hq), float("-inf")).index_put_((columns,), lse)
+        self._last = None
         if self._selector is not None:
             self._selector.drop()
             if self._selector.observes:
@@ -265,17 +272,16 @@ class LayerCache:
         self._free_past(self._lengths // P - self._window)
         keep_from = lengths // P - self._window
         taken = []
-        for b in np.flatnonzero(sealed > self._sealed):
-            pages = np.arange(self._sealed[b], sealed[b])
-            was_raw = pages <= self._lengths[b] // P
-            wanted = ~self._streaming[:, None] | (pages < self._sink) | (pages >= keep_from[b]) | was_raw
-            self._pool.drop(self._table[b][:, pages[0] : pages[-1] + 1])  # left by an interrupted append
-            ids = self._pool.take(int(wanted.sum()))
-            self._table[b][:, pages[0] : pages[-1] + 1][wanted] = ids
-            taken.append(ids)
-        if taken:
-            self._upload_table()
         try:
+            for b in np.flatnonzero(sealed > self._sealed):
+                pages = np.arange(self._sealed[b], sealed[b])
+                was_raw = pages <= self._lengths[b] // P
+                wanted = ~self._streaming[:, None] | (pages < self._sink) | (pages >= keep_from[b]) | was_raw
+                ids = self._pool.take(int(wanted.sum()))
+                taken.append(ids)
+                self._table[b][:, pages[0] : pages[-1] + 1][wanted] = ids
+            if taken:
+                self._upload_table()
             ops.append_kv(k, v, bounds, self._device_lengths, self.kv)
         except BaseException:
             for ids in taken:
@@ -363,7 +369,9 @@ class LayerCache:
             self._table[b, :, page:] = -1
             self._sealed[b] = page
         self._freed = np.maximum(np.minimum(self._freed, lengths // P), self._sink)
-        self._lengths = lengths
+        self._lengths, self._last = lengths, None
+        if not lengths.any():  # as new
+            self._window = max(self.config.local_pages, self.config.prefill_local_pages)
         self._upload()
         if self._selector is not None:
             self._selector.drop(self._device_lengths)
@@ -389,14 +397,16 @@ class LayerCache:
         index = rows.cpu().numpy()
         if len(index) and (index.min() < 0 or index.max() >= self.batch_size):
             raise ValueError(f"rows: expected sequences 0..{self.batch_size - 1}, got {index.tolist()}")
-        table = self._table[index]
-        self._pool.share(table)
-        self._pool.drop(self._table)
-        self._table = table
-        self._lengths, self._sealed, self._freed = self._lengths[index], self._sealed[index], self._freed[index]
-        self._raw_k, self._raw_v = self._raw_k[rows], self._raw_v[rows]
+        raw_k, raw_v, table = self._raw_k[rows], self._raw_v[rows], self._table[index]
         if self._selector is not None:
             self._selector.take_rows(rows)
+        self._pool.share(table)
+        self._pool.drop(self._table)
+        self._raw_k, self._raw_v, self._table = raw_k, raw_v, table
+        self._lengths, self._sealed, self._freed = self._lengths[index], self._sealed[index], self._freed[index]
+        if self._last is not None:
+            lists, local_start, unit = self._last
+            self._last = lists[rows], local_start[rows], unit
         self._upload()
 
     @torch.inference_mode(False)
@@ -404,11 +414,19 @@ class LayerCache:
     def fork(self) -> LayerCache:
         """A copy that shares the sealed blocks."""
         twin = copy.copy(self)
+        twin._table = np.full_like(self._table, -1)  # it names no block until it has a reference to it
         twin._raw_k, twin._raw_v = self._raw_k.clone(), self._raw_v.clone()
-        twin._table, twin._freed = self._table.copy(), self._freed.copy()
-        twin._lengths, twin._sealed = self._lengths.copy(), self._sealed.copy()
+        twin._lengths, twin._sealed, twin._freed = self._lengths.copy(), self._sealed.copy(), self._freed.copy()
         twin._selector = copy.deepcopy(self._selector)
         self._pool.share(self._table)
+        twin._table = self._table.copy()
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerCache:
+        """A copy with a pool of its own, which holds no blocks of forks."""
+        like = self._raw_k.new_empty(self.batch_size, self.heads, 0, self.head_dim)
+        twin = LayerCache(self.config, self._streaming.tolist(), self._dense, like)
+        twin.restore({name: tensor.clone() for name, tensor in self.state().items()})
         return twin
 
     # ---- files ------------------------------------------------------------------------------------------------------

@@ -119,8 +119,8 @@ class SparseConfig:
 
     @property
     def local_pages(self) -> int:
-        """Local pages in decode, the page of the query included."""
-        return max(1, math.ceil(self.local_tokens / self.page_size))
+        """Local pages in decode, the page of the query included. Two at least, which are not sealed yet."""
+        return max(2, math.ceil(self.local_tokens / self.page_size))
 
     @property
     def prefill_sink_pages(self) -> int:
@@ -132,7 +132,7 @@ class SparseConfig:
     def prefill_local_pages(self) -> int:
         """Local pages of streaming heads in prefill, the page of the query included."""
         tokens = self.local_tokens if self.prefill_local_tokens is None else self.prefill_local_tokens
-        return max(1, math.ceil(tokens / self.page_size))
+        return max(2, math.ceil(tokens / self.page_size))
 
     @property
     def selects(self) -> bool:

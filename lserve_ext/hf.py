@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import causal_mask_function
 
 from . import heads, ops
 from .cache import LayerCache, Memory
@@ -83,12 +84,14 @@ class SparseLayer(CacheLayerMixin):
 
     def make(self, like: Tensor) -> LayerCache:
         """The layer's cache, empty, for keys of that shape, dtype and device."""
-        streaming = _local_heads(self.pattern, like.shape[1])
-        self.kv = LayerCache(self.config, streaming, self.index < self.config.dense_layers, like)
+        dense = self.index < self.config.dense_layers
+        streaming = [False] * like.shape[1] if dense else _local_heads(self.pattern, like.shape[1])
+        self.kv = LayerCache(self.config, streaming, dense, like)
         self.is_initialized = True
         return self.kv
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        key_states = key_states.to(value_states.dtype)  # under autocast rotary embedding leaves float32
         if self.kv is None:
             self.lazy_initialization(key_states, value_states)
         return PendingKV(self, key_states, value_states), value_states
@@ -97,6 +100,11 @@ class SparseLayer(CacheLayerMixin):
         assert self.kv is not None
         T = k.shape[2]
         starts = np.zeros(k.shape[0], np.int64) if kv_start is None else kv_start.cpu().numpy().astype(np.int64)
+        if kv_start is not None and self.kv.lengths != np.maximum(self.seen - starts, 0).tolist():
+            raise ValueError(
+                f"attention_mask: expected the padding of earlier calls, after which the sequences hold "
+                f"{self.kv.lengths} of {self.seen} tokens, got {starts.tolist()} tokens of padding"
+            )
         out = self.kv.attend(q, k, v, np.clip(starts - self.seen, 0, T).tolist(), scale)
         self.seen += T
         return out
@@ -133,7 +141,8 @@ class SparseLayer(CacheLayerMixin):
             self.kv.take_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.reorder_cache(indices)
+        if self.kv is not None:  # whatever indexes a tensor: a mask, negative numbers
+            self.reorder_cache(torch.arange(self.kv.batch_size)[torch.as_tensor(indices).cpu()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.kv is not None:
@@ -181,6 +190,8 @@ class SparseCache(Cache):
     def _recover(self) -> None:
         """After an exception in the middle of a forward: back to the last length that all layers reached."""
         length = self.get_seq_length()
+        if length == 0:  # nothing to keep, not even the batch size
+            self.reset()  # type: ignore[no-untyped-call]
         for layer in self.layers:
             if layer.seen > length and layer.kv is not None:
                 layer.kv.check_crop(layer.seen - length)
@@ -294,9 +305,12 @@ def attention(
     if torch.is_grad_enabled() and query.requires_grad:
         raise RuntimeError(f"{_WHO} has no gradient: call the model under torch.no_grad()")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if attention_mask is not None and attention_mask.dim() != 1:
+        raise ValueError(f"{_WHO}: expected a 2D attention_mask, got one that a model made 4D or was given so")
+    query = query.to(value.dtype)
     if isinstance(key, PendingKV):
         return key.layer.attend(query, key.k, key.v, attention_mask, scale), None
-    return _dense(query, key, value, attention_mask, scale), None
+    return _dense(query, key.to(value.dtype), value, attention_mask, scale), None
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, kv_start: Tensor | None, scale: float) -> Tensor:
@@ -340,8 +354,18 @@ def mask(
             f"{_WHO}: expected a cache that holds {int(q_offset)} tokens and no more, got {kv_length} keys for "
             f"{q_length} queries. Static caches are not supported: use SparseCache or DynamicCache"
         )
+    if mask_function is not None and mask_function is not causal_mask_function:
+        raise ValueError(
+            f"{_WHO} is causal, with padding on the left: no sliding_window, packed sequences or bidirectional "
+            f"prefixes, got the mask {getattr(mask_function, '__qualname__', mask_function)}"
+        )
     if attention_mask is None:
         return None
+    if attention_mask.dim() != 2 or attention_mask.shape[1] < kv_length:
+        raise ValueError(
+            f"attention_mask: expected [{batch_size}, {kv_length}], a column for every token in the cache and every "
+            f"new one, got {list(attention_mask.shape)}"
+        )
     padding = attention_mask[:, :kv_length].bool().cpu()
     if not bool((padding[:, :-1] <= padding[:, 1:]).all()):
         raise ValueError(f"{_WHO} supports padding on the left only, got a mask with padding elsewhere")

@@ -128,9 +128,10 @@ class TokenSelector(_Reusable):
         return self._next()
 
     def observe(self, mass: Tensor, lengths: Tensor, steps: int) -> None:
+        # A prefill of PREFILL_QUERIES or more takes the place of what was seen before, however it is cut into chunks.
         if self._decays:
             mass = mass.sum(1, keepdim=True)
-        if self._mass is not None:
+        if self._mass is not None and not (self._decays and steps >= PREFILL_QUERIES):
             before = self._padded(mass.shape[2], mass.shape[0], mass.shape[1], mass.device)
             if self._decays:
                 window = (lengths * (self._ratio / 2)).clamp(1.0, self._picks)  # k

@@ -179,6 +179,30 @@ def test_a_deep_crop_unseals_the_page_that_is_cut(left: int) -> None:
     audit(cropped)
 
 
+@pytest.mark.parametrize("local", [0, P, 2 * P])
+def test_a_crop_does_not_change_what_is_attended(local: int) -> None:
+    """The newest two pages are attended whether or not a crop has left them sealed."""
+    config = CONFIGS["pages"].replace(local_tokens=local, kv_dtype="auto", reuse_interval=1)
+    qkv, outs = tokens(12 * P), []
+    for detour in (0, 4):
+        cache = LayerCache(config, [True, False], False, torch.empty(1, H, 1, D))
+        feed(cache, qkv, [10 * P - 1])
+        if detour:
+            cache.attend(*(x[:, :, :detour] for x in tokens(detour, seed=8)), [0], D**-0.5)
+            cache.crop(detour)
+        outs.append(feed(cache, tuple(x[:, :, 10 * P - 1 :] for x in qkv), list(range(1, P))))  # type: ignore[arg-type]
+    torch.testing.assert_close(*outs)
+
+
+def test_a_crop_to_nothing_is_as_new() -> None:
+    config = CONFIGS["streaming"].replace(prefill_local_tokens=6 * P)
+    new, cropped = (LayerCache(config, [True] * H, False, torch.empty(1, H, 1, D)) for _ in range(2))
+    feed(cropped, tokens(2 * P + 1, seed=1), [2 * P, 2 * P + 1])
+    cropped.crop(2 * P + 1)
+    cuts = list(range(4, 20 * P + 1, 4))
+    torch.testing.assert_close(feed(new, tokens(20 * P), cuts), feed(cropped, tokens(20 * P), cuts))
+
+
 def test_a_deep_crop_of_int8_quantises_one_page_twice() -> None:
     q, k, v = tokens(6 * P)
     cache = make("dense-int8")
@@ -284,6 +308,65 @@ def test_a_failed_append_leaves_no_block_behind(monkeypatch: pytest.MonkeyPatch)
             feed(cache, tokens(4 * P, seed=1), [4 * P])
     assert_same(before, cache)
     audit(cache)
+
+
+def test_a_failure_while_blocks_are_taken_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second sequence's blocks cannot be had, when the first one has its own already."""
+    cache, qkv = make("streaming", 2), tokens(40 * P, batch=2)
+    feed(cache, tuple(x[:, :, : 3 * P] for x in qkv), [3 * P])  # type: ignore[arg-type]
+    take, calls = cache._pool.take, []
+
+    def failing(count: int) -> np.ndarray:
+        calls.append(count)
+        if len(calls) == 2:
+            raise MemoryError
+        return take(count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._pool, "take", failing)
+        with pytest.raises(MemoryError):
+            feed(cache, tuple(x[:, :, 3 * P : 6 * P] for x in qkv), [3 * P])  # type: ignore[arg-type]
+    audit(cache)
+    feed(cache, tuple(x[:, :, 3 * P :] for x in qkv), [27 * P, 37 * P])  # type: ignore[arg-type]
+    audit(cache)
+
+
+def test_a_failed_growth_leaves_the_pool_as_it_was() -> None:
+    class Failing(dict[str, Tensor]):
+        sets = 0
+
+        def __setitem__(self, name: str, tensor: Tensor) -> None:
+            self.sets += 1
+            if self.sets == 2:
+                raise MemoryError
+            super().__setitem__(name, tensor)
+
+    cache, qkv = make("dense"), tokens(20 * P)
+    feed(cache, tuple(x[:, :, : 3 * P] for x in qkv), [3 * P])  # type: ignore[arg-type]
+    cache._pool.tensors = Failing(cache._pool.tensors)
+    with pytest.raises(MemoryError):
+        feed(cache, tuple(x[:, :, 3 * P : 9 * P] for x in qkv), [6 * P])  # type: ignore[arg-type]
+    feed(cache, tuple(x[:, :, 3 * P : 9 * P] for x in qkv), [6 * P])  # type: ignore[arg-type]
+    audit(cache)
+
+
+def test_a_failed_fork_takes_no_block_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make("pages")
+    feed(cache, tokens(10 * P), [10 * P])
+    with monkeypatch.context() as patch:
+        patch.setattr(copy, "deepcopy", lambda _: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            cache.fork()
+    gc.collect()
+    audit(cache)
+
+
+def test_a_deepcopy_holds_no_blocks_of_forks() -> None:
+    cache = make("dense")
+    feed(cache, tokens(10 * P), [10 * P])
+    twin, copied = cache.fork(), copy.deepcopy(cache)
+    audit(cache, twin)
+    audit(copied)
 
 
 @pytest.mark.parametrize("name", ["pages", "half"])

@@ -67,8 +67,8 @@ def test_presets_are_the_published_methods() -> None:
     assert SparseConfig.preset("streaming") == SparseConfig.streaming_llm() == SparseConfig(streaming=1.0)
     assert SparseConfig.duo().streaming == 0.5 and not SparseConfig.duo().selects
     assert (quest.page_size, quest.stats_group, quest.dense_layers) == (16, 16, 2)
-    assert (quest.sink_pages, quest.local_pages) == (0, 1)
-    assert quest.list_pages == 2048 // 16 - 1 and quest.needs_stats and quest.reuse_interval == 1
+    assert (quest.sink_pages, quest.local_pages) == (0, 2)
+    assert quest.list_pages == 2048 // 16 - 2 and quest.needs_stats and quest.reuse_interval == 1
     assert (lserve.page_size, lserve.stats_group, lserve.sink_pages, lserve.local_pages) == (64, 16, 2, 4)
     assert (lserve.list_pages, lserve.reuse_interval, lserve.kv_dtype) == (4096 // 64 - 6, 4, "int8")
     h2o, alisa = SparseConfig.h2o(), SparseConfig.alisa()
@@ -91,10 +91,10 @@ def test_needs_stats() -> None:
     spare=st.integers(0, 1000),
 )
 def test_pages_cover_the_tokens_and_stay_in_the_budget(page: int, sink: int, local: int, spare: int) -> None:
-    budget = (-(-sink // page) + max(1, -(-local // page))) * page + spare
+    budget = (-(-sink // page) + max(2, -(-local // page))) * page + spare
     config = SparseConfig(page_size=page, stats_group=1, sink_tokens=sink, local_tokens=local, budget_tokens=budget)
     assert config.sink_pages * page >= sink > (config.sink_pages - 1) * page
-    assert config.local_pages * page >= local and config.local_pages >= 1
+    assert config.local_pages * page >= local and config.local_pages >= 2
     attended = (config.sink_pages + config.local_pages + config.list_pages) * page
     assert budget - page < attended <= budget
     assert (config.prefill_sink_pages, config.prefill_local_pages) == (config.sink_pages, config.local_pages)
@@ -103,7 +103,7 @@ def test_pages_cover_the_tokens_and_stay_in_the_budget(page: int, sink: int, loc
 def test_prefill_has_its_own_windows() -> None:
     config = SparseConfig.lserve(prefill_sink_tokens=65, prefill_local_tokens=8192)
     assert (config.prefill_sink_pages, config.prefill_local_pages, config.local_pages) == (2, 128, 4)
-    assert SparseConfig.lserve(prefill_local_tokens=0).prefill_local_pages == 1
+    assert SparseConfig.lserve(prefill_local_tokens=0).prefill_local_pages == 2
 
 
 def test_a_budget_and_a_sparsity_take_each_others_place() -> None:

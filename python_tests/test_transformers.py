@@ -340,6 +340,60 @@ def test_a_pattern_of_another_model_is_refused(llama: Any) -> None:
         SparseCache(llama.config, SparseConfig.lserve())
 
 
+def test_packed_sequences_are_refused(llama: Any) -> None:
+    llama.set_attn_implementation("lserve")
+    positions = torch.tensor([[*range(20), *range(15)]])
+    with torch.no_grad(), pytest.raises(ValueError, match="packed sequences"):
+        llama(prompts(1)[0], position_ids=positions, use_cache=False)
+
+
+def test_masks_that_contradict_the_cache_are_refused(llama: Any) -> None:
+    llama.set_attn_implementation("lserve")
+    ids, mask = prompts()
+    cache = SparseCache(llama.config)
+    with torch.no_grad():
+        llama(ids, past_key_values=cache)  # nothing is padding
+        longer = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], 1)
+        with pytest.raises(ValueError, match="the padding of earlier calls"):
+            llama(ids[:, :1], attention_mask=longer, past_key_values=cache)
+        with pytest.raises(ValueError, match=r"attention_mask: expected \[3, 36\]"):
+            llama(ids[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+def test_autocast(llama: Any) -> None:
+    ids, mask = prompts()
+    outputs = []
+    for implementation in ("sdpa", "lserve"):
+        llama.set_attn_implementation(implementation)
+        cache = SparseCache(llama.config) if implementation == "lserve" else DynamicCache(config=llama.config)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            outputs.append(llama(ids, attention_mask=mask, past_key_values=cache).logits[:, -1].float())
+    assert float((outputs[0] - outputs[1]).norm() / outputs[0].norm()) < 0.1
+
+
+def test_dense_layers_are_dense_in_every_head(llama: Any) -> None:
+    ids, _ = prompts(1)
+    llama.set_attn_implementation("lserve")
+    streaming = SparseConfig.preset("streaming", sink_tokens=8, local_tokens=8, **SMALL)
+    with torch.no_grad():
+        outputs = [
+            llama(ids, past_key_values=SparseCache(llama.config, sparse)).logits
+            for sparse in (SparseConfig.dense(**SMALL), streaming.replace(dense_layers=3), streaming)
+        ]
+    assert_alike(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2], atol=0.1)
+
+
+def test_batch_indices_are_those_of_a_tensor(llama: Any) -> None:
+    llama.set_attn_implementation("lserve")
+    cache = SparseCache(llama.config)
+    with torch.no_grad():
+        llama(prompts(3)[0], past_key_values=cache)
+    cache.batch_select_indices(torch.tensor([True, False, True]))
+    cache.batch_select_indices([-1])
+    assert cache.batch_size == 1 and cache.attended()[0] > 0
+
+
 def test_crop_takes_minus_the_number_of_tokens(llama: Any) -> None:
     with pytest.raises(ValueError, match="minus the number"):
         SparseCache(llama.config).crop(3)
