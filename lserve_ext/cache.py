@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -468,5 +469,5 @@ class LayerCache:
         self._upload()
 
     def __del__(self) -> None:
-        if hasattr(self, "_table"):
+        if hasattr(self, "_table") and not sys.is_finalizing():
             self._pool.drop(self._table)
