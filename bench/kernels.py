@@ -7,9 +7,10 @@
 Before each call of an op or of a peer, the same threads sum (for ops that write much: copy) a stretch of memory that
 no cache holds. That leaves the caches cold, as a model's other layers do, and is the ceiling, taken in the same moments
 as what is compared with it. Share: the time that the op's bytes must take at that rate, or its operations at the rate
-of torch's matmul in the same dtype, over the time that the op takes. Bytes are those that must be read and written
-once, with statistics, scales, raw pages and tables. Peers do the same work in torch on the same tensors; those of INT8
-read the model's dtype. With --threads 1, CPU time is taken, which other processes on a shared machine do not stretch.
+of torch's matmul (in the op's dtype or in float32, whichever is faster), over the time that the op takes. Bytes are
+those that must be read and written once, with statistics, scales, raw pages and tables. Peers do the same work in torch
+on the same tensors; those of INT8 read the model's dtype. With --threads 1, CPU time is taken, which other processes on
+a shared machine do not stretch.
 """
 
 from __future__ import annotations
@@ -305,14 +306,14 @@ class Machine:
     def measure(self, work: Work, dtype: torch.dtype, rounds: int, limit: float) -> dict[str, Any]:
         """Medians of interleaved rounds after a warm-up: at least three, no more once `limit` seconds are over."""
         calls, copy, side = {"op": work.call, **work.peers}, 3 * work.writes > work.reads, 8192 if self.cuda else 1024
-        a = torch.randn(side, side, device=self.device).to(dtype)
+        squares = [torch.randn(side, side, device=self.device).to(d) for d in {dtype, torch.float32}]
         times, rates, begin = defaultdict[str, list[float]](list), list[float](), time.perf_counter()
         while len(times["op"]) <= 3 or (len(times["op"]) <= rounds and time.perf_counter() - begin < limit):
             for name, call in calls.items():
                 rates.append(self.bandwidth(copy))
                 times[name].append(self.seconds(call))
             if work.flops:
-                times["matmul"].append(self.seconds(lambda: a @ a))
+                times["matmul"].append(min(self.seconds(lambda a=a: a @ a) for a in squares))
         middle = {name: median(t[1:]) for name, t in times.items()}
         took, unit, amount, ceiling = middle.pop("op"), "GB/s", work.reads + work.writes, median(rates[len(calls) :])
         if work.flops and work.flops * (matmul := middle.pop("matmul")) / (2 * side**3) > amount / ceiling:
@@ -320,6 +321,12 @@ class Machine:
         result = {"us": took * 1e6, "rate": amount / took / 1e9, "unit": unit, "ceiling": ceiling / 1e9}
         result |= {"share": amount / ceiling / took, "bytes": work.reads + work.writes, "flops": work.flops}
         return result | {"peers_us": {name: middle[name] * 1e6 for name in work.peers}}
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
 
 
 def parse() -> argparse.Namespace:
@@ -334,7 +341,12 @@ def parse() -> argparse.Namespace:
     add("--batches", nargs="+", type=int, default=[1])
     add("--dtypes", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16", "float32"])
     add("--kv", nargs="+", choices=["auto", "int8"], default=["auto", "int8"])
-    add("--cold", type=int, default=256, help="MB that pass through the caches before each call: more than they hold")
+    add(
+        "--cold",
+        type=positive,
+        default=256,
+        help="MB that pass through the caches before each call, more than they hold",
+    )
     add("--rounds", type=int, default=9, help="of which medians are taken")
     add("--limit", type=float, default=3.0, help="seconds for the rounds of a case; three are made in any case")
     add("--device", choices=["cpu", "cuda"], default="cpu")

@@ -17,90 +17,152 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kMaxD = 256;
 constexpr int64_t kHeads = 4;  // query heads that share a loaded row
+constexpr int64_t kAhead = 8;  // rows between asking for one and using it
 
-// A copy of the compiler's choice for loops over heads: their count is known when it is inlined.
+template <class X>
+LSERVE_INLINE void prefetch(const X* row, int64_t D) {
+  for (int64_t d = 0; d < D; d += 64 / sizeof(X)) __builtin_prefetch(row + d);
+}
+
+// Rows at a time: enough sums to hide the latency of an addition, few enough for 16 registers.
 template <int Heads, class X>
-LSERVE_INLINE void dot_rows(const float* q, const X* rows, int64_t stride, int64_t count, int64_t D, float* s, int64_t s_stride) {
-  constexpr int R = Heads > 2 ? 2 : 4;  // rows at a time: enough sums in flight to hide the latency of an addition
+LSERVE_INLINE void dot_rows(const float* q, const X* const* rows, int64_t count, int64_t D, float* s, int64_t s_stride) {
+  constexpr int R = Heads > 2 ? 2 : 4;
   for (int64_t i = 0; i < count; i += R) {
     const X* row[R];
-    for (int r = 0; r < R; ++r) row[r] = rows + std::min(i + r, count - 1) * stride;
-    wide acc[R][Heads] = {};
-    for (int64_t d = 0; d < D; d += 16) {
-      wide x[R];
-      for (int r = 0; r < R; ++r) x[r] = load_wide(row[r] + d);
+    for (int r = 0; r < R; ++r) row[r] = rows[std::min(i + r, count - 1)];
+    for (int r = 0; r < R; ++r) prefetch(rows[i + r + kAhead], D);
+    floats acc[R][Heads] = {};
+    for (int64_t d = 0; d < D; d += kLanes) {
+      floats x[R];
+      for (int r = 0; r < R; ++r) x[r] = load_part(row[r] + d);
       for (int g = 0; g < Heads; ++g) {
-        const wide y = load_wide(q + g * kMaxD + d);
+        const floats y = load_part(q + g * kMaxD + d);
         for (int r = 0; r < R; ++r) acc[r][g] += x[r] * y;
       }
     }
     for (int r = 0; r < R && i + r < count; ++r)
-      for (int g = 0; g < Heads; ++g) s[g * s_stride + i + r] = sum(bit_cast<f32x16>(acc[r][g]));
+      for (int g = 0; g < Heads; ++g) s[g * s_stride + i + r] = sum(acc[r][g]);
   }
 }
 
 // s[g][i] = q[g] · rows[i]
 template <class X>
-LSERVE_CLONES void dots(int64_t G, const float* q, const X* rows, int64_t stride, int64_t count, int64_t D, float* s, int64_t s_stride) {
+LSERVE_CLONES void dots(int64_t G, const float* q, const X* const* rows, int64_t count, int64_t D, float* s, int64_t s_stride) {
   for (int64_t g = 0; g < G; g += kHeads) {
     const float* qg = q + g * kMaxD;
     float* sg = s + g * s_stride;
     switch (G - g) {
-      case 1: dot_rows<1>(qg, rows, stride, count, D, sg, s_stride); break;
-      case 2: dot_rows<2>(qg, rows, stride, count, D, sg, s_stride); break;
-      case 3: dot_rows<3>(qg, rows, stride, count, D, sg, s_stride); break;
-      default: dot_rows<4>(qg, rows, stride, count, D, sg, s_stride);
+      case 1: dot_rows<1>(qg, rows, count, D, sg, s_stride); break;
+      case 2: dot_rows<2>(qg, rows, count, D, sg, s_stride); break;
+      case 3: dot_rows<3>(qg, rows, count, D, sg, s_stride); break;
+      default: dot_rows<4>(qg, rows, count, D, sg, s_stride);
     }
   }
 }
 
-template <int Heads, int Vectors, class X>
-LSERVE_INLINE void add_columns(const float* w, int64_t w_stride, const X* rows, int64_t stride, int64_t count, float* acc) {
-  wide sums[Heads][Vectors];
+template <int Heads, int Parts, class X>
+LSERVE_INLINE void add_columns(const float* w, int64_t w_stride, const X* const* rows, int64_t d, int64_t count, float* acc) {
+  floats sums[Heads][Parts];
   for (int g = 0; g < Heads; ++g)
-    for (int v = 0; v < Vectors; ++v) sums[g][v] = load_wide(acc + g * kMaxD + v * 16);
+    for (int v = 0; v < Parts; ++v) sums[g][v] = load_part(acc + g * kMaxD + d + v * kLanes);
   for (int64_t i = 0; i < count; ++i)
-    for (int v = 0; v < Vectors; ++v) {
-      const wide x = load_wide(rows + i * stride + v * 16);
+    for (int v = 0; v < Parts; ++v) {
+      const floats x = load_part(rows[i] + d + v * kLanes);
       for (int g = 0; g < Heads; ++g) sums[g][v] += x * w[g * w_stride + i];
     }
   for (int g = 0; g < Heads; ++g)
-    for (int v = 0; v < Vectors; ++v) std::memcpy(acc + g * kMaxD + v * 16, &sums[g][v], sizeof(wide));
+    for (int v = 0; v < Parts; ++v) store_part(acc + g * kMaxD + d + v * kLanes, sums[g][v]);
 }
 
 template <int Heads, class X>
-LSERVE_INLINE void add_heads(const float* w, int64_t w_stride, const X* rows, int64_t stride, int64_t count, int64_t D, float* acc) {
-  int64_t d = 0;
-  for (; d + 64 <= D; d += 64) add_columns<Heads, 4>(w, w_stride, rows + d, stride, count, acc + d);
-  for (; d < D; d += 16) add_columns<Heads, 1>(w, w_stride, rows + d, stride, count, acc + d);
+LSERVE_INLINE void add_heads(const float* w, int64_t w_stride, const X* const* rows, int64_t count, int64_t D, float* acc) {
+  constexpr int Parts = Heads > 2 ? 2 : 4;  // 16 channels or more: D is a multiple of 16
+  for (int64_t i = 0; i < count; i += kAhead) {
+    const int64_t some = std::min(kAhead, count - i);
+    for (int64_t r = 0; r < some; ++r) prefetch(rows[i + r + kAhead], D);
+    int64_t d = 0;
+    for (; d + Parts * kLanes <= D; d += Parts * kLanes) add_columns<Heads, Parts>(w + i, w_stride, rows + i, d, some, acc);
+    for (; d < D; d += 2 * kLanes) add_columns<Heads, 2>(w + i, w_stride, rows + i, d, some, acc);
+  }
 }
 
 // acc[g] += Σ_i w[g][i] rows[i]
 template <class X>
-LSERVE_CLONES void add_rows(int64_t G, const float* w, int64_t w_stride, const X* rows, int64_t stride, int64_t count, int64_t D, float* acc) {
+LSERVE_CLONES void add_rows(int64_t G, const float* w, int64_t w_stride, const X* const* rows, int64_t count, int64_t D, float* acc) {
   for (int64_t g = 0; g < G; g += kHeads) {
     const float* wg = w + g * w_stride;
     float* ag = acc + g * kMaxD;
     switch (G - g) {
-      case 1: add_heads<1>(wg, w_stride, rows, stride, count, D, ag); break;
-      case 2: add_heads<2>(wg, w_stride, rows, stride, count, D, ag); break;
-      case 3: add_heads<3>(wg, w_stride, rows, stride, count, D, ag); break;
-      default: add_heads<4>(wg, w_stride, rows, stride, count, D, ag);
+      case 1: add_heads<1>(wg, w_stride, rows, count, D, ag); break;
+      case 2: add_heads<2>(wg, w_stride, rows, count, D, ag); break;
+      case 3: add_heads<3>(wg, w_stride, rows, count, D, ag); break;
+      default: add_heads<4>(wg, w_stride, rows, count, D, ag);
     }
   }
+}
+
+// The tokens of one chunk, wherever they lie.
+struct Chunk {
+  // Neighbours of one type and, with statistics, one group.
+  struct Span {
+    int64_t first, count;
+    bool raw;          // in the model's dtype, else codes
+    const void* grid;  // of the keys: stats [2, D]; null: (step, min) a token
+  };
+  struct Grid {
+    float step, min;
+  };
+  std::vector<Span> spans;
+  std::vector<int64_t> position;
+  std::vector<const void*> k, v;  // rows [D], and kAhead more to prefetch
+  std::vector<Grid> k_grid, v_grid;  // of codes
+
+  int64_t count() const { return static_cast<int64_t>(position.size()); }
+
+  // Entries [first, last) of the query at position t, without those that were freed.
+  void load(const Paged& kv, const Rule& rule, const Entries& e, int64_t b, int64_t h, int64_t first, int64_t last, int64_t t) {
+    spans.clear(), position.clear(), k.clear(), v.clear(), k_grid.clear(), v_grid.clear();
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t begin = e[i] * rule.unit;
+      add(kv, cached_run(kv, b, h, begin, std::min(begin + rule.unit, t + 1) - begin));
+    }
+    k.resize(k.size() + kAhead + kHeads, k.empty() ? nullptr : k.back());
+    v.resize(v.size() + kAhead + kHeads, v.empty() ? nullptr : v.back());
+  }
+
+ private:
+  void add(const Paged& kv, const Run& run) {
+    const int64_t size = width(run.raw ? kv.dtype : Dtype::u8);
+    for (int64_t i = 0; i < run.count; ++i) {
+      const void* grid = run.stats ? at(run.stats, (run.offset + i) / kv.L * 2 * kv.D, width(kv.dtype)) : nullptr;
+      if (run.raw) grid = nullptr;
+      if (spans.empty() || spans.back().raw != run.raw || spans.back().grid != grid) spans.push_back({count(), 0, run.raw, grid});
+      ++spans.back().count;
+      position.push_back(run.position + i);
+      k.push_back(at(run.k, i * run.k_stride, size));
+      v.push_back(at(run.v, i * run.v_stride, size));
+      k_grid.push_back(run.k_scales ? Grid{run.k_scales[2 * i], run.k_scales[2 * i + 1]} : Grid{});
+      v_grid.push_back(run.v_scales ? Grid{run.v_scales[2 * i], run.v_scales[2 * i + 1]} : Grid{});
+    }
+  }
+};
+
+template <class X>
+const X* const* rows_of(const std::vector<const void*>& rows, int64_t first) {
+  return reinterpret_cast<const X* const*>(rows.data() + first);
 }
 
 // What one thread works with: the query group, and the scores of one chunk.
 struct Scratch {
   Scratch(int64_t G, int64_t chunk)
       : G(G), chunk(chunk), q(new float[G * kMaxD]), folded(new float[G * kMaxD]), base(new float[G]),
-        s(new float[G * chunk]), w(new float[G * chunk]), acc(new float[G * kMaxD]) {}
+        s(new float[G * chunk]), acc(new float[G * kMaxD]) {}
   int64_t G, chunk;
   std::unique_ptr<float[]> q;       // [G, kMaxD] query heads, scaled
   std::unique_ptr<float[]> folded;  // [G, kMaxD] times a group's steps
   std::unique_ptr<float[]> base;    // [G] the grid's constant part
   std::unique_ptr<float[]> s;       // [G, chunk] scores, then weights
-  std::unique_ptr<float[]> w;       // [G, chunk] weights times V's steps
   std::unique_ptr<float[]> acc;     // [G, kMaxD]
 };
 
@@ -132,29 +194,27 @@ LSERVE_CLONES void sum_query(int64_t G, int64_t D, const float* q, float* sums) 
   }
 }
 
-// Scores of one run against the query group, into s[g * chunk + ...].
+// Scores of a chunk against the query group, into scratch.s.
 template <class T>
-void score_run(const Run& run, int64_t D, int64_t L, const Scratch& scratch, float* s) {
+void score_chunk(const Chunk& rows, int64_t D, const Scratch& scratch) {
   const int64_t G = scratch.G, chunk = scratch.chunk;
-  const float* q = scratch.q.get();
-  if (run.raw) return dots(G, q, static_cast<const T*>(run.k), run.k_stride, run.count, D, s, chunk);
-  const auto* codes = static_cast<const uint8_t*>(run.k);
-  float* base = scratch.base.get();
-  if (run.k_scales) {  // a grid a token
-    dots(G, q, codes, run.k_stride, run.count, D, s, chunk);
-    sum_query(G, D, q, base);
-    for (int64_t g = 0; g < G; ++g)
-      for (int64_t i = 0; i < run.count; ++i)
-        s[g * chunk + i] = run.k_scales[2 * i + 1] * base[g] + run.k_scales[2 * i] * s[g * chunk + i];
-    return;
-  }
-  for (int64_t i = 0, count; i < run.count; i += count) {  // a grid a group and channel
-    const int64_t group = (run.offset + i) / L;
-    count = std::min(run.count - i, (group + 1) * L - run.offset - i);
-    fold_grid(static_cast<const T*>(run.stats) + group * 2 * D, G, D, q, scratch.folded.get(), base);
-    dots(G, scratch.folded.get(), codes + i * run.k_stride, run.k_stride, count, D, s + i, chunk);
-    for (int64_t g = 0; g < G; ++g)
-      for (int64_t j = 0; j < count; ++j) s[g * chunk + i + j] += base[g];
+  float *q = scratch.q.get(), *base = scratch.base.get();
+  for (const auto& span : rows.spans) {
+    float* s = scratch.s.get() + span.first;
+    if (span.raw) {
+      dots(G, q, rows_of<T>(rows.k, span.first), span.count, D, s, chunk);
+    } else if (span.grid) {
+      fold_grid(static_cast<const T*>(span.grid), G, D, q, scratch.folded.get(), base);
+      dots(G, scratch.folded.get(), rows_of<uint8_t>(rows.k, span.first), span.count, D, s, chunk);
+      for (int64_t g = 0; g < G; ++g)
+        for (int64_t i = 0; i < span.count; ++i) s[g * chunk + i] += base[g];
+    } else {
+      dots(G, q, rows_of<uint8_t>(rows.k, span.first), span.count, D, s, chunk);
+      sum_query(G, D, q, base);
+      const Chunk::Grid* grid = rows.k_grid.data() + span.first;
+      for (int64_t g = 0; g < G; ++g)
+        for (int64_t i = 0; i < span.count; ++i) s[g * chunk + i] = grid[i].min * base[g] + grid[i].step * s[g * chunk + i];
+    }
   }
 }
 
@@ -164,21 +224,28 @@ LSERVE_CLONES void add_constant(int64_t G, int64_t D, const float* base, float* 
     for (int64_t d = 0; d < D; d += 16) store(acc + g * kMaxD + d, load(acc + g * kMaxD + d) + base[g]);
 }
 
-// acc[g] += Σ_i weight[g][i] v[i] over one run.
+// acc[g] = Σ_i s[g][i] v[i]
 template <class T>
-void weigh_run(const Run& run, int64_t D, const Scratch& scratch, const float* weights) {
+void weigh_chunk(const Chunk& rows, int64_t D, const Scratch& scratch) {
   const int64_t G = scratch.G, chunk = scratch.chunk;
-  float *acc = scratch.acc.get(), *w = scratch.w.get(), *base = scratch.base.get();
-  if (run.raw) return add_rows(G, weights, chunk, static_cast<const T*>(run.v), run.v_stride, run.count, D, acc);
-  for (int64_t g = 0; g < G; ++g) {
-    base[g] = 0;
-    for (int64_t i = 0; i < run.count; ++i) {
-      w[g * chunk + i] = weights[g * chunk + i] * run.v_scales[2 * i];
-      base[g] += weights[g * chunk + i] * run.v_scales[2 * i + 1];
+  float *acc = scratch.acc.get(), *base = scratch.base.get();
+  std::fill_n(acc, G * kMaxD, 0.0f);
+  std::fill_n(base, G, 0.0f);
+  for (const auto& span : rows.spans) {
+    float* w = scratch.s.get() + span.first;
+    if (span.raw) {
+      add_rows(G, w, chunk, rows_of<T>(rows.v, span.first), span.count, D, acc);
+      continue;
     }
+    const Chunk::Grid* grid = rows.v_grid.data() + span.first;
+    for (int64_t g = 0; g < G; ++g)
+      for (int64_t i = 0; i < span.count; ++i) {
+        base[g] += w[g * chunk + i] * grid[i].min;
+        w[g * chunk + i] *= grid[i].step;
+      }
+    add_rows(G, w, chunk, rows_of<uint8_t>(rows.v, span.first), span.count, D, acc);
   }
   add_constant(G, D, base, acc);
-  add_rows(G, w, chunk, static_cast<const uint8_t*>(run.v), run.v_stride, run.count, D, acc);
 }
 
 // Turns scores into weights exp(s - max) in place; returns max and their sum.
@@ -206,46 +273,23 @@ LSERVE_CLONES void soften(float* s, int64_t count, float* max_out, float* sum_ou
   *sum_out = sum(total) + rest;
 }
 
-// Cuts [first, last) of the entries into runs of tokens that lie together.
-std::vector<Run> chunk_runs(const Paged& kv, const Rule& rule, const Entries& e, int64_t b, int64_t h, int64_t first, int64_t last, int64_t t) {
-  std::vector<Run> runs;
-  for (int64_t i = first; i < last;) {
-    const int64_t begin = e[i] * rule.unit;
-    int64_t end = begin + rule.unit;
-    const int64_t page_end = (begin / kv.P + 1) * kv.P;
-    for (++i; i < last && end < page_end && e[i] * rule.unit == end; ++i) end += rule.unit;
-    const Run run = cached_run(kv, b, h, begin, std::min(end, t + 1) - begin);
-    if (run.count > 0) runs.push_back(run);
-  }
-  return runs;
-}
-
 int64_t chunk_entries(const Rule& rule) { return std::max<int64_t>(1, kChunkTokens / rule.unit); }
 int64_t chunk_tokens(const Rule& rule) { return chunk_entries(rule) * rule.unit; }
 
 template <class T>
-void decode_chunk(const DecodeArgs& a, const std::vector<Run>& runs, int64_t b, int64_t h, Scratch& scratch, float* out, float* lse) {
+void decode_chunk(const DecodeArgs& a, const Chunk& rows, int64_t b, int64_t h, Scratch& scratch, float* out, float* lse) {
   const int64_t D = a.kv.D, G = a.G, chunk = scratch.chunk;
   load_query(static_cast<const T*>(a.q.data) + b * a.q.stride0 + h * G * a.q.stride1, a.q.stride1, G, D, a.scale, scratch.q.get());
+  score_chunk<T>(rows, D, scratch);
   float* s = scratch.s.get();
-  int64_t count = 0;
-  for (const Run& run : runs) {
-    score_run<T>(run, D, a.kv.L, scratch, s + count);
-    count += run.count;
-  }
-  float shift[1], total[1];
-  std::fill_n(scratch.acc.get(), G * kMaxD, 0.0f);
   for (int64_t g = 0; g < G; ++g) {
-    soften(s + g * chunk, count, shift, total);
-    lse[g] = total[0] == 0 ? -kInf : shift[0] + std::log(total[0]);
-    const float scale = total[0] == 0 ? 0.0f : 1.0f / total[0];
-    for (int64_t i = 0; i < count; ++i) s[g * chunk + i] *= scale;
+    float shift, total;
+    soften(s + g * chunk, rows.count(), &shift, &total);
+    lse[g] = total == 0 ? -kInf : shift + std::log(total);
+    const float scale = total == 0 ? 0.0f : 1.0f / total;
+    for (int64_t i = 0; i < rows.count(); ++i) s[g * chunk + i] *= scale;
   }
-  int64_t done = 0;
-  for (const Run& run : runs) {
-    weigh_run<T>(run, D, scratch, s + done);
-    done += run.count;
-  }
+  weigh_chunk<T>(rows, D, scratch);
   for (int64_t g = 0; g < G; ++g) std::copy_n(scratch.acc.get() + g * kMaxD, D, out + g * D);
 }
 
@@ -285,12 +329,13 @@ void decode_typed(const DecodeArgs& a) {
   std::unique_ptr<float[]> outs(new float[chunks * G * D]), lses(new float[chunks * G]);
   parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(G, chunk_tokens(a.rule));
+    Chunk rows;
     int64_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (int64_t c = begin; c < end; ++c) {
       while (c >= first[i + 1]) ++i;
       const int64_t b = i / kv.H, h = i % kv.H, from = (c - first[i]) * per_chunk;
-      const auto runs = chunk_runs(kv, a.rule, all[i], b, h, from, std::min(from + per_chunk, all[i].count()), a.lengths[b] - 1);
-      decode_chunk<T>(a, runs, b, h, scratch, outs.get() + c * G * D, lses.get() + c * G);
+      rows.load(kv, a.rule, all[i], b, h, from, std::min(from + per_chunk, all[i].count()), a.lengths[b] - 1);
+      decode_chunk<T>(a, rows, b, h, scratch, outs.get() + c * G * D, lses.get() + c * G);
     }
   });
 
@@ -327,6 +372,7 @@ void mass_typed(const MassArgs& a) {
   }
   parallel_for(kv.B * kv.H, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(G, chunk_tokens(a.rule));
+    Chunk rows;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / kv.H, h = i % kv.H;
       float* mass = a.mass + i * tokens;
@@ -338,13 +384,13 @@ void mass_typed(const MassArgs& a) {
         load_query(static_cast<const T*>(a.q.data) + b * a.q.stride0 + row * a.q.stride1 + h * G * a.q.stride2, a.q.stride2, G, D, a.scale,
                    scratch.q.get());
         const Entries e = entries_of(b, h, t);
-        for (int64_t from = 0; from < e.count(); from += per_chunk)
-          for (const Run& run : chunk_runs(kv, a.rule, e, b, h, from, std::min(from + per_chunk, e.count()), t)) {
-            score_run<T>(run, D, kv.L, scratch, scratch.s.get());
-            for (int64_t j = 0; j < run.count; ++j)
-              for (int64_t g = 0; g < G; ++g)
-                if (lse[g] != -kInf) mass[run.position + j] += std::exp(scratch.s[g * scratch.chunk + j] - lse[g]);
-          }
+        for (int64_t from = 0; from < e.count(); from += per_chunk) {
+          rows.load(kv, a.rule, e, b, h, from, std::min(from + per_chunk, e.count()), t);
+          score_chunk<T>(rows, D, scratch);
+          for (int64_t j = 0; j < rows.count(); ++j)
+            for (int64_t g = 0; g < G; ++g)
+              if (lse[g] != -kInf) mass[rows.position[j]] += std::exp(scratch.s[g * scratch.chunk + j] - lse[g]);
+        }
       }
     }
   });

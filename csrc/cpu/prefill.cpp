@@ -18,29 +18,56 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kQueries = 64, kKeys = 64;  // a tile
 constexpr int kRows = 8;                      // of A that one pass over B serves
 
-template <int Rows, int Vectors>
+// Rows x Parts sums stay in registers, whatever the instruction set calls V.
+template <class V, int Rows, int Parts>
 LSERVE_INLINE void multiply_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t inner, float* c,
                                   int64_t ldc, bool add) {
-  wide acc[Rows][Vectors] = {};
+  constexpr int64_t lanes = sizeof(V) / sizeof(float);
+  V acc[Rows][Parts] = {};
   for (int r = 0; r < Rows && add; ++r)
-    for (int v = 0; v < Vectors; ++v) acc[r][v] = load_wide(c + r * ldc + v * 16);
+    for (int v = 0; v < Parts; ++v) std::memcpy(&acc[r][v], c + r * ldc + v * lanes, sizeof(V));
   for (int64_t k = 0; k < inner; ++k)
-    for (int v = 0; v < Vectors; ++v) {
-      const wide x = load_wide(b + k * ldb + v * 16);
+    for (int v = 0; v < Parts; ++v) {
+      V x;
+      std::memcpy(&x, b + k * ldb + v * lanes, sizeof(V));
       for (int r = 0; r < Rows; ++r) acc[r][v] += x * a[r * lda + k];
     }
   for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vectors; ++v) std::memcpy(c + r * ldc + v * 16, &acc[r][v], sizeof(wide));
+    for (int v = 0; v < Parts; ++v) std::memcpy(c + r * ldc + v * lanes, &acc[r][v], sizeof(V));
 }
 
-// c [rows, columns] = (add ? c : 0) + a [rows, inner] b [inner, columns]; rows a multiple of kRows, columns of 16
-LSERVE_CLONES void multiply(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                            int64_t ldc, bool add) {
-  for (int64_t r = 0; r < rows; r += kRows) {
+template <class V, int Rows>
+LSERVE_INLINE void multiply_blocks(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b,
+                                   int64_t ldb, float* c, int64_t ldc, bool add) {
+  constexpr int64_t lanes = sizeof(V) / sizeof(float);
+  for (int64_t r = 0; r < rows; r += Rows) {
     int64_t n = 0;
-    for (; n + 32 <= columns; n += 32) multiply_block<kRows, 2>(a + r * lda, lda, b + n, ldb, inner, c + r * ldc + n, ldc, add);
-    if (n < columns) multiply_block<kRows, 1>(a + r * lda, lda, b + n, ldb, inner, c + r * ldc + n, ldc, add);
+    for (; n + 2 * lanes <= columns; n += 2 * lanes) multiply_block<V, Rows, 2>(a + r * lda, lda, b + n, ldb, inner, c + r * ldc + n, ldc, add);
+    for (; n < columns; n += lanes) multiply_block<V, Rows, 1>(a + r * lda, lda, b + n, ldb, inner, c + r * ldc + n, ldc, add);
   }
+}
+
+LSERVE_CLONES void multiply_16(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b, int64_t ldb,
+                               float* c, int64_t ldc, bool add) {
+  multiply_blocks<floats, kRows / 2>(rows, columns, inner, a, lda, b, ldb, c, ldc, add);  // 8 sums of 16 registers
+}
+#ifdef LSERVE_AVX512
+LSERVE_AVX512 void multiply_32(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b, int64_t ldb,
+                               float* c, int64_t ldc, bool add) {
+  typedef float wide __attribute__((vector_size(64)));
+  multiply_blocks<wide, kRows>(rows, columns, inner, a, lda, b, ldb, c, ldc, add);  // 16 sums of 32 registers
+}
+const bool has_avx512 = __builtin_cpu_supports("x86-64-v4");
+#endif
+
+// c [rows, columns] = (add ? c : 0) + a [rows, inner] b [inner, columns]; rows a multiple of kRows, columns of 16.
+// The one product bound by arithmetic, so it gets the widest registers. Every sum is one chain along `inner`: same bits.
+void multiply(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+              int64_t ldc, bool add) {
+#ifdef LSERVE_AVX512
+  if (has_avx512) return multiply_32(rows, columns, inner, a, lda, b, ldb, c, ldc, add);
+#endif
+  multiply_16(rows, columns, inner, a, lda, b, ldb, c, ldc, add);
 }
 
 // The tile's scores become weights in place; max, sum and out [D] of the row follow the new maximum.

@@ -13,6 +13,7 @@
 // hence the always_inline below, and no std::function inside. A template needs an explicit instantiation.
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define LSERVE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define LSERVE_AVX512 __attribute__((target("arch=x86-64-v4")))
 #else
 #define LSERVE_CLONES
 #endif
@@ -124,12 +125,23 @@ LSERVE_INLINE words widen(const T* p) {
   else return words{code(p[0]), code(p[1]), code(p[2]), code(p[3]), code(p[4]), code(p[5]), code(p[6]), code(p[7])};
 }
 
-template <class T, class F>
-LSERVE_INLINE f32x16 load_codes(const T* p, F to_floats) {
-  f32x16 x;
-  for (int i = 0; i < kParts; ++i) x.part[i] = to_floats(widen(p + i * kLanes));
+// One register.
+LSERVE_INLINE floats load_part(const float* p) {
+  floats x;
+  std::memcpy(&x, p, sizeof(x));
   return x;
 }
+LSERVE_INLINE floats load_part(const bf16* p) { return bit_cast<floats>(widen(p) << 16); }
+LSERVE_INLINE floats load_part(const f16* p) { return widen_f16<floats>(widen(p)); }
+LSERVE_INLINE floats load_part(const uint8_t* p) { return __builtin_convertvector(bit_cast<ints>(widen(p)), floats); }
+
+template <class T>
+LSERVE_INLINE f32x16 load(const T* p) {
+  f32x16 x;
+  for (int i = 0; i < kParts; ++i) x.part[i] = load_part(p + i * kLanes);
+  return x;
+}
+
 template <class T, class Narrow>
 LSERVE_INLINE void store_u16(T* p, f32x16 x, Narrow narrow) {
   for (int i = 0; i < kParts; ++i) {
@@ -138,45 +150,9 @@ LSERVE_INLINE void store_u16(T* p, f32x16 x, Narrow narrow) {
   }
 }
 
-LSERVE_INLINE f32x16 load(const float* p) {
-  f32x16 x;
-  for (int i = 0; i < kParts; ++i) std::memcpy(&x.part[i], p + i * kLanes, sizeof(floats));
-  return x;
-}
-LSERVE_INLINE f32x16 load(const bf16* p) {
-  return load_codes(p, [](words w) LSERVE_LAMBDA { return bit_cast<floats>(w << 16); });
-}
-LSERVE_INLINE f32x16 load(const f16* p) {
-  return load_codes(p, [](words w) LSERVE_LAMBDA { return widen_f16<floats>(w); });
-}
-LSERVE_INLINE f32x16 load(const uint8_t* p) {
-  return load_codes(p, [](words w) LSERVE_LAMBDA { return __builtin_convertvector(bit_cast<ints>(w), floats); });
-}
-
-// The same sixteen floats as one vector, for products alone: they need no comparison, so a compiler that has no register
-// of this width takes them apart without harm, and one that has it needs half the instructions.
-typedef float wide __attribute__((vector_size(64)));
-typedef int32_t wide_ints __attribute__((vector_size(64)));
-typedef uint16_t wide_shorts __attribute__((vector_size(32)));
-
-template <class V>
-LSERVE_INLINE V load_as(const void* p) {
-  V v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-LSERVE_INLINE wide load_wide(const float* p) { return load_as<wide>(p); }
-LSERVE_INLINE wide load_wide(const bf16* p) {
-  return bit_cast<wide>(__builtin_convertvector(load_as<wide_shorts>(p), wide_ints) << 16);
-}
-LSERVE_INLINE wide load_wide(const f16* p) { return bit_cast<wide>(load(p)); }
-LSERVE_INLINE wide load_wide(const uint8_t* p) {
-  return __builtin_convertvector(wide_ints{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12],
-                                           p[13], p[14], p[15]}, wide);  // one widening load, as in widen()
-}
-
+LSERVE_INLINE void store_part(float* p, floats x) { std::memcpy(p, &x, sizeof(x)); }
 LSERVE_INLINE void store(float* p, f32x16 x) {
-  for (int i = 0; i < kParts; ++i) std::memcpy(p + i * kLanes, &x.part[i], sizeof(floats));
+  for (int i = 0; i < kParts; ++i) store_part(p + i * kLanes, x.part[i]);
 }
 LSERVE_INLINE void store(bf16* p, f32x16 x) {
   store_u16(p, x, [](floats f) LSERVE_LAMBDA { return narrow_bf16<floats, words>(f); });
@@ -225,15 +201,20 @@ LSERVE_INLINE f32x16 min_nan(f32x16 a, f32x16 b) {
 
 // Folds the upper half of the lanes onto the lower, until one is left: always in this order.
 template <class Fold>
-LSERVE_INLINE float fold(f32x16 x, Fold f) {
-  for (int n = kParts / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) x.part[i] = f(x.part[i], x.part[i + n]);
+LSERVE_INLINE float fold(floats x, Fold f) {
   quad q[kLanes / 4];
-  std::memcpy(q, &x.part[0], sizeof(q));
+  std::memcpy(q, &x, sizeof(q));
   if constexpr (kLanes == 8) q[0] = f(q[0], q[1]);
   const quad pair = f(q[0], quad{q[0][2], q[0][3], q[0][2], q[0][3]});
   return f(pair, quad{pair[1], pair[1], pair[1], pair[1]})[0];
 }
+template <class Fold>
+LSERVE_INLINE float fold(f32x16 x, Fold f) {
+  for (int n = kParts / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) x.part[i] = f(x.part[i], x.part[i + n]);
+  return fold(x.part[0], f);
+}
+LSERVE_INLINE float sum(floats x) { return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return a + b; }); }
 LSERVE_INLINE float sum(f32x16 x) { return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return a + b; }); }
 LSERVE_INLINE float max(f32x16 x) { return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return a > b ? a : b; }); }
 LSERVE_INLINE float max_nan(f32x16 x) { return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return max_nan(a, b); }); }
