@@ -4,6 +4,7 @@
 #   make demo    long contexts on a small model, dense beside sparse
 #   make test    PYTEST_ARGS='-m "not slow"' leaves out the slow ones
 #   make bench   kernels and end to end
+#   make gpu-check   the op tests and more on a GPU
 #   make wheel   dist/*.whl; setup.py lists the variables it listens to (FORCE_CUDA=1: CUDA kernels in any case)
 #
 # Any torch from 2.11 on will do. This is the one that is installed into a new .venv:
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml $(shell find csrc lserve_ext -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test bench wheel install test-torch-2.11 clean
+.PHONY: demo test bench gpu-check wheel install test-torch-2.11 clean
 
 # These run scripts, never `python -m` from here: that would import the tree's lserve_ext, not the installed one.
 demo: $(VENV)/.installed
@@ -26,6 +27,14 @@ test: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python bench/kernels.py
+
+# WHEEL=1: with the wheel that is installed already, where a machine cannot build one.
+PYTEST := $(if $(WHEEL),pytest,$(BIN)/pytest)
+gpu-check: $(if $(WHEEL),,$(VENV)/.installed)
+	$(PYTEST) --installed -m "gpu and not slow" --durations=10
+	@which compute-sanitizer || echo "compute-sanitizer is not on PATH: its checks are skipped"
+	for tool in memcheck synccheck; do ! which compute-sanitizer > /dev/null || PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	  compute-sanitizer --error-exitcode 1 --tool $$tool $(PYTEST) --installed -m gpu python_tests/test_small.py || exit 1; done
 
 wheel: dist/.built
 

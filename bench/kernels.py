@@ -3,13 +3,16 @@
     python bench/kernels.py --quick                     one shape, short context: half a minute on two slow cores
     python bench/kernels.py --only decode --tokens 32768 --dtypes float32
     python bench/kernels.py --full --save               4K to 128K tokens, batches; bench/results/kernels-<machine>.json
+                                                        and a roofline plot beside it
+    python bench/kernels.py --full --save --device cuda
 
 Before each call of an op or of a peer, the same threads sum (for ops that write much: copy) a stretch of memory that
 no cache holds. That leaves the caches cold, as a model's other layers do, and is the ceiling, taken in the same moments
 as what is compared with it. Share: the time that the op's bytes must take at that rate, or its operations at the rate
 of torch's matmul (in the op's dtype or in float32, whichever is faster), over the time that the op takes. Bytes are
 those that must be read and written once, with statistics, scales, raw pages and tables. Peers do the same work in torch
-on the same tensors; those of INT8 read the model's dtype. With --threads 1, CPU time is taken, which other processes on
+on the same tensors (FlexAttention, flash-attn and flashinfer on a GPU, where installed); those of INT8 read the model's
+dtype. With --threads 1, CPU time is taken, which other processes on
 a shared machine do not stretch.
 """
 
@@ -22,6 +25,7 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import cycle, product
@@ -36,15 +40,18 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from lserve_ext import __version__, ops
 from lserve_ext.ops import DENSE, PagedKV
 
-SHAPES = {"llama3-8b": (32, 8, 128), "mha": (32, 32, 64), "smollm2": (9, 3, 64)}  # Hq, H, D
+SHAPES = {"llama3-8b": (32, 8, 128), "llama2-7b": (32, 32, 128), "mha": (32, 32, 64), "smollm2": (9, 3, 64)}  # Hq, H, D
 P, L = 64, 16  # tokens a page, and a group of statistics
 SINK, LOCAL = 2, 4  # pages
 BUDGET = 4096  # tokens that a head reads when it follows a list of pages, or half of a shorter context
 CHUNK = 256  # new tokens of a chunk over a cache
 TAIL = 64  # last queries of a prompt whose attention mass is taken
-LARGEST = 4 * 2**30  # bytes of keys and values; what has more is skipped
+LARGEST = {"cpu": 4 * 2**30, "cuda": 24 * 2**30}  # bytes of keys and values; what has more is skipped
 QUICK = {"shapes": ["llama3-8b"], "tokens": [2048], "prompt": 512, "dtypes": ["bfloat16"], "cold": 128, "limit": 1.0}
-FULL = {"tokens": [4096, 32768, 131072], "batches": [1, 8], "cold": 1024}
+FULL = {
+    "cpu": {"tokens": [4096, 32768, 131072], "batches": [1, 8], "cold": 1024},
+    "cuda": {"tokens": [4096, 32768, 131072, 2**20], "batches": [1, 16, 64], "prompt": 16384, "dtypes": ["bfloat16"]},
+}
 
 Call = Callable[[], Any]
 
@@ -212,6 +219,37 @@ def select_tokens(layer: Layer) -> Work:
     return Work(call, size(older), 4 * layer.B * layer.H * count, peers={"topk": lambda: older.topk(count)})
 
 
+def installed_peers(layer: Layer, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Call]:
+    """Dense attention of q [B, Hq, queries, D] over k, v [B, H, keys, D] by what else a GPU machine may have."""
+    peers: dict[str, Call] = {}
+    if layer.device != "cuda" or layer.dtype == torch.float32:
+        return peers
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if q.shape[2] > 1:  # its decode kernel is another program
+        n = q.shape[2]
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n, device="cuda") if causal else None
+        flex = torch.compile(flex_attention)
+        peers["FlexAttention"] = lambda: flex(q, k, v, block_mask=mask, enable_gqa=True)
+    rows = [x.transpose(1, 2).contiguous() for x in (q, k, v)]  # [B, tokens, heads, D], as both want it
+    with suppress(ImportError):
+        from flash_attn import flash_attn_func, flash_attn_with_kvcache
+
+        if q.shape[2] > 1:
+            peers["flash-attn"] = lambda: flash_attn_func(*rows, causal=causal)
+        else:
+            peers["flash-attn"] = lambda: flash_attn_with_kvcache(*rows)
+    with suppress(ImportError):
+        from flashinfer import single_decode_with_kv_cache, single_prefill_with_kv_cache
+
+        if layer.B == 1 and q.shape[2] > 1:
+            one = [x[0] for x in rows]
+            peers["flashinfer"] = lambda: single_prefill_with_kv_cache(*one, causal=causal)
+        elif layer.B == 1:
+            peers["flashinfer"] = lambda: single_decode_with_kv_cache(rows[0][0, 0], rows[1][0], rows[2][0])
+    return peers
+
+
 @case("dense", "streaming", "pages", "tokens")
 def decode(layer: Layer, variant: str) -> Work:
     q, kv = layer.normal(layer.B, layer.Hq, layer.D), layer.kv(stats=variant != "tokens")
@@ -234,6 +272,7 @@ def decode(layer: Layer, variant: str) -> Work:
         peers={
             "SDPA": lambda: sdpa(q[:, :, None], k, v, enable_gqa=True),
             "SDPA grouped": lambda: sdpa(q.unflatten(1, (layer.H, -1)), k, v),
+            **installed_peers(layer, q[:, :, None], k, v, causal=False),
         },
     )
 
@@ -262,6 +301,7 @@ def prefill(layer: Layer, variant: str) -> Work:
     if variant == "dense":
         qs, ks, vs = (x.unflatten(0, (layer.B, n)).transpose(1, 2) for x in (q, k, v))
         peers["SDPA causal"] = lambda: sdpa(qs, ks, vs, is_causal=True, enable_gqa=True)
+        peers |= installed_peers(layer, qs, ks, vs, causal=True)
     return Work(
         partial(ops.prefill, q, k, v, cu, cu, layer.ints([window] * layer.H), kv, lengths, sink=sink, page_size=P),
         reads=size(q, k, v) + (layer.read(kv, held) if kv else 0),
@@ -316,11 +356,14 @@ class Machine:
                 times["matmul"].append(min(self.seconds(lambda a=a: a @ a) for a in squares))
         middle = {name: median(t[1:]) for name, t in times.items()}
         took, unit, amount, ceiling = middle.pop("op"), "GB/s", work.reads + work.writes, median(rates[len(calls) :])
-        if work.flops and work.flops * (matmul := middle.pop("matmul")) / (2 * side**3) > amount / ceiling:
-            unit, amount, ceiling = "GFLOP/s", work.flops, 2 * side**3 / matmul
+        roofs = {"bandwidth": ceiling / 1e9}  # GB/s, GFLOP/s
+        if work.flops:
+            roofs["matmul"] = 2 * side**3 / middle.pop("matmul") / 1e9
+            if work.flops / roofs["matmul"] > amount / roofs["bandwidth"]:
+                unit, amount, ceiling = "GFLOP/s", work.flops, roofs["matmul"] * 1e9
         result = {"us": took * 1e6, "rate": amount / took / 1e9, "unit": unit, "ceiling": ceiling / 1e9}
         result |= {"share": amount / ceiling / took, "bytes": work.reads + work.writes, "flops": work.flops}
-        return result | {"peers_us": {name: middle[name] * 1e6 for name in work.peers}}
+        return result | roofs | {"peers_us": {name: middle[name] * 1e6 for name in work.peers}}
 
 
 def positive(text: str) -> int:
@@ -354,11 +397,38 @@ def parse() -> argparse.Namespace:
     add("--save", action="store_true", help="write bench/results/kernels-<machine>.json")
     add("--out", type=Path, help="write this file")
     first = parser.parse_args()
-    parser.set_defaults(**QUICK if first.quick else FULL if first.full else {})
+    parser.set_defaults(**QUICK if first.quick else FULL[first.device] if first.full else {})
     options = parser.parse_args()
     if any(tokens % P or tokens < 1024 for tokens in options.tokens):
         parser.error(f"--tokens: expected multiples of {P}, from 1024 on, got {options.tokens}")
     return options
+
+
+def plot(head: dict[str, Any], results: list[dict[str, Any]], path: Path) -> None:
+    """Rooflines of the machine, and every op on them that has operations to count."""
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError:
+        return
+    counted = [r for r in results if r["flops"]]
+    if not counted:
+        return
+    _, axes = plt.subplots(figsize=(9, 6))
+    for dtype, style in zip(dict.fromkeys(r["dtype"] for r in counted), ("-", "--", ":"), strict=False):
+        roofs = [r for r in counted if r["dtype"] == dtype]
+        bandwidth, matmul = (median(r[key] for r in roofs) for key in ("bandwidth", "matmul"))
+        edge = matmul / bandwidth
+        x = [min(0.1, edge / 10), edge, max(edge * 10, 1000)]
+        label = f"{dtype}: {bandwidth:.3g} GB/s, {matmul:.3g} GFLOP/s"
+        axes.plot(x, [bandwidth * x[0], matmul, matmul], "k" + style, linewidth=1, label=label)
+    for i, case_ in enumerate(dict.fromkeys(r["case"] for r in counted)):
+        points = [(r["flops"] / r["bytes"], r["flops"] / r["us"] / 1e3) for r in counted if r["case"] == case_]
+        axes.plot(*zip(*points, strict=True), "osD^v<>ph*"[i % 10], color=f"C{i % 10}", alpha=0.7, label=case_)
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s", title=head["machine"])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    plt.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close()
 
 
 @torch.inference_mode()
@@ -378,8 +448,8 @@ def main() -> None:
         pools_only = "" if kv == options.kv[0] else READS_POOLS
         cases = [c for c in CASES if c.startswith(pools_only) and any(word in c for word in options.only)]
         _, H, D = SHAPES[shape]
-        if 2 * batch * tokens * H * D * getattr(torch, dtype).itemsize > LARGEST:
-            print(f"{shape} {tokens} x {batch} {dtype} {kv}: skipped, more than {LARGEST >> 30} GiB of keys and values")
+        if 2 * batch * tokens * H * D * getattr(torch, dtype).itemsize > (largest := LARGEST[options.device]):
+            print(f"{shape} {tokens} x {batch} {dtype} {kv}: skipped, more than {largest >> 30} GiB of keys and values")
             continue
         layer = Layer(shape, tokens, batch, dtype, kv, options.prompt, options.device)
         for c in cases:
@@ -400,6 +470,7 @@ def main() -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(head | {"results": results}, indent=2) + "\n", encoding="utf-8")
+        plot(head, results, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

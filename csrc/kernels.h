@@ -126,8 +126,8 @@ struct SelectTokensArgs {
 };
 
 struct GatherArgs {
-  const void* src;          // [rows, bytes]
-  const int32_t* src_ids;   // [count]
+  const void* src;          // [rows, bytes]; CUDA: of the device or pinned host memory, as dst
+  const int32_t* src_ids;   // [count]; a pair with a -1 is passed over
   void* dst;                // [rows, bytes]
   const int32_t* dst_ids;   // [count]
   int64_t src_stride, dst_stride, bytes;  // of a row, in bytes
@@ -141,6 +141,7 @@ struct DecodeArgs {
   const int32_t* lengths;  // [B] tokens held, the query's own included
   void* out;               // out [B, Hq, D]
   float* lse;              // out [B, Hq]
+  float* workspace;        // CUDA: partial results, see decode_workspace; null on the CPU
   int64_t G;
   float scale;
 };
@@ -198,8 +199,23 @@ void prefill(const PrefillArgs&);
 void merge_states(const MergeArgs&);
 }  // namespace cpu
 
+// On a stream of the current device: a cudaStream_t. Nothing waits, and what a graph captures may be replayed
+// with other lengths, because grids follow from shapes alone.
 namespace cuda {
 void page_stats(const PageStatsArgs&, void* stream);
+void quantize_kv(const QuantizeArgs&, void* stream);
+void dequantize_kv(const DequantizeArgs&, void* stream);
+void append_kv(const AppendArgs&, void* stream);
+void gather_pages(const GatherArgs&, void* stream);
+void page_scores(const PageScoresArgs&, void* stream);
+void select_pages(const SelectPagesArgs&, void* stream);
+void select_tokens(const SelectTokensArgs&, void* stream);
+void decode(const DecodeArgs&, void* stream);
+void attention_mass(const MassArgs&, void* stream);
+void prefill(const PrefillArgs&, void* stream);
+void merge_states(const MergeArgs&, void* stream);
+
+int64_t decode_workspace(const DecodeArgs&);  // floats that DecodeArgs::workspace must hold
 }  // namespace cuda
 
 }  // namespace lserve

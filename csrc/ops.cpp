@@ -187,17 +187,22 @@ const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_
 float* out_floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 int32_t* out_ints(const Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); }
 
+#ifdef LSERVE_CUDA
+#define LSERVE_KERNELS(op) cpu::op, cuda::op
+#else
+#define LSERVE_KERNELS(op) cpu::op
+#endif
+
 // Calls the CPU or the CUDA kernel of an op on the current stream of its device.
-template <class Args>
-void launch(const Tensor& on, const Args& args, void (*cpu)(const Args&), void (*cuda)(const Args&, void*) = nullptr) {
+template <class Args, class... Cuda>
+void launch(const Tensor& on, const Args& args, void (*cpu)(const Args&), [[maybe_unused]] Cuda... cuda) {
   if (on.is_cpu()) return cpu(args);
 #ifdef LSERVE_CUDA
-  if (on.is_cuda() && cuda) {
+  if (on.is_cuda()) {
     torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
-    return cuda(args, cuda::current_stream(on.get_device_index()));
+    void* stream = cuda::current_stream(on.get_device_index());
+    return (cuda(args, stream), ...);
   }
-#else
-  (void)cuda;
 #endif
   throw std::runtime_error("lserve_ext: this build has no kernel of the op for that device");
 }
@@ -311,11 +316,7 @@ Tensor page_stats(Tensor k, int64_t group) {
   if (group < 1 || P % group) check.fail("group", "expected a divisor of the page size ", P, ", got ", group);
   Tensor stats = torch::stable::new_empty(k, {pages, P / group, 2, D});
   const PageStatsArgs args{view(k), stats.mutable_data_ptr(), pages, P, group, D, kernel_dtype(k.scalar_type())};
-#ifdef LSERVE_CUDA
-  launch(k, args, cpu::page_stats, cuda::page_stats);
-#else
-  launch(k, args, cpu::page_stats);
-#endif
+  launch(k, args, LSERVE_KERNELS(page_stats));
   return stats;
 }
 
@@ -341,7 +342,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_kv(Tensor k, Tensor v, OptTensor sta
   args.v_codes = static_cast<uint8_t*>(v_codes.mutable_data_ptr());
   args.scales = out_floats(scales);
   args.pages = pages, args.P = P, args.D = D, args.dtype = kernel_dtype(k.scalar_type());
-  launch(k, args, cpu::quantize_kv);
+  launch(k, args, LSERVE_KERNELS(quantize_kv));
   return {k_codes, v_codes, scales};
 }
 
@@ -369,7 +370,7 @@ std::tuple<Tensor, Tensor> dequantize_kv(Tensor k_codes, Tensor v_codes, OptTens
   args.scales = floats(scales);
   args.k = k.mutable_data_ptr(), args.v = v.mutable_data_ptr();
   args.pages = pages, args.P = P, args.D = D, args.dtype = kernel_dtype(dtype);
-  launch(k_codes, args, cpu::dequantize_kv);
+  launch(k_codes, args, LSERVE_KERNELS(dequantize_kv));
   return {k, v};
 }
 
@@ -388,12 +389,15 @@ void append_kv(Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths, Tensor k_p
                         k.scalar_type(), B, H, D);
   args.k = view(k), args.v = view(v), args.N = N;
   args.cu_seqlens = ints(cu_seqlens), args.lengths = ints(lengths);
-  launch(k, args, cpu::append_kv);
+  launch(k, args, LSERVE_KERNELS(append_kv));
 }
 
 void gather_pages(Tensor src, Tensor src_ids, Tensor dst, Tensor dst_ids) {
-  const Checker check("gather_pages", src);
+  const Tensor& on = src.is_cpu() ? dst : src;  // one of the two may be pinned host memory
+  const Checker check("gather_pages", on);
   check.at_least("src", src.dim(), 1);
+  if (!src.is_cpu() && !dst.is_cpu() && src.device() != dst.device())
+    check.fail("dst", "expected the device of src, or pinned host memory, got another device");
   std::vector<int64_t> row = sizes(src);
   if (dst.scalar_type() != src.scalar_type())
     check.fail("dst", "expected dtype ", dtype_name(src.scalar_type()), ", got ", dtype_name(dst.scalar_type()));
@@ -413,14 +417,13 @@ void gather_pages(Tensor src, Tensor src_ids, Tensor dst, Tensor dst_ids) {
   inner_contiguous(dst, "dst");
   check.shape(src_ids, "src_ids", "[count]", {any}).dtype(src_ids, "src_ids", ScalarType::Int);
   check.shape(dst_ids, "dst_ids", "[count]", {src_ids.size(0)}).dtype(dst_ids, "dst_ids", ScalarType::Int);
-  if (!dst.is_cpu() || !src.is_cpu()) throw std::runtime_error("lserve_ext: this build has no kernel of the op for that device");
   const int64_t width = static_cast<int64_t>(src.element_size());
   GatherArgs args{};
   args.src = src.const_data_ptr(), args.src_ids = ints(src_ids);
   args.dst = dst.mutable_data_ptr(), args.dst_ids = ints(dst_ids);
   args.src_stride = src.stride(0) * width, args.dst_stride = dst.stride(0) * width, args.bytes = elements * width;
   args.src_rows = src.size(0), args.dst_rows = dst.size(0), args.count = src_ids.size(0);
-  launch(src, args, cpu::gather_pages);
+  launch(on, args, LSERVE_KERNELS(gather_pages));
 }
 
 Tensor page_scores(Tensor q, Tensor stats, Tensor block_table, Tensor sealed, OptTensor windows) {
@@ -441,7 +444,7 @@ Tensor page_scores(Tensor q, Tensor stats, Tensor block_table, Tensor sealed, Op
   args.stats_stride = stats.stride(0), args.blocks = stats.size(0), args.groups = stats.size(1);
   args.block_stride0 = block_table.stride(0), args.block_stride1 = block_table.stride(1);
   args.B = B, args.H = H, args.M = M, args.G = G, args.D = D, args.dtype = kernel_dtype(q.scalar_type());
-  launch(q, args, cpu::page_scores);
+  launch(q, args, LSERVE_KERNELS(page_scores));
   return scores;
 }
 
@@ -457,7 +460,7 @@ std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor lengths, Tensor se
   Tensor local_start = torch::stable::new_empty(scores, {B}, ScalarType::Int);
   launch(scores, SelectPagesArgs{floats(scores), ints(lengths), ints(sealed), out_ints(pages), out_ints(local_start),
                                  scores.stride(0), scores.stride(1), B, H, M, count, page_size, sink, local},
-         cpu::select_pages);
+         LSERVE_KERNELS(select_pages));
   return {pages, local_start};
 }
 
@@ -474,7 +477,7 @@ std::tuple<Tensor, Tensor> select_tokens(Tensor mass, Tensor lengths, Tensor sea
   Tensor local_start = torch::stable::new_empty(mass, {B}, ScalarType::Int);
   launch(mass, SelectTokensArgs{floats(mass), ints(lengths), ints(sealed), out_ints(tokens), out_ints(local_start),
                                 mass.stride(0), mass.stride(1), B, H, mass.size(2), max_picks, page_size, ratio},
-         cpu::select_tokens);
+         LSERVE_KERNELS(select_tokens));
   return {tokens, local_start};
 }
 
@@ -522,7 +525,7 @@ std::tuple<Tensor, Tensor> prefill(Tensor q, Tensor k, Tensor v, Tensor cu_q, Te
   args.q = view(q), args.k = view(k), args.v = view(v), args.cu_q = ints(cu_q), args.cu_k = ints(cu_k);
   args.out = out.mutable_data_ptr(), args.lse = out_floats(lse);
   args.Nq = N, args.Nk = k.size(0), args.G = G, args.scale = static_cast<float>(scale);
-  launch(q, args, cpu::prefill);
+  launch(q, args, LSERVE_KERNELS(prefill));
   return {out, lse};
 }
 
@@ -546,7 +549,14 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_pool, Tensor v_pool, OptTen
   Tensor lse = torch::stable::new_empty(q, {B, Hq}, ScalarType::Float);
   args.q = view(q), args.lengths = ints(lengths), args.scale = static_cast<float>(scale);
   args.out = out.mutable_data_ptr(), args.lse = out_floats(lse);
-  launch(q, args, cpu::decode);
+#ifdef LSERVE_CUDA
+  std::optional<Tensor> workspace;
+  if (q.is_cuda()) {
+    workspace = torch::stable::new_empty(q, {cuda::decode_workspace(args)}, ScalarType::Float);
+    args.workspace = out_floats(*workspace);
+  }
+#endif
+  launch(q, args, LSERVE_KERNELS(decode));
   return {out, lse};
 }
 
@@ -570,7 +580,7 @@ Tensor attention_mass(Tensor q, Tensor lse, Tensor k_pool, Tensor v_pool, OptTen
   Tensor mass = torch::stable::new_empty(q, {B, H, args.kv.M * args.kv.P}, ScalarType::Float);
   args.q = view(q), args.lse = floats(lse), args.lengths = ints(lengths), args.mass = out_floats(mass);
   args.T = T, args.scale = static_cast<float>(scale);
-  launch(q, args, cpu::attention_mass);
+  launch(q, args, LSERVE_KERNELS(attention_mass));
   return mass;
 }
 
@@ -594,7 +604,7 @@ std::tuple<Tensor, Tensor> merge_states(Tensor out_a, Tensor lse_a, Tensor out_b
   Tensor out = torch::stable::empty_like(out_a), lse = torch::stable::empty_like(lse_a);
   launch(out_a, MergeArgs{out_a.const_data_ptr(), out_b.const_data_ptr(), floats(lse_a), floats(lse_b),
                           out.mutable_data_ptr(), out_floats(lse), lse_a.numel(), D, kernel_dtype(out_a.scalar_type())},
-         cpu::merge_states);
+         LSERVE_KERNELS(merge_states));
   return {out, lse};
 }
 
@@ -619,5 +629,16 @@ STABLE_TORCH_LIBRARY_IMPL(lserve_ext, CPU, m) {
 #ifdef LSERVE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(lserve_ext, CUDA, m) {
   m.impl("page_stats", TORCH_BOX(&lserve::page_stats));
+  m.impl("quantize_kv", TORCH_BOX(&lserve::quantize_kv));
+  m.impl("dequantize_kv", TORCH_BOX(&lserve::dequantize_kv));
+  m.impl("append_kv", TORCH_BOX(&lserve::append_kv));
+  m.impl("gather_pages", TORCH_BOX(&lserve::gather_pages));
+  m.impl("page_scores", TORCH_BOX(&lserve::page_scores));
+  m.impl("select_pages", TORCH_BOX(&lserve::select_pages));
+  m.impl("select_tokens", TORCH_BOX(&lserve::select_tokens));
+  m.impl("prefill", TORCH_BOX(&lserve::prefill));
+  m.impl("decode", TORCH_BOX(&lserve::decode));
+  m.impl("attention_mass", TORCH_BOX(&lserve::attention_mass));
+  m.impl("merge_states", TORCH_BOX(&lserve::merge_states));
 }
 #endif

@@ -37,6 +37,8 @@ from torch import Tensor
 from lserve_ext import ops, reference
 from lserve_ext.ops import DENSE, PagedKV
 
+pytestmark = pytest.mark.gpu
+
 SINK, WINDOW = 1, 2  # pages of the streaming head in most tests
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from lserve_ext import ops, reference
 from lserve_ext.ops import DENSE
 
+pytestmark = pytest.mark.gpu
+
 BOTH = pytest.mark.parametrize("module", [ops, reference], ids=["kernels", "reference"])
 
 

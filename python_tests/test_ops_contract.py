@@ -156,6 +156,7 @@ def test_every_op_is_wrapped() -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.gpu
 def test_raw_op_and_wrapper_do_the_same(op: str, device: str) -> None:
     a, b = arguments(op, device), arguments(op, device)
     for x, y in zip(_flat(call(op, a)) + tensors(a), _flat(call_raw(op, b)) + tensors(b), strict=True):
@@ -164,6 +165,7 @@ def test_raw_op_and_wrapper_do_the_same(op: str, device: str) -> None:
 
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 @pytest.mark.parametrize("op", [op for op in OPS if op != "page_scores"])
+@pytest.mark.gpu
 def test_opcheck(op: str, shape: Shape, device: str) -> None:
     args = arguments(op, device, shape)
     torch.library.opcheck(raw_op(op), tuple(args[a.name] for a in raw_op(op)._schema.arguments))
@@ -171,12 +173,14 @@ def test_opcheck(op: str, shape: Shape, device: str) -> None:
 
 @pytest.mark.parametrize("shape", SMALL[:2], ids=str)
 @pytest.mark.parametrize("windows", [True, False])
+@pytest.mark.gpu
 def test_opcheck_of_page_scores(shape: Shape, windows: bool, device: str) -> None:
     args = arguments("page_scores", device, shape)
     args["windows"] = args["windows"] if windows else None
     torch.library.opcheck(raw_op("page_scores"), tuple(args.values()))
 
 
+@pytest.mark.gpu
 def test_opcheck_without_a_cache(device: str) -> None:
     args = arguments("prefill", device)
     args.update(dict.fromkeys(PagedKV._fields), lengths=None, lists=None, windows=ints([DENSE, 2], device))
@@ -198,6 +202,7 @@ def decode_step(
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.gpu
 def test_a_decode_step_compiles_without_graph_breaks(backend: str, device: str) -> None:
     def run(step: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
         case = build(SHAPES[1], [100, 35], heads=2, device=device)
@@ -213,6 +218,7 @@ def test_a_decode_step_compiles_without_graph_breaks(backend: str, device: str) 
     assert all(same_bits(a, b) for a, b in zip(compiled, run(decode_step), strict=True))
 
 
+@pytest.mark.gpu
 def test_decode_compiles_for_any_length(device: str) -> None:
     """Lengths are data, so a longer sequence is no new graph."""
     counts = torch._dynamo.testing.CompileCounter()
@@ -369,6 +375,7 @@ def assert_rejected(op: str, name: str, change: Callable[[Any], Any], error: typ
 
 
 @pytest.mark.parametrize("op, name, change, error", list(wrong_tensors()))
+@pytest.mark.gpu
 def test_a_wrong_tensor_is_named(
     op: str, name: str, change: Callable[[Tensor], Tensor], error: type[Exception], device: str
 ) -> None:
@@ -380,6 +387,7 @@ def test_a_wrong_value_is_named(op: str, name: str, what: str, change: Callable[
     assert_rejected(op, name, change, ValueError, device)
 
 
+@pytest.mark.gpu
 def test_debug_mode_refuses_what_is_not_finite(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments("append_kv", device)
     args["v"][0, 0, 3] = math.inf
@@ -404,6 +412,7 @@ def test_a_table_too_narrow_is_named(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.gpu
 def test_mixed_dtypes_are_rejected(dtype: torch.dtype, device: str) -> None:
     args = arguments("decode", device)
     args["q"] = args["q"].to(torch.float16)
@@ -412,6 +421,7 @@ def test_mixed_dtypes_are_rejected(dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.gpu
 def test_there_is_no_autograd(op: str, device: str) -> None:
     args = arguments(op, device)
     name = next(n for n, t in args.items() if isinstance(t, Tensor) and t.is_floating_point())
@@ -424,6 +434,7 @@ def test_there_is_no_autograd(op: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.gpu
 def test_inference_mode(op: str, device: str) -> None:
     want = _flat(call(op, arguments(op, device)))
     with torch.inference_mode():

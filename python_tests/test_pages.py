@@ -35,6 +35,8 @@ from torch import Tensor
 from lserve_ext import ops, reference
 from lserve_ext.ops import PagedKV
 
+pytestmark = pytest.mark.gpu
+
 # ---------------------------------------------------------------------------------------------- statistics
 
 

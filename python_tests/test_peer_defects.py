@@ -5,6 +5,7 @@ At the level of ops; the cache's own side of the first, fifth and seventh is tes
 
 from __future__ import annotations
 
+import pytest
 import torch
 from _cases import (
     BF16,
@@ -26,6 +27,8 @@ from _cases import (
 
 from lserve_ext import ops, reference
 from lserve_ext.ops import DENSE, PagedKV
+
+pytestmark = pytest.mark.gpu
 
 SHAPE = Shape(64, 16, 8, 4, F32, "auto")
 

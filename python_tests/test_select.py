@@ -29,6 +29,8 @@ from torch import Tensor
 from lserve_ext import ops, reference
 from lserve_ext.ops import DENSE
 
+pytestmark = pytest.mark.gpu
+
 SCORED = [shape for shape in SHAPES if shape.stats_group]
 
 # ---------------------------------------------------------------------------------------------- scores

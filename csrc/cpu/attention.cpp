@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "rule.h"
+#include "rows.h"
 #include "simd.h"
 
 namespace lserve::cpu {

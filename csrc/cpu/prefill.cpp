@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "../grid.h"
-#include "rule.h"
+#include "rows.h"
 #include "simd.h"
 
 namespace lserve::cpu {

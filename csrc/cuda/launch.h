@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -11,17 +12,35 @@
 
 namespace lserve::cuda {
 
-// A launch that fails throws with the op's name. Errors of a running kernel surface later, as with any CUDA op.
-template <typename... Params, typename... Args>
-void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, void* stream, Args... args) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+inline void check(const char* op, cudaError_t error) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // the error is reported here, and must not be found again by the next CUDA call
   throw std::runtime_error(std::string("lserve_ext::") + op + ": " + cudaGetErrorString(error));
+}
+
+// What SharedMemory::take needs for arrays of these sizes.
+constexpr int shared_bytes(std::initializer_list<int> arrays) {
+  int bytes = 0;
+  for (int size : arrays) bytes += (size + 127) / 128 * 128;
+  return bytes;
+}
+
+// A launch that fails throws with the op's name. Errors of a running kernel surface later, as with any CUDA op.
+template <typename... Params, typename... Args>
+void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, int shared, void* stream, Args... args) {
+  if (shared > 48 * 1024)  // beyond that a kernel has to ask
+    check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  check(op, cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
+}
+
+template <typename... Params, typename... Args>
+void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, void* stream, Args... args) {
+  launch(op, kernel, grid, block, 0, stream, args...);
 }
 
 // Calls body with a value of the C++ type that dtype names.

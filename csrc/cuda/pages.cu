@@ -2,23 +2,31 @@
 
 #include <algorithm>
 
-#include "cuda/launch.h"
+#include "cuda/tiles.h"
 
 namespace lserve::cuda {
 namespace {
 
-constexpr int64_t kThreads = 256;
+// Calls body with the channels that a thread moves at a time: 16 bytes of T where every row starts at a multiple of 16
+// bytes (and then those of codes at a multiple of as many), else one.
+template <typename T, typename Body>
+void with_vectors(bool aligned, Body body) {
+  if (aligned) return body(std::integral_constant<int, 16 / sizeof(T)>{});
+  return body(std::integral_constant<int, 1>{});
+}
 
-bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// N channels a thread: 16 bytes where every row starts at a multiple of 16, else one.
-template <typename T, int N>
-void launch_page_stats(const PageStatsArgs& a, void* stream) {
-  const int64_t groups = a.P / a.L, parts = a.D / N, rows = a.pages * groups;
-  const int64_t rows_a_block = std::min(rows, std::max<int64_t>(kThreads / parts, 1));
-  const dim3 grid((rows + rows_a_block - 1) / rows_a_block), block(parts, rows_a_block);
-  launch("page_stats", page_stats_kernel<T, N>, grid, block, stream, static_cast<const T*>(a.k.data),
-         static_cast<T*>(a.stats), a.k.stride0, a.k.stride1, a.pages, groups, a.L, a.D);
+// Blocks of threads that keep a link to host memory busy without taking the GPU from others, or a GPU's own memory.
+constexpr int64_t kHostBlocks = 32, kDeviceBlocks = 1024;
+
+bool on_host(const char* name, const void* pointer) {
+  cudaPointerAttributes attributes{};
+  check("gather_pages", cudaPointerGetAttributes(&attributes, pointer));
+  if (attributes.type == cudaMemoryTypeUnregistered)
+    throw std::runtime_error(std::string("lserve_ext::gather_pages: ") + name +
+                             ": expected device memory or pinned host memory, got pageable host memory");
+  return attributes.type == cudaMemoryTypeHost;
 }
 
 }  // namespace
@@ -27,11 +35,55 @@ void page_stats(const PageStatsArgs& a, void* stream) {
   if (a.pages == 0) return;
   with_dtype("page_stats", a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    constexpr int N = 16 / sizeof(T);
-    const bool vectors = a.D % N == 0 && a.k.stride0 % N == 0 && a.k.stride1 % N == 0 && aligned(a.k.data, 16) &&
-                         aligned(a.stats, 16);
-    return vectors ? launch_page_stats<T, N>(a, stream) : launch_page_stats<T, 1>(a, stream);
+    with_vectors<T>(rows_aligned<T>(a.k) && rows_aligned(a.stats, sizeof(T), {}), [&](auto N) {
+      const int64_t rows = a.pages * (a.P / a.L), parts = a.D / N;
+      const int64_t rows_a_block = std::min(rows, std::max<int64_t>(256 / parts, 1));
+      launch("page_stats", page_stats_kernel<T, N>, ceil_div(rows, rows_a_block), dim3(parts, rows_a_block), stream, a);
+    });
   });
+}
+
+void quantize_kv(const QuantizeArgs& a, void* stream) {
+  if (a.pages == 0) return;
+  with_dtype("quantize_kv", a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const bool aligned = rows_aligned<T>(a.k) && rows_aligned<T>(a.v) && rows_aligned(a.stats, sizeof(T), {}) &&
+                         rows_aligned(a.k_codes, 1, {}) && rows_aligned(a.v_codes, 1, {});
+    with_vectors<T>(aligned, [&](auto N) { launch("quantize_kv", quantize_kernel<T, N>, a.pages, kPageThreads, stream, a); });
+  });
+}
+
+void dequantize_kv(const DequantizeArgs& a, void* stream) {
+  if (a.pages == 0) return;
+  with_dtype("dequantize_kv", a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const bool aligned = rows_aligned(a.k_codes, 1, {}) && rows_aligned(a.v_codes, 1, {}) &&
+                         rows_aligned(a.stats, sizeof(T), {}) && rows_aligned(a.k, 1, {}) && rows_aligned(a.v, 1, {});
+    with_vectors<T>(aligned, [&](auto N) {
+      launch("dequantize_kv", dequantize_kernel<T, N>, a.pages, kPageThreads, stream, a);
+    });
+  });
+}
+
+void append_kv(const AppendArgs& a, void* stream) {
+  const int64_t blocks = append_blocks_before(a.kv.B, a.N, static_cast<int>(a.kv.P));
+  if (a.N == 0 || a.kv.H == 0) return;
+  with_dtype("append_kv", a.kv.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    with_vectors<T>(rows_aligned<T>(a.k) && rows_aligned<T>(a.v) && rows_aligned<T>(a.kv), [&](auto N) {
+      launch("append_kv", append_kernel<T, N>, dim3(blocks, a.kv.H), kPageThreads, stream, a);
+    });
+  });
+}
+
+void gather_pages(const GatherArgs& a, void* stream) {
+  if (a.count == 0 || a.bytes == 0) return;
+  const bool host = on_host("src", a.src) | on_host("dst", a.dst);
+  const bool vectors = rows_aligned(a.src, 1, {a.src_stride, a.bytes}) && rows_aligned(a.dst, 1, {a.dst_stride});
+  const int64_t parts = a.count * a.bytes / (vectors ? 16 : 1);
+  const int64_t blocks = std::min(ceil_div(parts, 256), host ? kHostBlocks : kDeviceBlocks);
+  if (vectors) launch("gather_pages", gather_kernel<uint4>, blocks, 256, stream, a);
+  else launch("gather_pages", gather_kernel<uint8_t>, blocks, 256, stream, a);
 }
 
 }  // namespace lserve::cuda

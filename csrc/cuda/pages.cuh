@@ -1,56 +1,279 @@
-// Statistics of whole pages: the minimum and maximum of every group of tokens and channel.
+// Pages: statistics, INT8 codes, appending and copying.
+//
+// A page is sealed by one block of threads, straight from where its tokens lie. Its keys are split into groups of
+// tokens by vectors of channels, its values into tokens; a thread reads its part once for the grid, and a second time,
+// from the first-level cache, for the codes.
 #pragma once
-#include <cstdint>
+#include <cuda_runtime.h>
+
+#include "cuda/convert.cuh"
+#include "grid.h"
+#include "kernels.h"
 
 namespace lserve::cuda {
 
-// N neighbouring channels, moved by one load or store.
-template <typename T, int N>
-struct alignas(N * sizeof(T)) Channels {
-  T value[N];
+constexpr int kPageThreads = 128;
+
+// The rows of one page: the first `split` from the raw buffer, the rest from the new tokens.
+template <typename T>
+struct PageRows {
+  const T* old;    // row stride D
+  const T* fresh;  // of row `split`
+  int64_t fresh_stride;
+  int split, D;
+
+  __device__ const T* operator[](int i) const {
+    return i < split ? old + static_cast<int64_t>(i) * D : fresh + (i - split) * fresh_stride;
+  }
 };
 
-// A thread walks the L tokens of one group for N of its channels, so that neighbouring threads read neighbouring
-// bytes of a token. threadIdx.x counts the D/N parts of a row, and threadIdx.y the groups of a block.
-//
-// Comparisons are made in float32, which holds every T exactly, so the results are bits of k. As with torch.amin
-// and torch.amax, one NaN in a group makes both NaN. Of equal zeros the first token's sign is kept.
-template <typename T, int N>
-__global__ void __launch_bounds__(256)
-    page_stats_kernel(const T* __restrict__ k,  // [pages, P, D], page and token strides given
-                      T* __restrict__ stats,    // [pages, P/L, 2, D]
-                      int64_t k_page_stride, int64_t k_token_stride, int64_t pages, int64_t groups, int64_t L,
-                      int64_t D) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;  // a group of all pages
-  if (row >= pages * groups) return;
-  const int64_t page = row / groups, group = row % groups;
-  const int64_t channel = static_cast<int64_t>(threadIdx.x) * N;
-  const T* token = k + page * k_page_stride + group * L * k_token_stride + channel;
+// Least and greatest of what was added. As with torch.amin and torch.amax, a NaN makes both NaN. Comparisons are made in
+// float32, which holds every T exactly; of equal zeros the first one's sign is kept.
+struct Bounds {
+  float low, high;
 
-  float min[N], max[N];
-  const auto first = *reinterpret_cast<const Channels<T, N>*>(token);
+  __device__ void add(float x) {
+    low = x < low || x != x ? x : low;
+    high = x > high || x != x ? x : high;
+  }
+};
+
+// Of N neighbouring channels over `count` rows.
+template <int N, typename T>
+__device__ __forceinline__ void channel_bounds(const PageRows<T>& rows, int first, int count, int d, Bounds (&bounds)[N]) {
+  const auto start = load_vector<T, N>(rows[first] + d);
 #pragma unroll
-  for (int i = 0; i < N; ++i) min[i] = max[i] = static_cast<float>(first.value[i]);
+  for (int i = 0; i < N; ++i) bounds[i].low = bounds[i].high = static_cast<float>(start.value[i]);
 #pragma unroll 8
-  for (int64_t t = 1; t < L; ++t) {
-    const auto next = *reinterpret_cast<const Channels<T, N>*>(token + t * k_token_stride);
+  for (int row = 1; row < count; ++row) {
+    const auto next = load_vector<T, N>(rows[first + row] + d);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float x = static_cast<float>(next.value[i]);
-      min[i] = x < min[i] || x != x ? x : min[i];
-      max[i] = x > max[i] || x != x ? x : max[i];
+    for (int i = 0; i < N; ++i) bounds[i].add(static_cast<float>(next.value[i]));
+  }
+}
+
+// Where a page goes. Either codes and scales, or k and v; stats or null.
+template <typename T>
+struct PageOut {
+  T* stats;  // [P/L, 2, D]
+  uint8_t *k_codes, *v_codes;  // [P, D]
+  float* scales;               // [C, P, 2]: V's (step, min), and K's behind them without statistics
+  T *k, *v;                    // [P, D]
+  int P, L, D;
+};
+
+// A token on a grid of its own.
+template <int N, typename T>
+__device__ __forceinline__ void encode_token(const T* row, int D, uint8_t* codes, float* scale) {
+  Bounds bounds{static_cast<float>(row[0]), static_cast<float>(row[0])};
+  for (int d = 0; d < D; d += N) {
+    const auto x = load_vector<T, N>(row + d);
+#pragma unroll
+    for (int i = 0; i < N; ++i) bounds.add(static_cast<float>(x.value[i]));
+  }
+  const float step = grid_step(bounds.low, bounds.high);
+  scale[0] = step, scale[1] = bounds.low;
+  for (int d = 0; d < D; d += N) {
+    const auto x = load_vector<T, N>(row + d);
+    Vector<uint8_t, N> out;
+#pragma unroll
+    for (int i = 0; i < N; ++i) out.value[i] = grid_code(static_cast<float>(x.value[i]), bounds.low, step);
+    store_vector(codes + d, out);
+  }
+}
+
+// N channels of a group of L keys: its statistics, taken here or, if they are known, read; and its codes.
+template <int N, bool kKnown, typename T>
+__device__ __forceinline__ void encode_group(const PageRows<T>& k, const PageOut<T>& out, int group, int d) {
+  T* const stats = out.stats + group * 2 * out.D + d;
+  Bounds bounds[N];
+  if (kKnown) {
+    const auto low = load_vector<T, N>(stats), high = load_vector<T, N>(stats + out.D);
+#pragma unroll
+    for (int i = 0; i < N; ++i) bounds[i] = {static_cast<float>(low.value[i]), static_cast<float>(high.value[i])};
+  } else {
+    channel_bounds<N>(k, group * out.L, out.L, d, bounds);
+    Vector<T, N> low, high;
+#pragma unroll
+    for (int i = 0; i < N; ++i) low.value[i] = static_cast<T>(bounds[i].low), high.value[i] = static_cast<T>(bounds[i].high);
+    store_vector(stats, low);
+    store_vector(stats + out.D, high);
+  }
+  if (!out.k_codes) return;
+  float step[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) step[i] = grid_step(bounds[i].low, bounds[i].high);
+#pragma unroll 4
+  for (int row = group * out.L; row < (group + 1) * out.L; ++row) {
+    const auto x = load_vector<T, N>(k[row] + d);
+    Vector<uint8_t, N> codes;
+#pragma unroll
+    for (int i = 0; i < N; ++i) codes.value[i] = grid_code(static_cast<float>(x.value[i]), bounds[i].low, step[i]);
+    store_vector(out.k_codes + row * out.D + d, codes);
+  }
+}
+
+template <int N, typename T>
+__device__ __forceinline__ void copy_rows(const PageRows<T>& from, int P, int D, T* to) {
+  const int parts = D / N;
+  for (int i = threadIdx.x; i < P * parts; i += kPageThreads)
+    store_vector(to + i / parts * D + i % parts * N, load_vector<T, N>(from[i / parts] + i % parts * N));
+}
+
+// All threads of a block together.
+template <int N, bool kKnown, typename T>
+__device__ void seal_page(const PageRows<T>& k, const PageRows<T>& v, const PageOut<T>& out) {
+  const int parts = out.D / N, groups = out.stats ? out.P / out.L * parts : 0;
+  const int keys = out.k_codes && !out.stats ? out.P : 0, values = out.v_codes ? out.P : 0;
+  for (int i = threadIdx.x; i < groups + keys + values; i += kPageThreads) {
+    if (i < groups) {
+      encode_group<N, kKnown>(k, out, i / parts, i % parts * N);
+    } else if (const int row = i - groups; row < keys) {
+      encode_token<N>(k[row], out.D, out.k_codes + row * out.D, out.scales + 2 * (out.P + row));
+    } else {
+      const int token = row - keys;
+      encode_token<N>(v[token], out.D, out.v_codes + token * out.D, out.scales + 2 * token);
     }
   }
+  if (out.k) copy_rows<N>(k, out.P, out.D, out.k);
+  if (out.v) copy_rows<N>(v, out.P, out.D, out.v);
+}
 
-  Channels<T, N> low, high;
+// A thread walks the L tokens of one group for N of its channels, so that neighbouring threads read neighbouring bytes of
+// a token. threadIdx.x counts the D/N parts of a row, and threadIdx.y the groups of a block.
+template <typename T, int N>
+__global__ void __launch_bounds__(256, 4) page_stats_kernel(const __grid_constant__ PageStatsArgs a) {
+  const uint32_t row = blockIdx.x * blockDim.y + threadIdx.y, groups = static_cast<uint32_t>(a.P) / static_cast<uint32_t>(a.L);
+  if (row >= a.pages * groups) return;
+  const T* const k = static_cast<const T*>(a.k.data) + row / groups * a.k.stride0;
+  const PageRows<T> page{k, k, a.k.stride1, 0, static_cast<int>(a.D)};
+  const int d = threadIdx.x * N, L = static_cast<int>(a.L);
+  Bounds bounds[N];
+  channel_bounds<N>(page, static_cast<int>(row % groups) * L, L, d, bounds);
+  Vector<T, N> low, high;
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    low.value[i] = static_cast<T>(min[i]);
-    high.value[i] = static_cast<T>(max[i]);
+  for (int i = 0; i < N; ++i) low.value[i] = static_cast<T>(bounds[i].low), high.value[i] = static_cast<T>(bounds[i].high);
+  T* const out = static_cast<T*>(a.stats) + static_cast<int64_t>(row) * 2 * a.D + d;
+  store_vector(out, low);
+  store_vector(out + a.D, high);
+}
+
+// A block of threads for each page.
+template <typename T, int N>
+__global__ void __launch_bounds__(kPageThreads, 4) quantize_kernel(const __grid_constant__ QuantizeArgs a) {
+  const int64_t page = blockIdx.x, codes = page * a.P * a.D;
+  const int P = static_cast<int>(a.P), D = static_cast<int>(a.D), L = static_cast<int>(a.L);
+  const auto rows = [&](const View& x) {
+    const T* const first = static_cast<const T*>(x.data) + page * x.stride0;
+    return PageRows<T>{first, first, x.stride1, 0, D};
+  };
+  PageOut<T> out{nullptr, a.k_codes + codes, a.v_codes + codes, a.scales + page * (a.stats ? 2 : 4) * P, nullptr, nullptr, P, L, D};
+  if (a.stats) out.stats = const_cast<T*>(static_cast<const T*>(a.stats)) + page * (P / L) * 2 * D;  // only read
+  seal_page<N, true>(rows(a.k), rows(a.v), out);
+}
+
+// A block of threads for each page; a thread takes N channels of a key and of its value at a time.
+template <typename T, int N>
+__global__ void __launch_bounds__(kPageThreads, 4) dequantize_kernel(const __grid_constant__ DequantizeArgs a) {
+  const int64_t page = blockIdx.x;
+  const int P = static_cast<int>(a.P), D = static_cast<int>(a.D), L = static_cast<int>(a.L), parts = D / N;
+  const float* const scales = a.scales + page * (a.stats ? 2 : 4) * P;
+  const T* const stats = a.stats ? static_cast<const T*>(a.stats) + page * (P / L) * 2 * D : nullptr;
+  for (int i = threadIdx.x; i < P * parts; i += kPageThreads) {
+    const int row = i / parts, d = i % parts * N;
+    const int64_t at = (page * P + row) * D + d;
+    const auto k_codes = load_vector<uint8_t, N>(a.k_codes + at), v_codes = load_vector<uint8_t, N>(a.v_codes + at);
+    Vector<T, N> k, v;
+    if (stats) {
+      const T* const group = stats + row / L * 2 * D + d;
+      const auto low = load_vector<T, N>(group), high = load_vector<T, N>(group + D);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float min = static_cast<float>(low.value[j]), max = static_cast<float>(high.value[j]);
+        k.value[j] = static_cast<T>(grid_value(k_codes.value[j], min, grid_step(min, max), max));
+      }
+    } else {
+      const float step = scales[2 * (P + row)], min = scales[2 * (P + row) + 1];
+#pragma unroll
+      for (int j = 0; j < N; ++j) k.value[j] = static_cast<T>(grid_value(k_codes.value[j], min, step));
+    }
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+      v.value[j] = static_cast<T>(grid_value(v_codes.value[j], scales[2 * row + 1], scales[2 * row]));
+    store_vector(static_cast<T*>(a.k) + at, k);
+    store_vector(static_cast<T*>(a.v) + at, v);
   }
-  T* out = stats + row * 2 * D + channel;
-  *reinterpret_cast<Channels<T, N>*>(out) = low;
-  *reinterpret_cast<Channels<T, N>*>(out + D) = high;
+}
+
+// Blocks of threads before those of sequence b, of which `tokens` new ones belong to earlier sequences: two, and one for
+// every page that can be sealed.
+__host__ __device__ inline int64_t append_blocks_before(int64_t b, int64_t tokens, int P) { return tokens / P + 2 * b; }
+
+// A block of threads takes one page of one (sequence, kv head) and seals it if P tokens follow it now. The first two of a
+// sequence take the pages that the raw buffer may hold, and write, once these are sealed, the new raw rows of their half
+// of the buffer: nobody else reads or writes it.
+template <typename T, int N>
+__global__ void __launch_bounds__(kPageThreads, 4) append_kernel(const __grid_constant__ AppendArgs a) {
+  const Paged& kv = a.kv;
+  const int P = static_cast<int>(kv.P), D = static_cast<int>(kv.D), h = blockIdx.y;
+  int b = 0;  // the last sequence whose blocks begin at or before this one
+  for (int end = static_cast<int>(kv.B); b + 1 < end;) {
+    const int middle = (b + end) / 2;
+    if (append_blocks_before(middle, a.cu_seqlens[middle], P) <= blockIdx.x) b = middle;
+    else end = middle;
+  }
+  const int own = static_cast<int>(blockIdx.x - append_blocks_before(b, a.cu_seqlens[b], P));
+  const int before = a.lengths[b], after = before + a.cu_seqlens[b + 1] - a.cu_seqlens[b], sealed = kv.sealed[b];
+  const int unsealed = max(sealed, after / P - 1), page = before / P - 1 + own;  // of the pages, once this is done
+  const int64_t raw = b * kv.raw_stride0 + h * kv.raw_stride1;
+  const T* const new_k = static_cast<const T*>(a.k.data) + a.cu_seqlens[b] * a.k.stride0 + h * a.k.stride1;
+  const T* const new_v = static_cast<const T*>(a.v.data) + a.cu_seqlens[b] * a.v.stride0 + h * a.v.stride1;
+
+  const int64_t slot = page >= sealed && page < unsealed ? kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + page] : -1;
+  if (slot >= 0) {  // else it is past already for a streaming head, or not due
+    const int split = max(0, min(before - page * P, P));
+    const int64_t first = page * static_cast<int64_t>(P) + split - before, half = raw + static_cast<int64_t>(page % 2) * P * D;
+    const PageRows<T> k{static_cast<const T*>(kv.raw_k) + half, new_k + first * a.k.stride0, a.k.stride0, split, D};
+    const PageRows<T> v{static_cast<const T*>(kv.raw_v) + half, new_v + first * a.v.stride0, a.v.stride0, split, D};
+    PageOut<T> out{};
+    out.P = P, out.L = static_cast<int>(kv.L), out.D = D;
+    if (kv.stats) {
+      const int64_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + page];
+      out.stats = static_cast<T*>(kv.stats) + block * kv.stats_stride;
+    }
+    if (kv.kv_dtype == Dtype::u8) {
+      out.k_codes = static_cast<uint8_t*>(kv.k_pool) + slot * kv.k_stride;
+      out.v_codes = static_cast<uint8_t*>(kv.v_pool) + slot * kv.v_stride;
+      out.scales = kv.scales + slot * kv.scales_stride;
+    } else {
+      out.k = static_cast<T*>(kv.k_pool) + slot * kv.k_stride;
+      out.v = static_cast<T*>(kv.v_pool) + slot * kv.v_stride;
+    }
+    seal_page<N, false>(k, v, out);
+  }
+  if (own >= 2) return;
+  __syncthreads();
+  const int parts = D / N, first = max(before, unsealed * P);
+  for (int i = threadIdx.x; i < (after - first) * parts; i += kPageThreads) {
+    const int t = first + i / parts, d = i % parts * N;
+    if ((t / P - page) % 2 != 0) continue;
+    const int64_t to = raw + static_cast<int64_t>(t % (2 * P)) * D + d;
+    store_vector(static_cast<T*>(kv.raw_k) + to, load_vector<T, N>(new_k + (t - before) * a.k.stride0 + d));
+    store_vector(static_cast<T*>(kv.raw_v) + to, load_vector<T, N>(new_v + (t - before) * a.v.stride0 + d));
+  }
+}
+
+// Every block of threads copies rows in turn, X at a time.
+template <typename X>
+__global__ void __launch_bounds__(256) gather_kernel(const __grid_constant__ GatherArgs a) {
+  const int64_t parts = a.bytes / static_cast<int64_t>(sizeof(X)), threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < a.count * parts; i += threads) {
+    const int64_t pair = i / parts, part = i % parts;
+    const int64_t from = a.src_ids[pair], to = a.dst_ids[pair];
+    if (from < 0 || to < 0) continue;
+    reinterpret_cast<X*>(static_cast<char*>(a.dst) + to * a.dst_stride)[part] =
+        reinterpret_cast<const X*>(static_cast<const char*>(a.src) + from * a.src_stride)[part];
+  }
 }
 
 }  // namespace lserve::cuda

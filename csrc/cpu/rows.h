@@ -1,40 +1,11 @@
-// Which units a query attends, and where their tokens lie: the CPU's reading of Rule and Paged.
+// Where the tokens of an entry lie, and whether tables are sound: the CPU's reading of Paged.
 #pragma once
 #include <algorithm>
 
-#include "../kernels.h"
+#include "../rule.h"
 #include "check.h"
 
 namespace lserve::cpu {
-
-// The units (pages or tokens) of one query, ascending: sink, list, local. Unsealed pages are local.
-struct Entries {
-  int64_t sink = 0, listed = 0, local = 0, end = 0;
-  const int32_t* list = nullptr;
-
-  int64_t count() const { return sink + listed + (end - local); }
-  int64_t operator[](int64_t i) const {
-    if (i < sink) return i;
-    if (i < sink + listed) return list[i - sink];
-    return local + (i - sink - listed);
-  }
-};
-
-// `list` and `list_local` serve heads with window 0; `unsealed` is the first unit that is always attended.
-inline Entries entries(const Rule& rule, int32_t window, const int32_t* list, int64_t list_local, int64_t t, int64_t P,
-                       int64_t unsealed) {
-  const int64_t units_per_page = P / rule.unit;
-  Entries e;
-  e.end = t / rule.unit + 1;
-  int64_t first = window == 0 ? list_local : std::max<int64_t>(0, t / P - window + 1) * units_per_page;
-  e.local = std::min({first, unsealed, e.end});
-  e.sink = std::min(rule.sink * units_per_page, e.local);
-  if (window == 0 && list) {
-    e.list = list;
-    while (e.listed < rule.K && list[e.listed] >= 0) ++e.listed;
-  }
-  return e;
-}
 
 // Tokens that lie one after another in one page: `count` rows from `position` on.
 struct Run {

@@ -1,0 +1,343 @@
+// The pieces that decode, prefill and attention_mass are made of: where tokens lie, tiles of keys in shared memory and
+// the ring that fills them, fragments for the tensor cores, and the state of an online softmax.
+//
+// A tile is 64 keys and their values. A warp multiplies 16 queries with 16 or 64 of them at a time.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "cuda/convert.cuh"
+#include "cuda/ptx.cuh"
+#include "rule.h"
+
+namespace lserve::cuda {
+
+constexpr int kKeys = 64;      // of a tile
+constexpr int kThreads = 128;  // of a block: four warps
+constexpr int kNever = 0x7fffffff;  // the position of a key that nobody attends
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
+
+// ---- where tokens lie
+
+// Key and value of one token. k is null if its page is not held any more.
+struct Row {
+  const void *k, *v;     // [D] T or codes
+  const void* stats;     // [2, D] T: minimum and maximum of the key's group, if its codes lie on that grid
+  float2 k_grid, v_grid; // (step, min) of codes
+  bool coded;
+};
+
+// What one (sequence, kv head) attends to: `held` tokens of the cache, then new ones.
+template <typename T>
+struct Sequence {
+  const Paged& kv;
+  int64_t b, h;
+  int held;
+  const T *new_k = nullptr, *new_v = nullptr;  // of the first new token
+  int64_t new_k_stride = 0, new_v_stride = 0;  // of a token
+
+  __device__ Row row(int position) const {
+    Row row{};
+    if (position >= held) {
+      row.k = new_k + (position - held) * new_k_stride;
+      row.v = new_v + (position - held) * new_v_stride;
+      return row;
+    }
+    const int P = static_cast<int>(kv.P), page = position / P, offset = position - page * P;
+    if (page >= kv.sealed[b]) {
+      const int64_t at = b * kv.raw_stride0 + h * kv.raw_stride1 + position % (2 * P) * kv.D;
+      row.k = static_cast<const T*>(kv.raw_k) + at;
+      row.v = static_cast<const T*>(kv.raw_v) + at;
+      return row;
+    }
+    const int64_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + page];
+    const int64_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + page];
+    if (block < 0) return row;
+    const int64_t k_at = slot * kv.k_stride + offset * kv.D, v_at = slot * kv.v_stride + offset * kv.D;
+    if (kv.kv_dtype != Dtype::u8) {
+      row.k = static_cast<const T*>(kv.k_pool) + k_at;
+      row.v = static_cast<const T*>(kv.v_pool) + v_at;
+      return row;
+    }
+    row.coded = true;
+    row.k = static_cast<const uint8_t*>(kv.k_pool) + k_at;
+    row.v = static_cast<const uint8_t*>(kv.v_pool) + v_at;
+    const float* grid = kv.scales + slot * kv.scales_stride + 2 * offset;
+    row.v_grid = make_float2(grid[0], grid[1]);
+    if (kv.stats) {
+      row.stats = static_cast<const T*>(kv.stats) + block * kv.stats_stride + offset / static_cast<int>(kv.L) * 2 * kv.D;
+    } else {
+      row.k_grid = make_float2(grid[2 * P], grid[2 * P + 1]);
+    }
+    return row;
+  }
+};
+
+// The tokens that a query attends, ascending and counted from 0: those of the pools, then those in the model's dtype.
+struct Tokens {
+  Entries entries;
+  int unit, last;  // tokens of an entry; the newest position that may be attended
+  int count, raw;  // tokens of all entries, of which the first `raw` lie in sealed pages
+
+  __device__ Tokens(const Entries& e, const Rule& rule, int64_t P, int64_t sealed, int64_t last)
+      : entries(e), unit(static_cast<int>(rule.unit)), last(static_cast<int>(last)) {
+    const int entries = static_cast<int>(e.count());
+    const int64_t end = sealed * (static_cast<int>(P) / unit);  // of the sealed units
+    int before = 0;
+    for (int after = entries; before < after;) {
+      const int middle = (before + after) / 2;
+      if (e[middle] < end) before = middle + 1;
+      else after = middle;
+    }
+    count = entries * unit;
+    raw = before * unit;
+  }
+
+  __device__ int position(int i) const { return static_cast<int>(entries[i / unit]) * unit + i % unit; }
+};
+
+// ---- tiles
+
+// Rows of kD elements in shared memory, an odd number of 16-byte chunks apart: ldmatrix meets no bank conflict.
+template <typename X, int kD>
+struct Rows {
+  static constexpr int kChunk = 16 / sizeof(X);  // elements
+  static constexpr int kStride = (kD / kChunk | 1) * kChunk;
+  X* data;
+
+  __device__ __forceinline__ X* at(int row, int element) const { return data + row * kStride + element; }
+};
+
+// What is known of the keys of one tile, a step ahead of the copies.
+struct KeyTable {
+  const void *k[kKeys], *v[kKeys];
+  const void* stats[kKeys];
+  float2 k_grid[kKeys], v_grid[kKeys];
+  int position[kKeys];  // kNever: not attended
+  int newest[2];        // position of each half: beyond a query's own, and the tile must be masked
+};
+
+// Copies tiles from wherever their rows lie into shared memory, kStages - 1 tiles ahead of their use.
+//
+//   ring.run(sequence, tokens, first, last, D, [&](const auto& tile) { ... });
+//
+// calls the body with 64 of the tokens [first, last) at a time. X is T, or uint8_t for codes.
+template <typename T, typename X, int kD, int kStages>
+struct Ring {
+  using Tile = Rows<X, kD>;
+  static constexpr int kTile = kKeys * Tile::kStride;  // elements
+  static constexpr int kBytes = 2 * kStages * kTile * sizeof(X);
+  static constexpr int kGrids = kStages * kKeys / 16 * 2 * kD;  // elements
+  X* data;            // [kStages, K and V, kTile]
+  KeyTable* table;    // [kStages + 1]
+  T* grids = nullptr; // [kStages, 4, 2, kD]: the grid of every 16 keys, if they have one; else null
+
+  struct View {
+    Tile k, v;
+    const T* grids;  // [4, 2, kD]
+    const KeyTable& table;
+  };
+
+  template <typename Body>
+  __device__ __forceinline__ void run(const Sequence<T>& sequence, const Tokens& tokens, int first, int last, int D,
+                                      Body body) const {
+    const int tiles = (last - first + kKeys - 1) / kKeys;
+    for (int i = 0; i < kStages && i < tiles; ++i) look_up(sequence, tokens, first + i * kKeys, last, i);
+    __syncthreads();
+    for (int i = 0; i < kStages - 1; ++i) {
+      if (i < tiles) copy(i, D);
+      cp_async_commit();
+    }
+    for (int i = 0; i < tiles; ++i) {
+      cp_async_wait<kStages - 2>();
+      __syncthreads();  // tile i has come, and nobody needs tile i - 1 any more
+      if (i + kStages - 1 < tiles) copy(i + kStages - 1, D);
+      cp_async_commit();
+      if (i + kStages < tiles) look_up(sequence, tokens, first + (i + kStages) * kKeys, last, i + kStages);
+      X* const stage = data + i % kStages * 2 * kTile;
+      body(View{{stage}, {stage + kTile}, grids + i % kStages * (kGrids / kStages), table[i % (kStages + 1)]});
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+  }
+
+ private:
+  __device__ __forceinline__ void look_up(const Sequence<T>& sequence, const Tokens& tokens, int first, int last,
+                                          int i) const {
+    if (threadIdx.x >= kKeys) return;
+    KeyTable& t = table[i % (kStages + 1)];
+    const int key = threadIdx.x, token = first + key;
+    int position = kNever;
+    if (token < last) {
+      position = tokens.position(token);
+      if (position > tokens.last) position = kNever;
+    }
+    t.k[key] = t.v[key] = t.stats[key] = nullptr;
+    if (position != kNever) {
+      const Row row = sequence.row(position);
+      t.k[key] = row.k, t.v[key] = row.v, t.stats[key] = row.stats;
+      t.k_grid[key] = row.k_grid, t.v_grid[key] = row.v_grid;
+      if (!row.k) position = kNever;
+    }
+    if (position == kNever) t.v_grid[key] = t.k_grid[key] = make_float2(0, 0);  // weights of 0 must meet no NaN
+    t.position[key] = position;
+    int newest = position;
+    for (int lanes = 16; lanes > 0; lanes /= 2) newest = max(newest, __shfl_xor_sync(~0u, newest, lanes));
+    if (key % 32 == 0) t.newest[key / 32] = newest;
+  }
+
+  // Zeros where there is no key, and beyond channel D.
+  __device__ __forceinline__ void copy(int i, int D) const {
+    constexpr int kChunks = kD / Tile::kChunk;
+    const KeyTable& t = table[i % (kStages + 1)];
+    X* const stage = data + i % kStages * 2 * kTile;
+    const Tile k{stage}, v{stage + kTile};
+#pragma unroll
+    for (int j = 0; j < kKeys * kChunks; j += kThreads) {
+      const int row = (j + threadIdx.x) / kChunks, element = (j + threadIdx.x) % kChunks * Tile::kChunk;
+      const X *from_k = static_cast<const X*>(t.k[row]), *from_v = static_cast<const X*>(t.v[row]);
+      const bool read = from_k && element < D;
+      cp_async_16(k.at(row, element), read ? from_k + element : from_k, read);
+      cp_async_16(v.at(row, element), read ? from_v + element : from_v, read);
+    }
+    if (!grids) return;
+    for (int j = threadIdx.x; j < kGrids / kStages / 8; j += kThreads) {
+      const int row = j / (kD / 8), element = j % (kD / 8) * 8;  // minimum or maximum of 16 keys
+      const T* from = static_cast<const T*>(t.stats[row / 2 * 16]);
+      const bool read = from && element < D;
+      cp_async_16(grids + i % kStages * (kGrids / kStages) + row * kD + element,
+                  read ? from + row % 2 * D + element : from, read);
+    }
+  }
+};
+
+// ---- fragments: B operands of two steps of 16 channels, for 16 keys
+
+// Keys and values in T, as they lie.
+template <typename T, int kD>
+struct Plain {
+  static constexpr bool kCoded = false;
+  Rows<T, kD> k, v;
+
+  // b[step]: channels of 32 pair + 16 step; words 0 and 1 for keys 0 to 7, words 2 and 3 for keys 8 to 15.
+  __device__ __forceinline__ void keys(uint32_t (&b)[2][4], int key, int pair) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int step = 0; step < 2; ++step)
+      ldmatrix_x4(b[step], k.at(key + lane / 16 * 8 + lane % 8, 32 * pair + 16 * step + lane / 8 % 2 * 8));
+  }
+
+  // b[block]: channels of 32 pair + 16 block; words 0 and 1 for the first 8 of them, words 2 and 3 for the others.
+  __device__ __forceinline__ void values(uint32_t (&b)[2][4], int key, int pair) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int block = 0; block < 2; ++block)
+      ldmatrix_x4_trans(b[block], v.at(key + lane % 16, 32 * pair + 16 * block + lane / 16 * 8));
+  }
+};
+
+// ---- queries
+
+// Puts rows [0, kRows) of a tile of queries into shared memory, zeros where query(row) is null and beyond channel D.
+// kCoded: within 16 channels the pairs lie in the order 0 2 4 6 1 3 5 7, which is that of the fragments of codes.
+template <int kRows, bool kCoded, typename T, int kD, typename Query>
+__device__ __forceinline__ void load_queries(Rows<T, kD> q, int D, Query query) {
+  for (int j = threadIdx.x; j < kRows * kD / 16; j += kThreads) {
+    const int row = j / (kD / 16), block = j % (kD / 16) * 16;
+    const T* from = query(row);
+    Vector<uint32_t, 4> low{}, high{};
+    if (from && block < D) {
+      low = load_vector<uint32_t, 4>(reinterpret_cast<const uint32_t*>(from + block));
+      high = load_vector<uint32_t, 4>(reinterpret_cast<const uint32_t*>(from + block + 8));
+    }
+    if (kCoded) {
+      const Vector<uint32_t, 4> a = low, b = high;
+      low = {{a.value[0], a.value[2], b.value[0], b.value[2]}};
+      high = {{a.value[1], a.value[3], b.value[1], b.value[3]}};
+    }
+    store_vector(reinterpret_cast<uint32_t*>(q.at(row, block)), low);
+    store_vector(reinterpret_cast<uint32_t*>(q.at(row, block + 8)), high);
+  }
+}
+
+// ---- softmax
+
+template <typename Combine>
+__device__ __forceinline__ float over_quad(float x, Combine combine) {  // the four lanes that hold a row
+  x = combine(x, __shfl_xor_sync(~0u, x, 1));
+  return combine(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// Attention of 16 queries over the keys seen so far. A lane holds rows lane / 4 and lane / 4 + 8, in C fragments.
+// Maxima and logits are in units of log2, sums are of this lane's columns.
+template <typename T, int kD>
+struct State {
+  float out[kD / 8][4] = {};
+  float max[2] = {-INFINITY, -INFINITY}, sum[2] = {}, offset[2] = {};  // offset: sum of weight * V's minimum
+
+  // s[n] [16, 8 keys] = q · k, not scaled, of `Columns` keys from `key` on.
+  template <int Columns, typename Source>
+  __device__ __forceinline__ static void multiply(float (&s)[Columns / 8][4], Rows<T, kD> q, int row, const Source& source,
+                                                  int key) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int pair = 0; pair < kD / 32; ++pair) {
+      uint32_t a[2][4];
+#pragma unroll
+      for (int step = 0; step < 2; ++step)
+        ldmatrix_x4(a[step], q.at(row + lane % 16, 32 * pair + 16 * step + lane / 16 * 8));
+#pragma unroll
+      for (int n = 0; n < Columns / 8; n += 2) {
+        uint32_t b[2][4];
+        source.keys(b, key + n * 8, pair);
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+          mma_m16n8k16<T>(s[n], a[step], b[step][0], b[step][1]);
+          mma_m16n8k16<T>(s[n + 1], a[step], b[step][2], b[step][3]);
+        }
+      }
+    }
+  }
+
+  // s: masked logits, become weights. The state follows their maximum.
+  template <int Columns>
+  __device__ __forceinline__ void soften(float (&s)[Columns / 8][4]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float largest = max[r];
+#pragma unroll
+      for (int n = 0; n < Columns / 8; ++n) largest = fmaxf(largest, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+      largest = over_quad(largest, [](float a, float b) { return fmaxf(a, b); });
+      const float shift = largest == -INFINITY ? 0.0f : largest;  // nothing attended yet: weights of 0, not of NaN
+      const float fade = exp2_approx(max[r] - shift);
+      max[r] = largest, sum[r] *= fade, offset[r] *= fade;
+#pragma unroll
+      for (int n = 0; n < kD / 8; ++n) out[n][2 * r] *= fade, out[n][2 * r + 1] *= fade;
+#pragma unroll
+      for (int n = 0; n < Columns / 8; ++n)
+#pragma unroll
+        for (int e = 2 * r; e < 2 * r + 2; ++e) sum[r] += s[n][e] = exp2_approx(s[n][e] - shift);
+    }
+  }
+
+  // out += weights · v
+  template <int Columns, typename Source>
+  __device__ __forceinline__ void add(const float (&w)[Columns / 8][4], const Source& source, int key) {
+#pragma unroll
+    for (int n = 0; n < Columns / 8; n += 2) {
+      const uint32_t a[4] = {pack<T>(w[n][0], w[n][1]), pack<T>(w[n][2], w[n][3]), pack<T>(w[n + 1][0], w[n + 1][1]),
+                             pack<T>(w[n + 1][2], w[n + 1][3])};
+#pragma unroll
+      for (int pair = 0; pair < kD / 32; ++pair) {
+        uint32_t b[2][4];
+        source.values(b, key + n * 8, pair);
+#pragma unroll
+        for (int block = 0; block < 2; ++block) {
+          mma_m16n8k16<T>(out[4 * pair + 2 * block], a, b[block][0], b[block][1]);
+          mma_m16n8k16<T>(out[4 * pair + 2 * block + 1], a, b[block][2], b[block][3]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace lserve::cuda

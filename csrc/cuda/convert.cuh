@@ -1,0 +1,70 @@
+// From the dtypes of tensors to float32, in which all arithmetic is done, and back.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace lserve::cuda {
+
+// N neighbouring elements, moved by one load or store.
+template <typename T, int N>
+struct alignas(N * sizeof(T)) Vector {
+  T value[N];
+};
+
+template <typename T, int N>
+__device__ __forceinline__ Vector<T, N> load_vector(const T* p) {
+  return *reinterpret_cast<const Vector<T, N>*>(p);
+}
+// 16 bytes of global memory that no thread of the kernel writes, by a pointer of which the compiler cannot tell as much.
+template <typename T, int N>
+__device__ __forceinline__ Vector<T, N> load_global(const T* p) {
+  static_assert(sizeof(Vector<T, N>) == sizeof(uint4));
+  const uint4 bits = __ldg(reinterpret_cast<const uint4*>(p));
+  Vector<T, N> x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+template <typename T, int N>
+__device__ __forceinline__ void store_vector(T* p, const Vector<T, N>& x) {
+  *reinterpret_cast<Vector<T, N>*>(p) = x;
+}
+
+// Two floats rounded to T, the first in the low half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&bits, &pair, sizeof(bits));
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&bits, &pair, sizeof(bits));
+  }
+  return bits;
+}
+
+// Both elements of a pair.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t bits) {
+  if constexpr (std::is_same_v<T, __half>) {
+    __half2 pair;
+    memcpy(&pair, &bits, sizeof(bits));
+    return __half22float2(pair);
+  } else {
+    __nv_bfloat162 pair;
+    memcpy(&pair, &bits, sizeof(bits));
+    return __bfloat1622float2(pair);
+  }
+}
+
+// Byte i of a word of INT8 codes, exactly: 2^23 + code has the code in its lowest bits.
+__device__ __forceinline__ float code_value(uint32_t codes, int i) {
+  return __uint_as_float(__byte_perm(codes, 0x4b000000u, 0x7440 + i)) - 8388608.0f;
+}
+
+}  // namespace lserve::cuda

@@ -1,0 +1,204 @@
+// prefill: many queries a sequence. A block of threads takes 64 neighbouring queries of one query head over tiles of the
+// keys that they attend: those of the cache, then the new ones.
+#pragma once
+#include "cuda/general.cuh"
+
+namespace lserve::cuda {
+
+constexpr int kQueries = 64;  // of a tile: four warps of 16
+
+// Neighbouring queries of one sequence that attend the same entries.
+struct QueryTile {
+  int b, first, count;  // first: within the sequence's queries; count 0: there is no such tile
+  int position;         // of the first query
+  int start;            // position of the sequence's first query
+};
+
+// Queries of a head with a window or a list share a tile only within one page; those of a dense head, anywhere.
+__host__ __device__ inline int tile_span(int32_t window, int64_t P) { return window == kDense ? kQueries : static_cast<int>(P); }
+__host__ __device__ inline int tiles_of_span(int span) { return (span + kQueries - 1) / kQueries; }
+
+// Tiles before sequence b, of which `queries` belong to earlier sequences: an upper bound that follows from shapes.
+__host__ __device__ inline int64_t tiles_before(int64_t b, int64_t queries, int span) {
+  return queries * tiles_of_span(span) / span + 2 * tiles_of_span(span) * b;
+}
+
+__device__ __forceinline__ int held_tokens(const PrefillArgs& a, int b) { return a.lengths ? a.lengths[b] : 0; }
+
+__device__ __forceinline__ QueryTile query_tile(const PrefillArgs& a, int index, int32_t window) {
+  const int span = tile_span(window, a.kv.P), per_span = tiles_of_span(span);
+  int b = 0;  // the last sequence whose tiles begin at or before index
+  for (int end = static_cast<int>(a.kv.B); b + 1 < end;) {
+    const int middle = (b + end) / 2;
+    if (tiles_before(middle, a.cu_q[middle], span) <= index) b = middle;
+    else end = middle;
+  }
+  const int own = index - static_cast<int>(tiles_before(b, a.cu_q[b], span)), queries = a.cu_q[b + 1] - a.cu_q[b];
+  const int start = held_tokens(a, b) + (a.cu_k[b + 1] - a.cu_k[b]) - queries;
+  const int origin = window == kDense ? start : start / span * span;  // spans are counted from here
+  const int begin = origin + own / per_span * span, offset = own % per_span * kQueries;
+  const int first = max(begin + offset, start);
+  const int last = min(min(begin + offset + kQueries, begin + span), start + queries);
+  return {b, first - start, max(0, last - first), first, start};
+}
+
+// What the queries at [position, position + count) attend: the last of them decides, and the mask does the rest.
+__device__ __forceinline__ Tokens prefill_tokens(const PrefillArgs& a, const QueryTile& tile, int h, int32_t window) {
+  const int P = static_cast<int>(a.kv.P), page = tile.position / P, last = tile.position + tile.count - 1;
+  const int32_t* list = nullptr;
+  if (window == 0) {
+    const int64_t row = page - tile.start / P;
+    list = a.rule.lists + tile.b * a.rule.list_stride0 + h * a.rule.list_stride1 + min(row, a.list_rows - 1) * a.list_stride2;
+  }
+  // The newest P to 2P - 1 tokens before a query are unsealed when it is decoded, so always attended.
+  const int64_t unsealed = window == kDense ? 0 : window == 0 ? page : max(page - 1, 0);
+  const Entries e = entries(a.rule, window, list, page, last, P, unsealed);
+  return Tokens(e, a.rule, P, a.lengths ? a.kv.sealed[tile.b] : 0, last);
+}
+
+template <typename T>
+__device__ __forceinline__ Sequence<T> prefill_sequence(const PrefillArgs& a, int b, int h) {
+  return {a.kv, b, h, held_tokens(a, b),
+          static_cast<const T*>(a.k.data) + a.cu_k[b] * a.k.stride0 + h * a.k.stride1,
+          static_cast<const T*>(a.v.data) + a.cu_k[b] * a.v.stride0 + h * a.v.stride1, a.k.stride0, a.v.stride0};
+}
+
+// Dequantises a tile of codes, once for the four warps.
+template <typename T, int kD>
+__device__ __forceinline__ void dequantize(Rows<uint8_t, kD> from_k, Rows<uint8_t, kD> from_v, const KeyTable& table, int D,
+                                           Rows<T, kD> to_k, Rows<T, kD> to_v) {
+  constexpr int kN = 8;  // channels at a time
+  for (int j = threadIdx.x; j < kKeys * kD / kN; j += kThreads) {
+    const int key = j / (kD / kN), d = j % (kD / kN) * kN;
+    const auto k = load_vector<uint32_t, 2>(reinterpret_cast<const uint32_t*>(from_k.at(key, d)));
+    const auto v = load_vector<uint32_t, 2>(reinterpret_cast<const uint32_t*>(from_v.at(key, d)));
+    Vector<T, kN> low{}, high{};
+    const T* stats = static_cast<const T*>(table.stats[key]);
+    if (stats && d < D) low = load_global<T, kN>(stats + d), high = load_global<T, kN>(stats + D + d);
+    Vector<uint32_t, kN / 2> k_out, v_out;
+#pragma unroll
+    for (int i = 0; i < kN; i += 2) {
+      float x[2], y[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float k_code = code_value(k.value[(i + e) / 4], (i + e) % 4), v_code = code_value(v.value[(i + e) / 4], (i + e) % 4);
+        float min = table.k_grid[key].y, step = table.k_grid[key].x;
+        if (stats) {
+          min = static_cast<float>(low.value[i + e]);
+          step = static_cast<float>(high.value[i + e]) * (1.0f / 255) - min * (1.0f / 255);
+        }
+        x[e] = fmaf(step, k_code, min);  // rounding to T brings what is past the maximum back to it
+        y[e] = fmaf(table.v_grid[key].x, v_code, table.v_grid[key].y);
+      }
+      k_out.value[i / 2] = pack<T>(x[0], x[1]);
+      v_out.value[i / 2] = pack<T>(y[0], y[1]);
+    }
+    store_vector(reinterpret_cast<uint32_t*>(to_k.at(key, d)), k_out);
+    store_vector(reinterpret_cast<uint32_t*>(to_v.at(key, d)), v_out);
+  }
+}
+
+template <typename T, int kD>
+struct PrefillRings {
+  using Codes = Ring<T, uint8_t, kD, 2>;
+  using Values = Ring<T, T, kD, 2>;
+  static constexpr int kTables = 3;  // one more than stages
+  static constexpr int kTile = Values::kTile * sizeof(T);
+  // One stretch serves the ring of values, or before it the ring of codes and the tile that they are unpacked to.
+  template <bool kInt8>
+  static constexpr int kData = kInt8 && Codes::kBytes + 2 * kTile > Values::kBytes ? Codes::kBytes + 2 * kTile : Values::kBytes;
+};
+
+template <typename T, int kD, bool kInt8>
+__global__ void __launch_bounds__(kThreads) prefill_kernel(const __grid_constant__ PrefillArgs a) {
+  using Rings = PrefillRings<T, kD>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y;
+  const int h = head / static_cast<int>(a.G), D = static_cast<int>(a.kv.D);
+  const int32_t window = a.rule.windows[h];
+  const QueryTile tile = query_tile(a, gridDim.x - 1 - blockIdx.x, window);  // the last tiles have most to do
+  if (tile.count == 0) return;
+
+  SharedMemory shared;
+  const Rows<T, kD> q{shared.take<T>(kQueries * Rows<T, kD>::kStride)};
+  KeyTable* const tables = shared.take<KeyTable>(Rings::kTables);
+  char* const data = shared.take<char>(Rings::template kData<kInt8>);
+
+  const int64_t first_row = a.cu_q[tile.b] + tile.first;
+  const T* const queries = static_cast<const T*>(a.q.data) + first_row * a.q.stride0 + head * a.q.stride1;
+  load_queries<kQueries, false>(q, D, [&](int row) { return row < tile.count ? queries + row * a.q.stride0 : nullptr; });
+
+  const Tokens tokens = prefill_tokens(a, tile, h, window);
+  const Sequence<T> sequence = prefill_sequence<T>(a, tile.b, h);
+  const float scale = a.scale * kLog2e;
+  State<T, kD> state;
+
+  const auto attend = [&](const Plain<T, kD>& source, const KeyTable& table) {
+    float s[kKeys / 8][4] = {};
+    state.template multiply<kKeys>(s, q, warp * 16, source, 0);
+    const bool masked = max(table.newest[0], table.newest[1]) > tile.position;
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int query = tile.position + warp * 16 + lane / 4 + e / 2 * 8;
+        s[n][e] *= scale;
+        if (masked && table.position[n * 8 + lane % 4 * 2 + e % 2] > query) s[n][e] = -INFINITY;
+      }
+    state.template soften<kKeys>(s);
+    state.template add<kKeys>(s, source, 0);
+  };
+
+  const int raw = kInt8 ? tokens.raw : 0;
+  if constexpr (kInt8) {
+    const typename Rings::Codes ring{reinterpret_cast<uint8_t*>(data), tables};
+    const Rows<T, kD> k{reinterpret_cast<T*>(data + Rings::Codes::kBytes)};
+    const Rows<T, kD> v{reinterpret_cast<T*>(data + Rings::Codes::kBytes + Rings::kTile)};
+    ring.run(sequence, tokens, 0, raw, D, [&](const auto& codes) {
+      dequantize(codes.k, codes.v, codes.table, D, k, v);
+      __syncthreads();
+      attend({k, v}, codes.table);
+    });
+  }
+  const typename Rings::Values ring{reinterpret_cast<T*>(data), tables};
+  ring.run(sequence, tokens, raw, tokens.count, D, [&](const auto& values) { attend({values.k, values.v}, values.table); });
+
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float sum = over_quad(state.sum[r], [](float a, float b) { return a + b; }), share = sum == 0 ? 0.0f : 1 / sum;
+    const int query = warp * 16 + lane / 4 + 8 * r;
+    if (query >= tile.count) continue;
+    const int64_t row = (first_row + query) * (a.kv.H * a.G) + head;
+    T* const out = static_cast<T*>(a.out) + row * D;
+#pragma unroll
+    for (int n = 0; n < kD / 8; ++n) {
+      const int d = n * 8 + lane % 4 * 2;
+      if (d < D) *reinterpret_cast<uint32_t*>(out + d) = pack<T>(state.out[n][2 * r] * share, state.out[n][2 * r + 1] * share);
+    }
+    if (lane % 4 == 0) a.lse[row] = sum == 0 ? -INFINITY : (state.max[r] + log2f(sum)) * kLn2;
+  }
+}
+
+// The same without tensor cores: a warp for each query of each query head.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 4) general_prefill_kernel(const __grid_constant__ PrefillArgs a) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  const int head = blockIdx.y, h = head / static_cast<int>(a.G), D = static_cast<int>(a.kv.D);
+  if (row >= a.Nq) return;
+  int b = 0;
+  for (int end = static_cast<int>(a.kv.B); b + 1 < end;) {
+    const int middle = (b + end) / 2;
+    if (a.cu_q[middle] <= row) b = middle;
+    else end = middle;
+  }
+  const int first = static_cast<int>(row - a.cu_q[b]), queries = a.cu_q[b + 1] - a.cu_q[b];
+  const int start = held_tokens(a, b) + (a.cu_k[b + 1] - a.cu_k[b]) - queries;
+  const QueryTile tile{b, first, 1, start + first, start};
+  const Tokens tokens = prefill_tokens(a, tile, h, a.rule.windows[h]);
+  const float* const q = load_query(static_cast<const T*>(a.q.data) + row * a.q.stride0 + head * a.q.stride1, D);
+  T* const out = static_cast<T*>(a.out) + (row * gridDim.y + head) * D;
+  const float lse = attend_warp(prefill_sequence<T>(a, b, h), tokens, 0, tokens.count, q, D, a.scale,
+                                [&](int d, float x) { out[d] = static_cast<T>(x); });
+  if (threadIdx.x % 32 == 0) a.lse[row * gridDim.y + head] = lse;
+}
+
+}  // namespace lserve::cuda

@@ -1,0 +1,318 @@
+// Which pages or tokens a query attends: scores of pages, and exact top-k.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/convert.cuh"
+#include "cuda/ptx.cuh"
+#include "kernels.h"
+
+namespace lserve::cuda {
+
+// Unsigned integers in the order of floats, and back. A NaN without a sign comes after infinity.
+__device__ __forceinline__ uint32_t ordered(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float from_ordered(uint32_t key) {
+  return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
+}
+
+// ---- scores of pages
+//
+// A group of statistics bounds q · k of all its keys by q+ · max + q- · min, where q+ has the positive channels of q and
+// q- the others. On tensor cores that is one product of 2D channels: 16 query heads times 8 groups. The time goes into
+// reading statistics, each of which is used once: they go from memory straight to registers.
+
+constexpr int kScoreThreads = 128;
+constexpr int kScoreGroups = 64;  // that a block of threads takes: of several pages, or of one page all that it has
+constexpr int kScoreHeads = 16;   // query heads that share a pass over the statistics: the rows of an MMA
+
+// Eight neighbouring channels. The order of channels within a product is free: when lane % 4 = c takes 8c to 8c + 7 of
+// every 32 in both operands, words 0 and 1 are its fragment for one MMA, and words 2 and 3 for the next.
+using Channels = Vector<uint32_t, 4>;
+
+template <typename T>
+__device__ __forceinline__ Channels load_channels(const T* row, int channel, bool read) {
+  return read ? load_vector<uint32_t, 4>(reinterpret_cast<const uint32_t*>(row + channel)) : Channels{};
+}
+
+// The elements of a pair whose sign bit is set, NaN included, and zeros in the place of others.
+__device__ __forceinline__ uint32_t negative(uint32_t pair) { return pair & (pair >> 15 & 0x00010001u) * 0xffffu; }
+
+// Pages [first, first + count) of one (sequence, kv head), of which `sealed` have statistics.
+struct PageTile {
+  int64_t b, h, first;
+  int count, sealed;
+
+  __device__ PageTile(const PageScoresArgs& a, int pages) : b(blockIdx.z), h(blockIdx.y) {
+    first = static_cast<int64_t>(blockIdx.x) * pages;
+    count = static_cast<int>(min(a.M - first, static_cast<int64_t>(pages)));
+    const int64_t end = !a.windows || a.windows[h] == 0 ? a.sealed[b] : 0;
+    sealed = static_cast<int>(max(min(end - first, static_cast<int64_t>(count)), static_cast<int64_t>(0)));
+  }
+
+  __device__ const int32_t* blocks(const PageScoresArgs& a) const {
+    return a.block_table + b * a.block_stride0 + h * a.block_stride1 + first;
+  }
+  __device__ float* scores(const PageScoresArgs& a) const { return a.scores + (b * a.H + h) * a.M + first; }
+  template <typename T>
+  __device__ const T* query(const PageScoresArgs& a, int64_t head) const {
+    return static_cast<const T*>(a.q.data) + b * a.q.stride0 + (h * a.G + head) * a.q.stride1;
+  }
+};
+
+// Raises the best score of every page to those of up to 16 query heads over its groups.
+template <typename T, int kD>
+__device__ __forceinline__ void score_groups(const PageScoresArgs& a,
+                                             const T* q, int heads,  // [heads, D]
+                                             const int32_t* blocks,  // [pages], shared
+                                             uint32_t* best,         // [pages], shared, ordered
+                                             int pages) {
+  constexpr int kSteps = kD / 32;
+  const int lane = threadIdx.x % 32, channel = lane % 4 * 8, D = static_cast<int>(a.D);
+  const int groups_per_page = static_cast<int>(a.groups), groups = pages * groups_per_page;
+
+  Channels query[2][kSteps];  // of rows lane / 4 and lane / 4 + 8; the last head fills the rows that are left
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i)
+      query[r][i] = load_channels(q + min(lane / 4 + 8 * r, heads - 1) * a.q.stride1, 32 * i + channel,
+                                  32 * i + channel < D);
+
+  for (int first = threadIdx.x / 32 * 8; first < groups; first += kScoreThreads / 32 * 8) {
+    const int group = first + lane / 4;
+    const int64_t block = group < groups ? blocks[group / groups_per_page] : -1;
+    const T* const stats =
+        static_cast<const T*>(a.stats) + block * a.stats_stride + static_cast<int64_t>(group % groups_per_page) * 2 * D;
+    Channels low[kSteps], high[kSteps];
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const bool read = block >= 0 && 32 * i + channel < D;
+      low[i] = load_channels(stats, 32 * i + channel, read);
+      high[i] = load_channels(stats + D, 32 * i + channel, read);
+    }
+
+    float scores[4] = {};
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+#pragma unroll
+      for (int w = 0; w < 4; w += 2) {
+        const uint32_t x[4] = {query[0][i].value[w], query[1][i].value[w], query[0][i].value[w + 1],
+                               query[1][i].value[w + 1]};
+        const uint32_t minus[4] = {negative(x[0]), negative(x[1]), negative(x[2]), negative(x[3])};
+        const uint32_t plus[4] = {x[0] ^ minus[0], x[1] ^ minus[1], x[2] ^ minus[2], x[3] ^ minus[3]};
+        mma_m16n8k16<T>(scores, plus, high[i].value[w], high[i].value[w + 1]);
+        mma_m16n8k16<T>(scores, minus, low[i].value[w], low[i].value[w + 1]);
+      }
+    }
+
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const auto key = [](float x) { return ordered(x != x ? fabsf(x) : x); };  // a NaN stays
+      uint32_t score = max(key(scores[i]), key(scores[i + 2]));
+#pragma unroll
+      for (int lanes = 4; lanes < 32; lanes *= 2) score = max(score, __shfl_xor_sync(~0u, score, lanes));
+      const int column = first + lane % 4 * 2 + i, page = column / groups_per_page;
+      // An atomic maximum of integers gives the same in any order.
+      if (lane < 4 && column < groups && blocks[page] >= 0) atomicMax(best + page, score);
+    }
+  }
+}
+
+// A block of threads takes `pages` pages of one (sequence, kv head), whose groups its warps share. An infinite bound may
+// make a page's score NaN, as 0 * inf is.
+template <typename T, int kD>
+__global__ void __launch_bounds__(kScoreThreads)
+    page_scores_kernel(const __grid_constant__ PageScoresArgs a, int pages) {
+  const PageTile tile(a, pages);
+  SharedMemory shared;
+  int32_t* const blocks = shared.take<int32_t>(kScoreGroups);  // -1: nothing to score
+  uint32_t* const best = shared.take<uint32_t>(kScoreGroups);
+  if (static_cast<int>(threadIdx.x) < tile.count) {
+    blocks[threadIdx.x] = tile.blocks(a)[threadIdx.x];
+    best[threadIdx.x] = ordered(-INFINITY);
+  }
+  __syncthreads();
+  for (int head = 0; head < a.G && tile.sealed > 0; head += kScoreHeads)
+    score_groups<T, kD>(a, tile.query<T>(a, head), min(static_cast<int>(a.G) - head, kScoreHeads), blocks, best,
+                        tile.sealed);
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) < tile.count) tile.scores(a)[threadIdx.x] = from_ordered(best[threadIdx.x]);
+}
+
+// The same in float32, a warp a page: for float32 tensors, and for rows that do not start at multiples of 16 bytes.
+template <typename T>
+__global__ void __launch_bounds__(kScoreThreads) plain_page_scores_kernel(const __grid_constant__ PageScoresArgs a) {
+  const PageTile tile(a, kScoreThreads / 32);
+  const int page = threadIdx.x / 32, lane = threadIdx.x % 32, D = static_cast<int>(a.D);
+  if (page >= tile.count) return;
+  const int64_t block = page < tile.sealed ? tile.blocks(a)[page] : -1;
+  float best = -INFINITY;
+  for (int64_t group = 0; group < a.groups && block >= 0; ++group) {
+    const T* const low = static_cast<const T*>(a.stats) + block * a.stats_stride + group * 2 * D;
+    for (int64_t head = 0; head < a.G; ++head) {
+      const T* const q = tile.query<T>(a, head);
+      float score = 0;
+      for (int d = lane; d < D; d += 32) {
+        const float x = static_cast<float>(q[d]);  // the greater of the two products has the maximum if x > 0
+        score = fmaf(x, static_cast<float>(low[x > 0 ? D + d : d]), score);
+      }
+      for (int lanes = 16; lanes > 0; lanes /= 2) score += __shfl_xor_sync(~0u, score, lanes);
+      best = score > best || score != score ? score : best;  // a NaN stays
+    }
+  }
+  if (lane == 0) tile.scores(a)[page] = best;
+}
+
+// ---- exact top-k
+//
+// A radix select: four passes over the candidates settle the least key that is picked, 8 bits at a time; then they are
+// written in order. Counts are integers and places follow from them, so nothing depends on who comes first.
+
+constexpr int kSelectThreads = 512;
+constexpr int kSelectWarps = kSelectThreads / 32;
+constexpr int kBins = 256;
+
+// What one block of threads picks from a row of floats.
+struct Choice {
+  const float* values;
+  int begin, end;  // the candidates
+  int count;       // that are picked, if there are as many
+  int32_t* ids;    // out [width]: those picked, ascending, then -1
+  int width;
+};
+
+// Where the line between picked and left lies. Picked are all keys that exceed `least` in the bits of `mask`, and the
+// first `ties` of the `level` keys that equal it there.
+struct Cut {
+  uint32_t least, mask;
+  int ties, level;
+
+  __device__ bool is_above(uint32_t key) const { return (key & mask) > least; }
+  __device__ bool is_level(uint32_t key) const { return (key & mask) == least; }
+};
+
+// Keys in the order of floats. NaN counts as -inf, and -0 as 0.
+__device__ __forceinline__ uint32_t pick_key(float x) { return ordered(x != x ? -INFINITY : x + 0.0f); }
+
+// Counts the candidates level with the cut by the 8 bits above `shift`.
+__device__ __forceinline__ void count_bins(const Choice& c, const Cut& cut, int shift, int* bins) {  // [kBins], shared
+#pragma unroll 4
+  for (int i = c.begin + static_cast<int>(threadIdx.x); i < c.end; i += kSelectThreads) {
+    const uint32_t key = pick_key(__ldg(c.values + i));
+    if (cut.is_level(key)) atomicAdd(bins + (key >> shift & (kBins - 1)), 1);
+  }
+}
+
+// One warp finds the bin in which the last pick lies, and moves the cut there.
+__device__ __forceinline__ void settle(const int* bins, const Cut& cut, int shift, Cut* settled) {
+  const int lane = threadIdx.x % 32, top = kBins - 1 - 8 * lane;  // each lane has 8 bins, the first lane the highest
+  int own = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) own += bins[top - i];
+  int through = own;  // keys in the bins of this lane and of those before it
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const int before = __shfl_up_sync(~0u, through, lanes);
+    if (lane >= lanes) through += before;
+  }
+  int ties = cut.ties - (through - own);
+  if (ties <= 0 || ties > own) return;  // the bin is another lane's
+  int bin = top;
+  for (; bins[bin] < ties; --bin) ties -= bins[bin];
+  *settled = {cut.least | static_cast<uint32_t>(bin) << shift, cut.mask | (kBins - 1u) << shift, ties, bins[bin]};
+}
+
+// All threads get the cut that leaves `count` picks.
+__device__ __forceinline__ Cut find_cut(const Choice& c, SharedMemory& shared) {
+  int* const bins = shared.take<int>(4 * kBins);  // of every pass
+  Cut* const settled = shared.take<Cut>(1);
+  for (int i = threadIdx.x; i < 4 * kBins; i += kSelectThreads) bins[i] = 0;
+  __syncthreads();
+  Cut cut{0, 0, c.count, c.end - c.begin};
+  for (int shift = 24; shift >= 0 && 0 < cut.ties && cut.ties < cut.level; shift -= 8) {
+    int* const own = bins + shift / 8 * kBins;
+    count_bins(c, cut, shift, own);
+    __syncthreads();
+    if (threadIdx.x < 32) settle(own, cut, shift, settled);
+    __syncthreads();
+    cut = *settled;
+  }
+  return cut;
+}
+
+// Sums over the warps before this one.
+__device__ __forceinline__ int2 sum_before(int2 own, int2* sums) {  // [kSelectWarps], shared
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (lane == 0) sums[warp] = own;
+  __syncthreads();
+  int2 sum = lane < warp ? sums[lane] : make_int2(0, 0);
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    sum.x += __shfl_xor_sync(~0u, sum.x, lanes);
+    sum.y += __shfl_xor_sync(~0u, sum.y, lanes);
+  }
+  return sum;
+}
+
+// Writes the picks in ascending order. Each warp takes a part of the candidates, and goes through it twice: what the
+// parts before it hold above the cut and level with it says where its own picks go, and which of its ties are picked.
+__device__ __forceinline__ void write_picks(const Choice& c, const Cut& cut, SharedMemory& shared) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int part = (c.end - c.begin + kSelectThreads - 1) / kSelectThreads * 32;
+  const int begin = c.begin + warp * part, end = min(begin + part, c.end);
+  const auto walk = [&](auto visit) {
+#pragma unroll 4
+    for (int first = begin; first < end; first += 32) {
+      const int i = first + lane;
+      const uint32_t key = i < end ? pick_key(__ldg(c.values + i)) : 0;
+      visit(i, __ballot_sync(~0u, i < end && cut.is_above(key)), __ballot_sync(~0u, i < end && cut.is_level(key)));
+    }
+  };
+
+  int2 own = make_int2(0, 0);
+  walk([&](int, uint32_t above, uint32_t level) { own.x += __popc(above), own.y += __popc(level); });
+  const int2 sum = sum_before(own, shared.take<int2>(kSelectWarps));
+
+  int above_before = sum.x, level_before = sum.y;
+  walk([&](int i, uint32_t above, uint32_t level) {
+    const uint32_t mine = 1u << lane, lower = mine - 1;
+    const int place = above_before + __popc(above & lower), tie = level_before + __popc(level & lower);
+    if (above & mine || (level & mine && tie < cut.ties)) c.ids[place + min(tie, cut.ties)] = i;
+    above_before += __popc(above), level_before += __popc(level);
+  });
+  for (int i = min(c.count, c.end - c.begin) + static_cast<int>(threadIdx.x); i < c.width; i += kSelectThreads) c.ids[i] = -1;
+}
+
+// Pages between the sink and the window that is local for the newest token; unsealed pages are local too.
+__device__ __forceinline__ Choice choice(const SelectPagesArgs& a, int64_t b, int64_t h) {
+  const int page = (a.lengths[b] - 1) / static_cast<int>(a.P), K = static_cast<int>(a.K);  // page: the query's
+  const int end = max(min(page - static_cast<int>(a.local) + 1, a.sealed[b]), 0);
+  return {a.scores + b * a.score_stride0 + h * a.score_stride1, static_cast<int>(min(a.sink, static_cast<int64_t>(end))), end,
+          K, a.pages + (b * a.H + h) * K, K};
+}
+
+// Half of the budget of tokens goes to those with the greatest mass, the other half to local ones; unsealed tokens are
+// local too. A half is rounded to even, as on the CPU.
+__device__ __forceinline__ Choice choice(const SelectTokensArgs& a, int64_t b, int64_t h) {
+  const int tokens = a.lengths[b], raw = tokens - a.sealed[b] * static_cast<int>(a.P), K = static_cast<int>(a.K);
+  const int picks = min(static_cast<int>(rint(tokens * a.ratio / 2)), K), end = max(tokens - max(picks, raw), 0);
+  return {a.mass + b * a.mass_stride0 + h * a.mass_stride1, 0, end, picks, a.tokens + (b * a.H + h) * K, K};
+}
+
+// Picks of one (sequence, kv head): what select_pages and select_tokens have in common.
+template <typename Args>
+__global__ void __launch_bounds__(kSelectThreads) select_kernel(const __grid_constant__ Args a) {
+  const int64_t h = blockIdx.x, b = blockIdx.y;
+  const Choice c = choice(a, b, h);
+  if (h == 0 && threadIdx.x == 0) a.local_start[b] = c.end;
+  if (c.width == 0) return;
+  SharedMemory shared;
+  write_picks(c, find_cut(c, shared), shared);
+}
+
+}  // namespace lserve::cuda

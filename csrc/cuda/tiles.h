@@ -1,0 +1,40 @@
+// Which instantiation of the kernels made of tiles serves a call, and whether one does.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/launch.h"
+
+namespace lserve::cuda {
+
+// Calls body with the head dimension that tiles are padded to.
+template <typename Body>
+void with_head_dim(int64_t D, Body body) {
+  if (D <= 64) return body(std::integral_constant<int, 64>{});
+  if (D <= 96) return body(std::integral_constant<int, 96>{});
+  if (D <= 128) return body(std::integral_constant<int, 128>{});
+  return body(std::integral_constant<int, 256>{});
+}
+
+// Whether every row starts at a multiple of 16 bytes, as cp.async wants it.
+inline bool rows_aligned(const void* data, int64_t size, std::initializer_list<int64_t> strides) {
+  bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  for (const int64_t stride : strides) aligned = aligned && stride * size % 16 == 0;
+  return aligned;
+}
+
+template <typename T>
+bool rows_aligned(const View& x) {
+  return rows_aligned(x.data, sizeof(T), {x.stride0, x.stride1, x.stride2});
+}
+
+template <typename T>
+bool rows_aligned(const Paged& kv) {
+  const int64_t size = kv.kv_dtype == Dtype::u8 ? 1 : sizeof(T);
+  return rows_aligned(kv.k_pool, size, {kv.k_stride}) && rows_aligned(kv.v_pool, size, {kv.v_stride}) &&
+         rows_aligned(kv.stats, sizeof(T), {kv.stats_stride}) &&
+         rows_aligned(kv.raw_k, sizeof(T), {kv.raw_stride0, kv.raw_stride1}) &&
+         rows_aligned(kv.raw_v, sizeof(T), {kv.raw_stride0, kv.raw_stride1});
+}
+
+}  // namespace lserve::cuda

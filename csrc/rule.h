@@ -1,0 +1,45 @@
+// Which units (pages or tokens) a query attends: sink, list, local. Defined once for the CPU and CUDA.
+#pragma once
+#include "grid.h"
+#include "kernels.h"
+
+namespace lserve {
+
+// The units of one query, ascending. Unsealed pages are local.
+struct Entries {
+  int64_t sink = 0, listed = 0, local = 0, end = 0;
+  const int32_t* list = nullptr;
+
+  LSERVE_HD int64_t count() const { return sink + listed + (end - local); }
+  LSERVE_HD int64_t operator[](int64_t i) const {
+    if (i < sink) return i;
+    if (i < sink + listed) return list[i - sink];
+    return local + (i - sink - listed);
+  }
+};
+
+// Entries of the query at position t of a head with this window. `list` and `list_local` serve window 0;
+// `unsealed` is the first unit that is always attended.
+LSERVE_HD Entries entries(const Rule& rule, int32_t window, const int32_t* list, int64_t list_local, int64_t t, int64_t P,
+                          int64_t unsealed) {
+  const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  // Positions fit in 32 bits, in which a GPU divides faster.
+  const int32_t position = static_cast<int32_t>(t), page = static_cast<int32_t>(P), unit = static_cast<int32_t>(rule.unit);
+  const int32_t units_per_page = page / unit, reach = position / page - window + 1;
+  Entries e;
+  e.end = position / unit + 1;
+  const int64_t first = window == 0 ? list_local : reach > 0 ? static_cast<int64_t>(reach) * units_per_page : 0;
+  e.local = smaller(smaller(first, unsealed), e.end);
+  e.sink = smaller(rule.sink * units_per_page, e.local);
+  if (window == 0 && list) {
+    e.list = list;
+    for (int64_t end = rule.K; e.listed < end;) {  // the first -1
+      const int64_t middle = (e.listed + end) / 2;
+      if (list[middle] >= 0) e.listed = middle + 1;
+      else end = middle;
+    }
+  }
+  return e;
+}
+
+}  // namespace lserve

@@ -1,0 +1,95 @@
+"""One small call of every kernel there is: quick enough for tools that follow each memory access of each thread."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from _cases import BF16, F16, F32, Shape, assert_attention, build, ints, normal, pack, same_bits
+
+from lserve_ext import ops, reference
+from lserve_ext.ops import DENSE
+
+pytestmark = pytest.mark.gpu
+
+# Tiles of the model's dtype, of codes on both kinds of grid, and what goes without tiles.
+SHAPES = [
+    Shape(64, 16, None, 2, BF16, "auto"),
+    Shape(64, 16, 16, 3, F16, "int8"),
+    Shape(64, 16, None, 1, BF16, "int8"),
+    Shape(32, 16, 4, 2, F32, "int8"),
+]
+LENGTHS = [90, 17, 0]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention(shape: Shape, device: str) -> None:
+    case = build(shape, LENGTHS, heads=3, device=device)
+    windows = case.windows(DENSE, 2, 0)
+    pages, tokens = case.lists(sink=1, local=2, count=2), case.token_lists(ratio=0.5, max_picks=20)
+    q, n = case.queries(), case.lengths
+    for (lists, start), unit in ((pages, None), (tokens, 1)):
+        options: dict[str, Any] = {"lists": lists, "local_start": start, "sink": 1 if unit is None else 0, "unit": unit}
+        result = ops.decode(q, case.kv, n, windows, **options)
+        assert_attention(result, reference.decode, q, case.kv, n, windows, **options)
+        mass = ops.attention_mass(q[:, None], result[1][:, None], case.kv, n, windows, **options)
+        want = reference.attention_mass(q[:, None], result[1][:, None], case.kv, n, windows, **options)
+        torch.testing.assert_close(mass, want, atol=1e-4, rtol=1e-3)
+
+    new = [normal(30 + b, m, 3, shape.head_dim, dtype=shape.dtype, device=device) for b, m in enumerate([5, 20, 33])]
+    (k, cu), v = pack(new), pack([x.flip(0) for x in new])[0]
+    rows = normal(40, len(k), 3 * shape.group, shape.head_dim, dtype=shape.dtype, device=device)
+    args = (k, v, cu, cu, case.windows(DENSE, 2, DENSE), case.kv, n)
+    assert_attention(ops.prefill(rows, *args, sink=1), reference.prefill, rows, *args, sink=1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("new", [[1, 1, 1], [40, 0, 70]], ids=["step", "prompt"])
+def test_append(shape: Shape, new: list[int], device: str) -> None:
+    """The raw buffer is read by one page and written for another."""
+    got, want = (build(shape, LENGTHS, device=device, columns=9, room=4) for _ in range(2))
+    k, cu = pack([normal(50 + b, m, 3, shape.head_dim, dtype=shape.dtype, device=device) for b, m in enumerate(new)])
+    ops.append_kv(k, -k, cu, got.lengths, got.kv)
+    reference.append_kv(k, -k, cu, want.lengths, want.kv)
+    for b, (held, m) in enumerate(zip(LENGTHS, new, strict=True)):
+        sealed = max((held + m) // shape.page_size - 1, 0)
+        kept = [t % (2 * shape.page_size) for t in range(sealed * shape.page_size, held + m)]
+        for a, c in ((got.kv.raw_k, want.kv.raw_k), (got.kv.raw_v, want.kv.raw_v)):
+            assert a is not None and c is not None
+            assert same_bits(a[b, :, kept], c[b, :, kept])
+    for name in ("k_pool", "v_pool", "stats", "scales"):
+        a, c = getattr(got.kv, name), getattr(want.kv, name)
+        assert a is None or same_bits(a, c)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pages(shape: Shape, device: str) -> None:
+    k, v = (normal(i, 5, shape.page_size, shape.head_dim, dtype=shape.dtype, device=device) for i in (1, 2))
+    stats = ops.page_stats(k, 4)
+    for grid in (stats, None):
+        codes = ops.quantize_kv(k, v, grid)
+        assert all(same_bits(a, b) for a, b in zip(codes, reference.quantize_kv(k, v, grid), strict=True))
+        back = ops.dequantize_kv(codes[0], codes[1], grid, codes[2], shape.dtype)
+        want = reference.dequantize_kv(codes[0], codes[1], grid, codes[2], shape.dtype)
+        assert all(same_bits(a, b) for a, b in zip(back, want, strict=True))
+    moved = torch.zeros_like(k)
+    ops.gather_pages(k, ints([4, -1, 0], device), moved, ints([1, 2, 3], device))
+    assert same_bits(moved[[1, 2, 3]], torch.stack([k[4], torch.zeros_like(k[0]), k[0]]))
+    lse = normal(3, 5, shape.page_size, device=device)
+    merged, want = (m.merge_states(k, lse, v, -lse) for m in (ops, reference))
+    torch.testing.assert_close(merged, want, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3]], ids=str)
+def test_selection(shape: Shape, device: str) -> None:
+    case = build(shape, LENGTHS, device=device)
+    q, kv = case.queries(), case.kv
+    assert kv.stats is not None
+    scores, want = (m.page_scores(q, kv.stats, kv.block_table, kv.sealed) for m in (ops, reference))
+    torch.testing.assert_close(scores, want, atol=1e-2, rtol=1e-2)
+    mass = normal(5, 3, 3, 200, device=device)
+    pages = [m.select_pages(scores, case.lengths, kv.sealed, shape.page_size, 1, 1, 2) for m in (ops, reference)]
+    tokens = [m.select_tokens(mass, case.lengths, kv.sealed, shape.page_size, 0.4, 30) for m in (ops, reference)]
+    for got, want in (pages, tokens):
+        assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
