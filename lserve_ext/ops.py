@@ -11,6 +11,8 @@ and devices TypeError, before anything is written (the raw ops raise RuntimeErro
 There is no autograd: an input that requires grad raises while grad mode is on. No op reads device data
 on the host. Results are deterministic and independent of threads and of the rest of the batch. With the environment
 variable LSERVE_DEBUG=1, q, k and v that are not finite raise ValueError; otherwise they give what arithmetic gives.
+Ids and lengths that make no sense raise ValueError on the CPU always, and on a GPU with LSERVE_DEBUG=1 (by a run on the
+CPU before it); without it, a CUDA kernel reads tables without looking.
 
 What a query attends is a *rule* per kv head, ``sink ∪ list ∪ local``, always causal. For a query at
 position t of its sequence, in page b = t // P:
@@ -90,6 +92,8 @@ def _call(op: Any, *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return op(*args)
     try:
+        if _DEBUG and any(isinstance(x, Tensor) and x.is_cuda for x in args):
+            op(*(x.cpu() if isinstance(x, Tensor) else x for x in args))  # CPU kernels check the values of tables
         return op(*args)
     except NotImplementedError:  # no kernel for the device: torch's own text says it best
         raise
@@ -180,7 +184,8 @@ def gather_pages(src: Tensor, src_ids: Tensor, dst: Tensor, dst_ids: Tensor) -> 
     A row is a block, or a single token when both pools are viewed as [blocks * P, D].
 
     Args:
-        src, dst: [rows, ...] with contiguous rows of one shape and dtype.
+        src, dst: [rows, ...] with contiguous rows of one shape and dtype. With CUDA ids, each may lie on their device or
+            in pinned host memory, which is then read or written directly, without staging.
         src_ids, dst_ids: [count] int32; a pair with a -1 is skipped. dst_ids should not repeat.
     """
     _call(_ops.gather_pages, src, src_ids, dst, dst_ids)

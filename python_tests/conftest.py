@@ -22,12 +22,20 @@ hypothesis.settings.load_profile("lserve_ext")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--planted-bugs", action="store_true", help="run test_planted_bugs.py, half an hour, and only that"
+    )
     parser.addoption("--installed", action="store_true", help="refuse to test the source tree instead of a wheel")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--installed") and Path(lserve_ext.__file__).parent == SOURCE:
         raise pytest.UsageError(f"--installed, but lserve_ext was imported from the source tree, {SOURCE}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--planted-bugs")
+    items[:] = [item for item in items if (item.get_closest_marker("planted") is not None) == wanted]
 
 
 def pytest_report_header() -> list[str]:

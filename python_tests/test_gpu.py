@@ -114,8 +114,16 @@ def test_gather_from_pinned_memory() -> None:
     ops.gather_pages(dst, ints([4, 0], "cuda"), back, ints([8, 3], "cuda"))
     torch.cuda.synchronize()
     assert same_bits(back[8], rows[2]) and same_bits(back[3], rows[7]) and not back[:3].any()
-    with pytest.raises(RuntimeError, match="pinned host memory"):
+    with pytest.raises((RuntimeError, TypeError, ValueError), match="pinned host memory"):
         ops.gather_pages(rows, ints([0], "cuda"), dst, ints([0], "cuda"))
+
+
+def test_debug_mode_checks_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_DEBUG", True)
+    case = cache([300, 64])
+    case.kv.slot_table[0, 1, 2] = 10**6
+    with pytest.raises(ValueError, match="slot_table"):
+        ops.decode(case.queries(), case.kv, case.lengths, case.windows(DENSE, DENSE, DENSE))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,203 @@
+"""Bugs planted in the CUDA kernels, one at a time: at least one of the twin's builds must notice each of them.
+
+A test of the tests, which takes half an hour: pytest python_tests/test_planted_bugs.py --planted-bugs
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = "python_tests/test_small.py"
+
+
+class Bug(NamedTuple):
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str = SMALL  # a file, and perhaps -k and an expression
+
+
+BUGS = [
+    Bug("the sum of weights is not rescaled", "attention", "sum[r] *= fade, offset", "offset"),
+    Bug("nor is what was accumulated", "attention", "out[n][2 * r] *= fade, out[n][2 * r + 1] *= fade;", ";"),
+    Bug("a tile is used before it is there for all", "attention", "__syncthreads();  // tile i has", "// tile i has"),
+    Bug(
+        "a tile is used before its copies end", "attention", "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>"
+    ),
+    Bug("a key table is overwritten while in use", "attention", "% (kStages + 1)", "% kStages"),
+    Bug("keys after the query", "attention", "if (position > tokens.last) position = kNever;", ""),
+    Bug("the other half of the raw buffer", "attention", "position % (2 * P) * kv.D", "position % P * kv.D"),
+    Bug("a block taken for a slot", "attention", "slot * kv.k_stride", "block * kv.k_stride"),
+    Bug(
+        "the group of another token", "attention", "offset / static_cast<int>(kv.L)", "offset % static_cast<int>(kv.L)"
+    ),
+    Bug("bank conflicts", "attention", "(kD / kChunk | 1) * kChunk", "(kD / kChunk) * kChunk"),
+    Bug(
+        "keys in another order",
+        "attention",
+        "k.at(key + lane / 16 * 8 + lane % 8",
+        "k.at(key + lane / 8 % 2 * 8 + lane % 8",
+    ),
+    Bug("grids of keys that are not there", "attention", "if (position == kNever) t.v_grid", "if (false) t.v_grid"),
+    Bug("channels in the order of codes", "decode", "      natural_order(state);", "      ;"),
+    Bug(
+        "V's minimum is forgotten",
+        "decode",
+        "(state.out[n][2 * r] + state.offset[r]) * share",
+        "state.out[n][2 * r] * share",
+    ),
+    Bug("bytes of another key", "decode", "code_value(word, 2 + odd)", "code_value(word, 1 + odd)"),
+    Bug("queries of the next group", "decode", "row < heads ? queries", "row < kGroup ? queries"),
+    Bug(
+        "warps' results in use while written",
+        "decode",
+        "  __syncthreads();\n  const int64_t row_of_partials",
+        "  const int64_t row_of_partials",
+    ),
+    Bug(
+        "the last split is not joined",
+        "decode",
+        "for (int i = 0; i < splits; ++i) total",
+        "for (int i = 0; i < splits - 1; ++i) total",
+        "python_tests/test_attention.py -k over_many_chunks",
+    ),
+    Bug("a query does not attend itself", "prefill", "lane % 4 * 2 + e % 2] > query", "lane % 4 * 2 + e % 2] >= query"),
+    Bug(
+        "a tile across pages",
+        "prefill",
+        "min(min(begin + offset + kQueries, begin + span), start + queries)",
+        "min(begin + offset + kQueries, start + queries)",
+    ),
+    Bug(
+        "codes in use while they are unpacked",
+        "prefill",
+        "      __syncthreads();\n      attend({k, v}",
+        "      attend({k, v}",
+    ),
+    Bug("a row too many", "prefill", "if (query >= tile.count) continue;", "if (query > tile.count) continue;"),
+    Bug(
+        "raw rows overwritten while a page is sealed",
+        "pages",
+        "  if (own >= 2) return;\n  __syncthreads();",
+        "  if (own >= 2) return;",
+    ),
+    Bug("rows of the other half", "pages", "(t / P - page) % 2 != 0", "(t / P - page) % 2 == 0"),
+    Bug("one row too few from the raw buffer", "pages", "min(before - page * P, P)", "min(before - page * P - 1, P)"),
+    Bug(
+        "statistics lose a NaN",
+        "pages",
+        "low = x < low || x != x ? x : low;",
+        "low = x < low ? x : low;",
+        "python_tests/test_pages.py -k nan",
+    ),
+    Bug("a pair that should be passed over", "pages", "if (from < 0 || to < 0) continue;", "if (to < 0) continue;"),
+    Bug("a tie too many", "select", "tie < cut.ties", "tie <= cut.ties", "python_tests/test_select.py -k sort"),
+    Bug(
+        "NaN is the best score",
+        "select",
+        "ordered(x != x ? -INFINITY : x + 0.0f)",
+        "ordered(x + 0.0f)",
+        "python_tests/test_select.py -k sort",
+    ),
+    Bug(
+        "bins are read while they are counted",
+        "select",
+        "    count_bins(c, cut, shift, own);\n    __syncthreads();",
+        "    count_bins(c, cut, shift, own);",
+    ),
+    Bug("the sign of q is lost", "select", "mma_m16n8k16<T>(scores, minus, low", "mma_m16n8k16<T>(scores, plus, low"),
+    Bug("half of the queries is lost", "mass", "sums[key] + sums[kKeys + key]", "sums[key]"),
+    Bug("the first local token is not attended", "mass", "unit >= reach.local", "unit > reach.local"),
+]
+BUILDS = {"plain": {"SIMT_ORDER": "forward"}, "SANITIZE": {"SIMT_ORDER": "reverse"}, "RACES": {"SIMT_ORDER": "1"}}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The sources, to be changed."""
+    folder = tmp_path_factory.mktemp("planted")
+    for name in ("csrc", "lserve_ext", "python_tests", "CMakeLists.txt", "pyproject.toml"):
+        source = ROOT / name
+        ignore = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(source, folder / name, ignore=ignore) if source.is_dir() else shutil.copy(source, folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def notices(folder: Path, build: str, tests: str) -> bool:
+    """Whether the tests fail on a build of the copy."""
+    target, path = folder / build, f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    if not (target / "build.ninja").exists():
+        configure = [
+            "cmake",
+            "-S",
+            ".",
+            "-B",
+            build,
+            "-G",
+            "Ninja",
+            "-DCMAKE_BUILD_TYPE=None",
+            "-DCMAKE_CXX_FLAGS=-O1 -g",
+        ]
+        configure += ["-DLSERVE_TWIN=ON", f"-DLSERVE_{build}=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+        subprocess.run([*configure, "--no-warn-unused-cli"], cwd=folder, check=True, env=environment)
+    subprocess.run(["cmake", "--build", build], cwd=folder, check=True, env=environment)
+    preload = {"plain": [], "SANITIZE": ["asan", "ubsan"], "RACES": ["tsan"]}[build]
+    found = [subprocess.check_output(["c++", f"-print-file-name=lib{name}.so"], text=True).strip() for name in preload]
+    environment |= {"PYTHONPATH": str(target / "package"), "LD_PRELOAD": ":".join(found), **BUILDS[build]}
+    environment |= {
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1",
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
+    file, _, expression = tests.partition(" -k ")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "--capture=sys",
+        "-p",
+        "no:cacheprovider",
+        str(folder / file),
+    ]
+    command += ["-k", expression] if expression else []
+    try:
+        done = subprocess.run(command, cwd=target, env=environment, capture_output=True, timeout=600)
+    except subprocess.TimeoutExpired:
+        return True
+    assert done.returncode != 5, f"no test was run: {tests}"
+    return done.returncode != 0
+
+
+@pytest.mark.planted
+def test_without_a_bug_nothing_is_noticed(copy: Path) -> None:
+    for tests in sorted({bug.tests for bug in BUGS}):
+        assert not notices(copy, "plain", tests)
+    assert not notices(copy, "SANITIZE", SMALL) and not notices(copy, "RACES", SMALL)
+
+
+@pytest.mark.planted
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.what.replace(" ", "_"))
+def test_a_planted_bug_is_noticed(bug: Bug, copy: Path) -> None:
+    path = copy / "csrc" / "cuda" / f"{bug.file}.cuh"
+    text = path.read_text()
+    assert bug.old in text
+    path.write_text(text.replace(bug.old, bug.new))
+    try:
+        by = next((build for build in BUILDS if notices(copy, build, bug.tests)), None)
+    finally:
+        path.write_text(text)
+    assert by, "nobody noticed"
+    print(f"{bug.what}: {by}")
