@@ -184,8 +184,8 @@ def gather_pages(src: Tensor, src_ids: Tensor, dst: Tensor, dst_ids: Tensor) -> 
     A row is a block, or a single token when both pools are viewed as [blocks * P, D].
 
     Args:
-        src, dst: [rows, ...] with contiguous rows of one shape and dtype. With CUDA ids, each may lie on their device or
-            in pinned host memory, which is then read or written directly, without staging.
+        src, dst: [rows, ...] with contiguous rows of one shape and dtype. With CUDA ids, each may lie on their device
+            or in pinned host memory, which is then read or written directly, without staging.
         src_ids, dst_ids: [count] int32; a pair with a -1 is skipped. dst_ids should not repeat.
     """
     _call(_ops.gather_pages, src, src_ids, dst, dst_ids)

@@ -132,8 +132,9 @@ struct DecodeRings {
   static constexpr int kData = kRing<kStorage> > kResults ? kRing<kStorage> : kResults;
 };
 
+// Two blocks share an SM: the rings leave no room for more.
 template <typename T, int kD, Storage kStorage>
-__global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant__ DecodeArgs a, const Partials partials) {
+__global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_constant__ DecodeArgs a, const Partials partials) {
   using Rings = DecodeRings<T, kD>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, split = blockIdx.x, b = blockIdx.z;
   const int parts = static_cast<int>(a.G + kGroup - 1) / kGroup, h = blockIdx.y / parts;

@@ -110,7 +110,7 @@ struct PrefillRings {
 };
 
 template <typename T, int kD, bool kInt8>
-__global__ void __launch_bounds__(kThreads) prefill_kernel(const __grid_constant__ PrefillArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_constant__ PrefillArgs a) {
   using Rings = PrefillRings<T, kD>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y;
   const int h = head / static_cast<int>(a.G), D = static_cast<int>(a.kv.D);
