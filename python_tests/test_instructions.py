@@ -37,7 +37,7 @@ def headers() -> Path:
     for place in places:
         if (place / "cuda_bf16.h").exists():
             return place
-    pytest.skip("needs the headers of CUDA: pip install nvidia-cuda-runtime nvidia-cuda-crt")
+    pytest.skip("needs the headers of CUDA: pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl")
 
 
 def compiled(folder: Path, device: str) -> ctypes.CDLL:
