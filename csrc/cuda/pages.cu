@@ -66,8 +66,8 @@ void dequantize_kv(const DequantizeArgs& a, void* stream) {
 }
 
 void append_kv(const AppendArgs& a, void* stream) {
+  if (a.N == 0 || a.kv.B == 0 || a.kv.H == 0) return;
   const int64_t blocks = append_blocks_before(a.kv.B, a.N, static_cast<int>(a.kv.P));
-  if (a.N == 0 || a.kv.H == 0) return;
   with_dtype("append_kv", a.kv.dtype, [&](auto zero) {
     using T = decltype(zero);
     with_vectors<T>(rows_aligned<T>(a.k) && rows_aligned<T>(a.v) && rows_aligned<T>(a.kv), [&](auto N) {
@@ -77,7 +77,7 @@ void append_kv(const AppendArgs& a, void* stream) {
 }
 
 void gather_pages(const GatherArgs& a, void* stream) {
-  if (a.count == 0 || a.bytes == 0) return;
+  if (a.count == 0 || a.bytes == 0 || a.src_rows == 0 || a.dst_rows == 0) return;
   const bool host = on_host("src", a.src) | on_host("dst", a.dst);
   const bool vectors = rows_aligned(a.src, 1, {a.src_stride, a.bytes}) && rows_aligned(a.dst, 1, {a.dst_stride});
   const int64_t parts = a.count * a.bytes / (vectors ? 16 : 1);

@@ -30,26 +30,43 @@ struct PageRows {
 // Least and greatest of what was added. As with torch.amin and torch.amax, a NaN makes both NaN. Comparisons are made in
 // float32, which holds every T exactly; of equal zeros the first one's sign is kept.
 struct Bounds {
-  float low, high;
+  float low = INFINITY, high = -INFINITY;
 
-  __device__ void add(float x) {
-    low = x < low || x != x ? x : low;
-    high = x > high || x != x ? x : high;
-  }
+  __device__ void lower(float x) { low = x < low || x != x ? x : low; }
+  __device__ void raise(float x) { high = x > high || x != x ? x : high; }
+  __device__ void add(float x) { lower(x), raise(x); }
 };
 
 // Of N neighbouring channels over `count` rows.
 template <int N, typename T>
 __device__ __forceinline__ void channel_bounds(const PageRows<T>& rows, int first, int count, int d, Bounds (&bounds)[N]) {
-  const auto start = load_vector<T, N>(rows[first] + d);
-#pragma unroll
-  for (int i = 0; i < N; ++i) bounds[i].low = bounds[i].high = static_cast<float>(start.value[i]);
 #pragma unroll 8
-  for (int row = 1; row < count; ++row) {
-    const auto next = load_vector<T, N>(rows[first + row] + d);
+  for (int row = first; row < first + count; ++row) {
+    const auto x = load_vector<T, N>(rows[row] + d);
 #pragma unroll
-    for (int i = 0; i < N; ++i) bounds[i].add(static_cast<float>(next.value[i]));
+    for (int i = 0; i < N; ++i) bounds[i].add(static_cast<float>(x.value[i]));
   }
+}
+
+// Of a whole token, N channels at a time. 16 lanes take every 16th channel each, and the upper half of them is folded
+// onto the lower until one is left: the order of the CPU, so that of zeros with both signs the same one is kept.
+template <int N, typename T>
+__device__ __forceinline__ Bounds token_bounds(const T* row, int D) {
+  constexpr int kLanes = 16;
+  Bounds lanes[kLanes];
+  for (int d = 0; d < D; d += kLanes)
+#pragma unroll
+    for (int lane = 0; lane < kLanes; lane += N) {
+      const auto x = load_vector<T, N>(row + d + lane);
+#pragma unroll
+      for (int i = 0; i < N; ++i) lanes[lane + i].add(static_cast<float>(x.value[i]));
+    }
+#pragma unroll
+  for (int half = kLanes / 2; half > 0; half /= 2)
+#pragma unroll
+    for (int i = 0; i < kLanes / 2; ++i)  // a constant bound, else nvcc does not unroll
+      if (i < half) lanes[i].lower(lanes[i + half].low), lanes[i].raise(lanes[i + half].high);
+  return lanes[0];
 }
 
 // Where a page goes. Either codes and scales, or k and v; stats or null.
@@ -62,22 +79,21 @@ struct PageOut {
   int P, L, D;
 };
 
-// A token on a grid of its own.
+// A token on a grid of its own. Codes are stored 16 at a time where vectors are.
 template <int N, typename T>
 __device__ __forceinline__ void encode_token(const T* row, int D, uint8_t* codes, float* scale) {
-  Bounds bounds{static_cast<float>(row[0]), static_cast<float>(row[0])};
-  for (int d = 0; d < D; d += N) {
-    const auto x = load_vector<T, N>(row + d);
-#pragma unroll
-    for (int i = 0; i < N; ++i) bounds.add(static_cast<float>(x.value[i]));
-  }
+  constexpr int kCodes = N == 1 ? 1 : 16;
+  const Bounds bounds = token_bounds<N>(row, D);
   const float step = grid_step(bounds.low, bounds.high);
   scale[0] = step, scale[1] = bounds.low;
-  for (int d = 0; d < D; d += N) {
-    const auto x = load_vector<T, N>(row + d);
-    Vector<uint8_t, N> out;
+  for (int d = 0; d < D; d += kCodes) {
+    Vector<uint8_t, kCodes> out;
 #pragma unroll
-    for (int i = 0; i < N; ++i) out.value[i] = grid_code(static_cast<float>(x.value[i]), bounds.low, step);
+    for (int part = 0; part < kCodes; part += N) {
+      const auto x = load_vector<T, N>(row + d + part);
+#pragma unroll
+      for (int i = 0; i < N; ++i) out.value[part + i] = grid_code(static_cast<float>(x.value[i]), bounds.low, step);
+    }
     store_vector(codes + d, out);
   }
 }
@@ -223,6 +239,7 @@ __global__ void __launch_bounds__(kPageThreads, 4) append_kernel(const __grid_co
     else end = middle;
   }
   const int own = static_cast<int>(blockIdx.x - append_blocks_before(b, a.cu_seqlens[b], P));
+  if (own < 0) return;  // tokens before those of the first sequence
   const int before = a.lengths[b], after = before + a.cu_seqlens[b + 1] - a.cu_seqlens[b], sealed = kv.sealed[b];
   const int unsealed = max(sealed, after / P - 1), page = before / P - 1 + own;  // of the pages, once this is done
   const int64_t raw = b * kv.raw_stride0 + h * kv.raw_stride1;
@@ -263,16 +280,27 @@ __global__ void __launch_bounds__(kPageThreads, 4) append_kernel(const __grid_co
   }
 }
 
-// Every block of threads copies rows in turn, X at a time.
+// All threads together go through the pairs, an X each; each thread reads kReads of them before it writes the first, as
+// host memory answers late.
 template <typename X>
 __global__ void __launch_bounds__(256) gather_kernel(const __grid_constant__ GatherArgs a) {
-  const int64_t parts = a.bytes / static_cast<int64_t>(sizeof(X)), threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < a.count * parts; i += threads) {
-    const int64_t pair = i / parts, part = i % parts;
-    const int64_t from = a.src_ids[pair], to = a.dst_ids[pair];
-    if (from < 0 || to < 0) continue;
-    reinterpret_cast<X*>(static_cast<char*>(a.dst) + to * a.dst_stride)[part] =
-        reinterpret_cast<const X*>(static_cast<const char*>(a.src) + from * a.src_stride)[part];
+  constexpr int kReads = 4;
+  const int64_t parts = a.bytes / static_cast<int64_t>(sizeof(X)), end = a.count * parts;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; first < end; first += kReads * threads) {
+    X x[kReads];
+    X* target[kReads] = {};
+#pragma unroll
+    for (int j = 0; j < kReads; ++j) {
+      const int64_t i = first + j * threads, pair = i / parts, part = i % parts;
+      const int64_t from = i < end ? a.src_ids[pair] : -1, to = i < end ? a.dst_ids[pair] : -1;
+      if (from < 0 || to < 0) continue;
+      x[j] = reinterpret_cast<const X*>(static_cast<const char*>(a.src) + from * a.src_stride)[part];
+      target[j] = reinterpret_cast<X*>(static_cast<char*>(a.dst) + to * a.dst_stride) + part;
+    }
+#pragma unroll
+    for (int j = 0; j < kReads; ++j)
+      if (target[j]) *target[j] = x[j];
   }
 }
 

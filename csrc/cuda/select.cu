@@ -11,7 +11,8 @@ template <typename T, int kD>
 void launch_page_scores(const PageScoresArgs& a, void* stream) {
   const int64_t pages = std::max<int64_t>(kScoreGroups / a.groups, 1);
   const dim3 grid((a.M + pages - 1) / pages, a.H, a.B);
-  const int shared = shared_bytes({kScoreGroups * int(sizeof(int32_t)), kScoreGroups * int(sizeof(uint32_t))});
+  const int shared = shared_bytes({kScoreGroups * int(sizeof(int32_t)), kScoreGroups * int(sizeof(uint32_t)),
+                                   kScoreStages * kD / 16 * kScoreThreads * int(sizeof(Channels))});
   launch("page_scores", page_scores_kernel<T, kD>, grid, kScoreThreads, shared, stream, a, pages);
 }
 

@@ -24,20 +24,18 @@ __device__ __forceinline__ float from_ordered(uint32_t key) {
 //
 // A group of statistics bounds q · k of all its keys by q+ · max + q- · min, where q+ has the positive channels of q and
 // q- the others. On tensor cores that is one product of 2D channels: 16 query heads times 8 groups. The time goes into
-// reading statistics, each of which is used once: they go from memory straight to registers.
+// reading statistics, each of which is used once. They are copied in the background, so that how many are on their way
+// depends on neither registers nor the compiler; each thread copies what it alone will read, and no barrier is needed.
 
 constexpr int kScoreThreads = 128;
-constexpr int kScoreGroups = 64;  // that a block of threads takes: of several pages, or of one page all that it has
-constexpr int kScoreHeads = 16;   // query heads that share a pass over the statistics: the rows of an MMA
+constexpr int kStepGroups = kScoreThreads / 4;            // that a block of threads scores at a time: 8 a warp
+constexpr int kScoreStages = 2;                           // steps on their way
+constexpr int kScoreGroups = kScoreStages * kStepGroups;  // of a block of threads; those of a page if they are more
+constexpr int kScoreHeads = 16;                           // query heads that share a pass: the rows of an MMA
 
 // Eight neighbouring channels. The order of channels within a product is free: when lane % 4 = c takes 8c to 8c + 7 of
 // every 32 in both operands, words 0 and 1 are its fragment for one MMA, and words 2 and 3 for the next.
 using Channels = Vector<uint32_t, 4>;
-
-template <typename T>
-__device__ __forceinline__ Channels load_channels(const T* row, int channel, bool read) {
-  return read ? load_vector<uint32_t, 4>(reinterpret_cast<const uint32_t*>(row + channel)) : Channels{};
-}
 
 // The elements of a pair whose sign bit is set, NaN included, and zeros in the place of others.
 __device__ __forceinline__ uint32_t negative(uint32_t pair) { return pair & (pair >> 15 & 0x00010001u) * 0xffffu; }
@@ -50,7 +48,7 @@ struct PageTile {
   __device__ PageTile(const PageScoresArgs& a, int pages) : b(blockIdx.z), h(blockIdx.y) {
     first = static_cast<int64_t>(blockIdx.x) * pages;
     count = static_cast<int>(min(a.M - first, static_cast<int64_t>(pages)));
-    const int64_t end = !a.windows || a.windows[h] == 0 ? a.sealed[b] : 0;
+    const int64_t end = a.sealed[b] * static_cast<int64_t>(!a.windows || a.windows[h] == 0);
     sealed = static_cast<int>(max(min(end - first, static_cast<int64_t>(count)), static_cast<int64_t>(0)));
   }
 
@@ -64,63 +62,91 @@ struct PageTile {
   }
 };
 
+// Up to 16 query heads as fragments of both signs. The last head fills the rows that are left.
+template <typename T, int kD>
+struct SignedQueries {
+  uint32_t plus[kD / 16][4], minus[kD / 16][4];
+
+  __device__ __forceinline__ SignedQueries(const T* q, int64_t stride, int heads, int D) {  // [heads, D]
+    const int row = threadIdx.x % 32 / 4, channel = threadIdx.x % 4 * 8;
+#pragma unroll
+    for (int i = 0; i < kD / 32; ++i) {
+      Channels x[2] = {};  // of rows `row` and `row` + 8
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (32 * i + channel < D)
+          x[r] = load_vector<uint32_t, 4>(
+              reinterpret_cast<const uint32_t*>(q + min(row + 8 * r, heads - 1) * stride + 32 * i + channel));
+#pragma unroll
+      for (int w = 0; w < 8; ++w) {
+        const uint32_t pair = x[w % 2].value[w / 2];
+        minus[2 * i + w / 4][w % 4] = negative(pair);
+        plus[2 * i + w / 4][w % 4] = pair ^ negative(pair);
+      }
+    }
+  }
+};
+
 // Raises the best score of every page to those of up to 16 query heads over its groups.
 template <typename T, int kD>
 __device__ __forceinline__ void score_groups(const PageScoresArgs& a,
                                              const T* q, int heads,  // [heads, D]
                                              const int32_t* blocks,  // [pages], shared
                                              uint32_t* best,         // [pages], shared, ordered
+                                             Channels* ring,         // [kScoreStages, kD / 32, 2, kScoreThreads], shared
                                              int pages) {
-  constexpr int kSteps = kD / 32;
-  const int lane = threadIdx.x % 32, channel = lane % 4 * 8, D = static_cast<int>(a.D);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, channel = lane % 4 * 8, D = static_cast<int>(a.D);
   const int groups_per_page = static_cast<int>(a.groups), groups = pages * groups_per_page;
+  const T* const stats = static_cast<const T*>(a.stats);
+  const auto slot = [&](int step, int i, int bound) {  // of 32 channels; bound: 0 minimum, 1 maximum
+    return ring + ((step % kScoreStages * (kD / 32) + i) * 2 + bound) * kScoreThreads + threadIdx.x;
+  };
 
-  Channels query[2][kSteps];  // of rows lane / 4 and lane / 4 + 8; the last head fills the rows that are left
-#pragma unroll
-  for (int r = 0; r < 2; ++r)
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i)
-      query[r][i] = load_channels(q + min(lane / 4 + 8 * r, heads - 1) * a.q.stride1, 32 * i + channel,
-                                  32 * i + channel < D);
-
-  for (int first = threadIdx.x / 32 * 8; first < groups; first += kScoreThreads / 32 * 8) {
-    const int group = first + lane / 4;
+  const auto copy = [&](int step) {
+    if (step * kStepGroups >= groups) return;
+    const int group = step * kStepGroups + warp * 8 + lane / 4;
     const int64_t block = group < groups ? blocks[group / groups_per_page] : -1;
-    const T* const stats =
-        static_cast<const T*>(a.stats) + block * a.stats_stride + static_cast<int64_t>(group % groups_per_page) * 2 * D;
-    Channels low[kSteps], high[kSteps];
+    const T* const low = stats + max(block, int64_t{0}) * a.stats_stride + group % groups_per_page * (2 * a.D) + channel;
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
+    for (int i = 0; i < kD / 32; ++i) {
       const bool read = block >= 0 && 32 * i + channel < D;
-      low[i] = load_channels(stats, 32 * i + channel, read);
-      high[i] = load_channels(stats + D, 32 * i + channel, read);
+      cp_async_16(slot(step, i, 0), read ? low + 32 * i : stats, read);
+      cp_async_16(slot(step, i, 1), read ? low + D + 32 * i : stats, read);
     }
+  };
+  for (int step = 0; step < kScoreStages; ++step) {
+    copy(step);
+    cp_async_commit();
+  }
 
+  const SignedQueries<T, kD> query(q, a.q.stride1, heads, D);
+  for (int step = 0; step * kStepGroups < groups; ++step) {
+    cp_async_wait<kScoreStages - 1>();
     float scores[4] = {};
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
+    for (int i = 0; i < kD / 32; ++i) {
+      const Channels low = *slot(step, i, 0), high = *slot(step, i, 1);
 #pragma unroll
-      for (int w = 0; w < 4; w += 2) {
-        const uint32_t x[4] = {query[0][i].value[w], query[1][i].value[w], query[0][i].value[w + 1],
-                               query[1][i].value[w + 1]};
-        const uint32_t minus[4] = {negative(x[0]), negative(x[1]), negative(x[2]), negative(x[3])};
-        const uint32_t plus[4] = {x[0] ^ minus[0], x[1] ^ minus[1], x[2] ^ minus[2], x[3] ^ minus[3]};
-        mma_m16n8k16<T>(scores, plus, high[i].value[w], high[i].value[w + 1]);
-        mma_m16n8k16<T>(scores, minus, low[i].value[w], low[i].value[w + 1]);
+      for (int half = 0; half < 2; ++half) {
+        mma_m16n8k16<T>(scores, query.plus[2 * i + half], high.value[2 * half], high.value[2 * half + 1]);
+        mma_m16n8k16<T>(scores, query.minus[2 * i + half], low.value[2 * half], low.value[2 * half + 1]);
       }
     }
+    copy(step + kScoreStages);
+    cp_async_commit();
 
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 2; ++i) {  // a lane's two columns, over all rows
       const auto key = [](float x) { return ordered(x != x ? fabsf(x) : x); };  // a NaN stays
       uint32_t score = max(key(scores[i]), key(scores[i + 2]));
 #pragma unroll
       for (int lanes = 4; lanes < 32; lanes *= 2) score = max(score, __shfl_xor_sync(~0u, score, lanes));
-      const int column = first + lane % 4 * 2 + i, page = column / groups_per_page;
+      const int group = step * kStepGroups + warp * 8 + lane % 4 * 2 + i, page = group / groups_per_page;
       // An atomic maximum of integers gives the same in any order.
-      if (lane < 4 && column < groups && blocks[page] >= 0) atomicMax(best + page, score);
+      if (lane < 4 && group < groups && blocks[page] >= 0) atomicMax(best + page, score);
     }
   }
+  cp_async_wait<0>();
 }
 
 // A block of threads takes `pages` pages of one (sequence, kv head), whose groups its warps share. An infinite bound may
@@ -132,13 +158,14 @@ __global__ void __launch_bounds__(kScoreThreads)
   SharedMemory shared;
   int32_t* const blocks = shared.take<int32_t>(kScoreGroups);  // -1: nothing to score
   uint32_t* const best = shared.take<uint32_t>(kScoreGroups);
+  Channels* const ring = shared.take<Channels>(kScoreStages * kD / 16 * kScoreThreads);
   if (static_cast<int>(threadIdx.x) < tile.count) {
     blocks[threadIdx.x] = tile.blocks(a)[threadIdx.x];
     best[threadIdx.x] = ordered(-INFINITY);
   }
   __syncthreads();
   for (int head = 0; head < a.G && tile.sealed > 0; head += kScoreHeads)
-    score_groups<T, kD>(a, tile.query<T>(a, head), min(static_cast<int>(a.G) - head, kScoreHeads), blocks, best,
+    score_groups<T, kD>(a, tile.query<T>(a, head), min(static_cast<int>(a.G) - head, kScoreHeads), blocks, best, ring,
                         tile.sealed);
   __syncthreads();
   if (static_cast<int>(threadIdx.x) < tile.count) tile.scores(a)[threadIdx.x] = from_ordered(best[threadIdx.x]);
