@@ -115,7 +115,12 @@ BUGS = [
         "    count_bins(c, cut, shift, own);\n    __syncthreads();",
         "    count_bins(c, cut, shift, own);",
     ),
-    Bug("the sign of q is lost", "select", "mma_m16n8k16<T>(scores, query.minus[2", "mma_m16n8k16<T>(scores, query.plus[2"),
+    Bug(
+        "the sign of q is lost",
+        "select",
+        "mma_m16n8k16<T>(scores, query.minus[2",
+        "mma_m16n8k16<T>(scores, query.plus[2",
+    ),
     Bug("half of the queries is lost", "mass", "sums[key] + sums[kKeys + key]", "sums[key]"),
     Bug("the first local token is not attended", "mass", "unit >= reach.local", "unit > reach.local"),
 ]
