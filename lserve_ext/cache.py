@@ -131,8 +131,8 @@ class LayerCache:
             self._prefill_windows = self._ints(np.where(self._streaming, config.prefill_local_pages, DENSE))
             pages = -(-config.max_tokens // P) if config.max_tokens else 4
             self._pool = BlockPool(config, like, B * H * pages if config.max_tokens else 0)
-            self._raw_k = like.new_empty(B, H, 2 * P, D)
-            self._raw_v = like.new_empty(B, H, 2 * P, D)
+            self._raw_k = like.new_zeros(B, H, 2 * P, D)  # zeros, because files hold rows that no token has filled
+            self._raw_v = like.new_zeros(B, H, 2 * P, D)
         self._table = np.full((B, H, pages), -1, np.int32)
         self._lengths = np.zeros(B, np.int64)
         self._sealed = np.zeros(B, np.int64)
@@ -182,13 +182,16 @@ class LayerCache:
     # ---- attention --------------------------------------------------------------------------------------------------
     @torch.inference_mode(False)
     @torch.no_grad()
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pads: Sequence[int], scale: float) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, pads: Sequence[int], scale: float, sinks: Tensor | None = None
+    ) -> Tensor:
         """Appends the new tokens and attends: T = 1 is decode, more is prefill.
 
         Args:
             q: [B, Hq, T, D]; k, v: [B, H, T, D], after rotary embedding.
             pads: [B], how many of the T tokens are padding, on the left.
             scale: of q·k.
+            sinks: [Hq] a logit that each head's softmax has in its denominator and nowhere else (GPT-OSS).
 
         Returns:
             [B, T, Hq, D]; 0 for pad tokens.
@@ -198,13 +201,14 @@ class LayerCache:
             raise ValueError(f"k: expected {held}, as the cache holds, got {list(k.shape)}")
         before = self._lengths
         try:
-            return (self._decode if k.shape[2] == 1 else self._prefill)(q, k, v, np.asarray(pads, np.int64), scale)
+            step = self._decode if k.shape[2] == 1 else self._prefill
+            return step(q, k, v, np.asarray(pads, np.int64), scale, sinks)
         except BaseException:
             if self._lengths is not before:  # already appended: take it back
                 self._truncate(before)
             raise
 
-    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, pads: np.ndarray, scale: float) -> Tensor:
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, pads: np.ndarray, scale: float, sinks: Tensor | None) -> Tensor:
         B, Hq, T, D = q.shape
         new = T - pads
         if pads.any():
@@ -226,6 +230,7 @@ class LayerCache:
             sink=self.config.prefill_sink_pages,
             scale=scale,
         )
+        out, lse = _with_sinks(out, lse, sinks)
         self._append(k_new, v_new, bounds, new)
         if columns is not None:
             out = out.new_zeros(B, T, Hq, D).index_put_((columns,), out)
@@ -241,7 +246,7 @@ class LayerCache:
                 self._selector.observe(mass, self._device_lengths, T)
         return out.reshape(B, T, Hq, D)
 
-    def _decode(self, q: Tensor, k: Tensor, v: Tensor, pads: np.ndarray, scale: float) -> Tensor:
+    def _decode(self, q: Tensor, k: Tensor, v: Tensor, pads: np.ndarray, scale: float, sinks: Tensor | None) -> Tensor:
         q, k, v = q[:, :, 0], k[:, :, 0], v[:, :, 0]
         if pads.any():  # a left-padded chunk of one token: those sequences are still empty
             rows = torch.from_numpy(pads == 0).to(self.device)
@@ -257,7 +262,7 @@ class LayerCache:
             self._last = lists, local_start, unit
         rule = (self._device_lengths, self._decode_windows, lists, local_start)
         sink = self.config.sink_pages
-        out, lse = ops.decode(q, kv, *rule, sink=sink, unit=unit, scale=scale)
+        out, lse = _with_sinks(*ops.decode(q, kv, *rule, sink=sink, unit=unit, scale=scale), sinks)
         if self._selector is not None and self._selector.observes:
             mass = ops.attention_mass(q[:, None], lse[:, None], kv, *rule, sink=sink, unit=unit, scale=scale)
             self._selector.observe(mass, self._device_lengths, 1)
@@ -471,3 +476,11 @@ class LayerCache:
     def __del__(self) -> None:
         if hasattr(self, "_table") and not sys.is_finalizing():
             self._pool.drop(self._table)
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention whose softmax has one more term in its denominator: out [..., Hq, D], lse [..., Hq], sinks [Hq]."""
+    if sinks is None:
+        return out, lse
+    total = torch.logaddexp(lse, sinks.float())
+    return (out * (lse - total).exp()[..., None]).to(out.dtype), total

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ _SHIPPED = Path(__file__).parent / "data"
 class HeadPattern:
     """A score for every kv head of a model; the `fraction` of them with the lowest scores streams.
 
-    scores    [layers][heads]; the higher, the more a head needs far tokens
+    scores    [layers][heads]; the higher, the more a head needs far tokens; no heads for layers of a hybrid model that
+              have no full attention
     fraction  share of streaming heads over all layers, so that their number varies by layer
     metadata  where the scores come from: model, method
     """
@@ -39,8 +40,8 @@ class HeadPattern:
             rows = tuple(tuple(float(score) for score in row) for row in self.scores)
         except (TypeError, ValueError):
             raise TypeError(f"HeadPattern.scores: expected rows of numbers, got {self.scores!r:.80}") from None
-        widths = sorted({len(row) for row in rows})
-        if len(widths) != 1 or widths == [0]:
+        widths = sorted({len(row) for row in rows if row})
+        if len(widths) != 1:
             raise ValueError(
                 f"HeadPattern.scores: expected rows of one length, got {len(rows)} rows of lengths {widths}"
             )
@@ -55,8 +56,8 @@ class HeadPattern:
 
     @property
     def num_heads(self) -> int:
-        """Kv heads of a layer."""
-        return len(self.scores[0])
+        """Kv heads of a layer with full attention."""
+        return max(map(len, self.scores))
 
     def streaming(self, layer: int) -> tuple[bool, ...]:
         """Which heads of a layer stream: exactly round(fraction * heads of the model) do; of equal scores, the first in
@@ -139,11 +140,19 @@ def shipped() -> list[str]:
 
 
 def resolve(
-    streaming: HeadPattern | str | os.PathLike[str] | float | None, num_layers: int, num_heads: int
-) -> list[tuple[bool, ...]]:
-    """Which kv heads of a model stream, [layers][heads], from a `SparseConfig.streaming`."""
+    streaming: HeadPattern | str | os.PathLike[str] | float | None,
+    num_layers: int,
+    num_heads: int,
+    used: Sequence[int] | None = None,
+) -> list[tuple[bool, ...] | bool]:
+    """Which kv heads of a model stream, from a `SparseConfig.streaming`: a layer's heads, or one value for all of them.
+
+    Args:
+        num_layers, num_heads: of the model.
+        used: layers with full attention, which a pattern must have scores for; by default all.
+    """
     if streaming is None or streaming in (0, 1):
-        return [(bool(streaming),) * num_heads] * num_layers
+        return [bool(streaming)] * num_layers
     if isinstance(streaming, HeadPattern):
         pattern = streaming
     elif isinstance(streaming, (str, os.PathLike)):
@@ -158,7 +167,10 @@ def resolve(
             f"streaming: expected a pattern of {num_layers} layers x {num_heads} kv heads, "
             f"got {pattern.num_layers} x {pattern.num_heads}"
         )
-    return pattern._streaming()
+    missing = [layer for layer in (used if used is not None else range(num_layers)) if not pattern.scores[layer]]
+    if missing:
+        raise ValueError(f"streaming: expected scores for every layer with full attention, got none for {missing}")
+    return list(pattern._streaming())
 
 
 def calibrate(
@@ -199,7 +211,8 @@ def calibrate(
         raise ValueError(f"length: expected more than sink and local, {sink_tokens + local_tokens}, got {length}")
     sink, window = -(-sink_tokens // _PAGE), max(1, -(-local_tokens // _PAGE))
     errors: dict[int, Tensor] = {}
-    with tqdm(total=samples * model.config.get_text_config(decoder=True).num_hidden_layers, unit=" layers") as bar:
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    with tqdm(total=samples * layers, unit=" layers") as bar:
         for i in range(samples):
             ids, measured = demo.passkey_recital(tokenizer, length, _NAMES, seed=seed + i, text=text)
             meter = _Meter(measured.to(model.device), sink, window, bar.update)
@@ -207,7 +220,9 @@ def calibrate(
                 model.base_model(ids.to(model.device), use_cache=False)
             for layer, error in meter.errors.items():
                 errors[layer] = errors.get(layer, torch.zeros(())) + error / samples
-    scores = tuple(tuple(round(error, 6) for error in errors[layer].tolist()) for layer in sorted(errors))
+    if not errors:
+        raise ValueError("model: expected full attention in some layer, got none")
+    scores = tuple(tuple(round(x, 6) for x in errors[i].tolist()) if i in errors else () for i in range(layers))
     source = str(getattr(model.config, "_name_or_path", ""))
     metadata = {
         "model": Path(source).name if Path(source).exists() else source,
@@ -238,13 +253,16 @@ class _Meter:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Any,
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         from . import hf, ops
 
-        full, _ = hf.attention(module, query, key, value, None, scaling, **kwargs)  # [1, T, Hq, D]
+        full, _ = hf.attention(module, query, key, value, attention_mask, scaling, **kwargs)  # [1, T, Hq, D]
+        self._progress()
+        if not isinstance(attention_mask, hf.AttentionMask) or not attention_mask.is_causal():
+            return full, None  # a window: transformers' own
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         H, T = k.shape[1], k.shape[0]
         rows = self._measured.nonzero()[:, 0]
@@ -258,23 +276,22 @@ class _Meter:
         norms = [x.square().sum((0, 2)).sqrt() for x in (change, exact)]
         layer: Any = module.layer_idx
         self.errors[layer] = (norms[0] / norms[1].clamp_min(1e-30)).cpu()
-        self._progress()
         return full, None
 
 
 @contextlib.contextmanager
 def _attention(model: Any, function: Callable[..., Any]) -> Iterator[None]:
     """The model with another attention function, which nobody else sees, and which is gone afterwards."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     from . import hf
 
     before, name = model.config._attn_implementation, f"lserve_calibrate_{id(function)}"
-    ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name] = function, hf.mask
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, hf.mask)
     try:
         model.set_attn_implementation(name)
         yield
     finally:
         model.set_attn_implementation(before)
-        del ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]
+        del AttentionInterface._global_mapping[name], AttentionMaskInterface._global_mapping[name]

@@ -12,17 +12,20 @@ tokens never enter the cache: each sequence has its own length.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.masking_utils import causal_mask_function
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import heads, ops
 from .cache import LayerCache, Memory
@@ -32,55 +35,146 @@ from .heads import HeadPattern
 NAME = "lserve"
 _WHO = f"attn_implementation={NAME!r}"
 
-# Keywords that change what is attended; the others that reach an attention function do not.
-_UNSUPPORTED = ("softcap", "sliding_window", "s_aux", "sinks", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k")
+# Keywords that change what is attended. Others that reach an attention function do not.
+_UNSUPPORTED = ("softcap", "head_mask", "position_bias", "indices")
+_SINKS = ("s_aux", "sinks")  # a learned logit a head in the denominator of the softmax (GPT-OSS)
 
 
-class PendingKV:
-    """New keys and values on their way from `SparseCache.update` to the attention function.
+class Handle:
+    """Stands where a tensor would, between two functions of ours: whoever else touches it gets a clear error."""
 
-    It stands where a key tensor would; any other attention implementation that touches it gets a clear error.
-    """
+    def _refuse(self, touch: str) -> NoReturn:
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._refuse(f".{name}")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        flat = [*args, *(kwargs or {}).values()]
+        next(x for x in flat if isinstance(x, Handle))._refuse(getattr(func, "__name__", str(func)))
+
+
+def _refused(name: str) -> Any:
+    return lambda self, *_: self._refuse(name)
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "rmatmul", "and", "rand", "or", "ror",
+              "invert", "neg", "lt", "le", "gt", "ge", "eq", "ne", "bool", "len", "iter", "getitem",
+              "setitem"):  # fmt: skip
+    setattr(Handle, f"__{_name}__", _refused(f"__{_name}__"))
+Handle.__hash__ = object.__hash__  # type: ignore[method-assign]  # which __eq__ has taken away
+
+
+class PendingKV(Handle):
+    """New keys and values on their way from `SparseCache.update` to the attention function, in the key's place."""
 
     def __init__(self, layer: SparseLayer, k: Tensor, v: Tensor) -> None:
         self.layer, self.k, self.v = layer, k, v
+        self.used = False
 
-    @staticmethod
-    def _refuse() -> NoReturn:
+    def _refuse(self, touch: str) -> NoReturn:
+        if getattr(self.layer.model_config, "_attn_implementation", None) == NAME:
+            raise RuntimeError(
+                f"{_WHO} with a SparseCache: {type(self.layer.model_config).__name__}'s attention changes keys between "
+                f"cache and attention ({touch}), which is not supported"
+            )
         raise RuntimeError(
             "SparseCache needs attn_implementation='lserve': load the model with it, or call "
             "model.set_attn_implementation('lserve') before the forward pass"
         )
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        self._refuse()
+    def use(self, value: Tensor) -> None:
+        """Raises if attention has used this update before, or if the values are others than those of the update."""
+        if self.used:
+            raise RuntimeError(
+                f"{_WHO}: expected one call of attention for each update of the SparseCache, got a second one in layer "
+                f"{self.layer.index}: models that attend twice or share keys between layers are not supported"
+            )
+        same = (value.data_ptr(), value.shape, value.stride()) == (self.v.data_ptr(), self.v.shape, self.v.stride())
+        if value is not self.v and not (same and value.dtype == self.v.dtype):
+            raise RuntimeError(
+                f"{_WHO}: expected the values that layer {self.layer.index} gave to SparseCache.update, got others: "
+                "models that change values between cache and attention are not supported"
+            )
+        self.used = True
 
-    def __getitem__(self, index: Any) -> Any:
-        self._refuse()
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        cls._refuse()
+class AttentionMask(Handle):
+    """What `mask` returns, once a forward. Our attention reads `starts`; layers that are not ours get `dense`."""
+
+    def __init__(self, why_not: str | None, arguments: dict[str, Any]) -> None:
+        self.why_not = why_not  # our attention cannot be asked for this mask
+        self._arguments = arguments
+        self._starts: tuple[np.ndarray | None] | None = None
+        self._dense: dict[str, Tensor | None] = {}
+
+    def _refuse(self, touch: str) -> NoReturn:
+        config = type(self._arguments.get("config")).__name__
+        raise RuntimeError(
+            f"{_WHO} is not supported by the model of {config}: it uses the attention mask itself ({touch}), so it "
+            "does not call the attention function, or changes what it attends"
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> AttentionMask:
+        """Itself: models that are spread over devices move what they hand from layer to layer."""
+        return self
+
+    def starts(self) -> np.ndarray | None:
+        """[B] columns of padding on the left, on the host; None: there is none.
+
+        Raises:
+            ValueError: the mask is not causal, or there is padding elsewhere.
+        """
+        if self.why_not is not None:
+            raise ValueError(self.why_not)
+        if self._starts is None:
+            self._starts = (_padding(**self._arguments),)
+        return self._starts[0]
+
+    def is_causal(self) -> bool:
+        """Whether our attention serves it."""
+        try:
+            self.starts()
+        except ValueError:
+            return False
+        return True
+
+    def dense(self, kind: str) -> Tensor | None:
+        """The same as a tensor, as transformers' "sdpa" or "eager" attention takes it."""
+        if kind not in self._dense:
+            self._dense[kind] = ALL_MASK_ATTENTION_FUNCTIONS[kind](**self._arguments)
+        return self._dense[kind]
 
 
 class SparseLayer(CacheLayerMixin):
-    """One layer of a `SparseCache`: makes its `LayerCache` when it sees the first keys."""
+    """One layer of a `SparseCache`: makes its `LayerCache` when it sees the first keys.
+
+    Heads whose channels are no multiple of 16, or whose keys and values differ in them, are padded with zeros.
+    """
 
     is_compileable = False
     is_croppable = True
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, config: SparseConfig, pattern: Sequence[bool], index: int) -> None:
+    def __init__(
+        self, config: SparseConfig, model_config: PretrainedConfig, pattern: Sequence[bool] | bool, index: int
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.config, self.pattern, self.index = config, pattern, index
+        self.config, self.model_config, self.pattern, self.index = config, model_config, pattern, index
         self.seen = 0  # columns of the padded batch, which is what transformers counts
         self.kv: LayerCache | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.make(key_states)
+        D = -(-max(key_states.shape[-1], value_states.shape[-1]) // 16) * 16
+        if D > ops.MAX_HEAD_DIM:
+            raise ValueError(
+                f"{_WHO}: expected heads of at most {ops.MAX_HEAD_DIM} channels, got {D} in layer {self.index}"
+            )
+        self.make(_widen(key_states[:, :, :0], D))
 
     def make(self, like: Tensor) -> LayerCache:
         """The layer's cache, empty, for keys of that shape, dtype and device."""
@@ -96,18 +190,22 @@ class SparseLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         return PendingKV(self, key_states, value_states), value_states
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, kv_start: Tensor | None, scale: float) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, starts: np.ndarray | None, scale: float, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Appends k and v [B, H, T, D] and attends with q [B, Hq, T, D]: [B, T, Hq, D]."""
         assert self.kv is not None
         T = k.shape[2]
-        starts = np.zeros(k.shape[0], np.int64) if kv_start is None else kv_start.cpu().numpy().astype(np.int64)
-        if kv_start is not None and self.kv.lengths != np.maximum(self.seen - starts, 0).tolist():
+        padding = np.zeros(k.shape[0], np.int64) if starts is None else starts
+        if starts is not None and self.kv.lengths != np.maximum(self.seen - padding, 0).tolist():
             raise ValueError(
                 f"attention_mask: expected the padding of earlier calls, after which the sequences hold "
-                f"{self.kv.lengths} of {self.seen} tokens, got {starts.tolist()} tokens of padding"
+                f"{self.kv.lengths} of {self.seen} tokens, got {padding.tolist()} tokens of padding"
             )
-        out = self.kv.attend(q, k, v, np.clip(starts - self.seen, 0, T).tolist(), scale)
+        D, new_padding = self.kv.head_dim, np.clip(padding - self.seen, 0, T).tolist()
+        out = self.kv.attend(_widen(q, D), _widen(k, D), _widen(v, D), new_padding, scale, sinks)
         self.seen += T
-        return out
+        return out[..., : v.shape[-1]]
 
     @property
     def batch_size(self) -> int:
@@ -140,9 +238,10 @@ class SparseLayer(CacheLayerMixin):
         if self.kv is not None:
             self.kv.take_rows(beam_idx)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.kv is not None:  # whatever indexes a tensor: a mask, negative numbers
-            self.reorder_cache(torch.arange(self.kv.batch_size)[torch.as_tensor(indices).cpu()])
+    def batch_select_indices(self, indices: Any) -> None:
+        if self.kv is not None:  # whatever indexes a tensor: a mask, a slice, negative numbers
+            index = indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()
+            self.reorder_cache(torch.arange(self.kv.batch_size)[index])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.kv is not None:
@@ -154,26 +253,75 @@ class SparseLayer(CacheLayerMixin):
     prefetch = offload
 
 
+def _widen(x: Tensor, D: int) -> Tensor:
+    """x with D channels, zeros behind its own."""
+    return x if x.shape[-1] == D else torch.nn.functional.pad(x, (0, D - x.shape[-1]))
+
+
+def _their_layers(config: PretrainedConfig) -> list[Any]:
+    """The layers that transformers' own cache has for a model: by `layer_types`, or by windows in the config."""
+    name = type(config).__name__
+    try:
+        count, _ = config.num_hidden_layers, config.num_attention_heads
+        layers = DynamicCache(config=config).layers
+    except Exception as error:  # whatever a config without attention, or of an old kind, runs into
+        raise ValueError(f"SparseCache: expected the config of a model with attention, got {name}: {error}") from None
+    return layers or [DynamicLayer() for _ in range(count)]
+
+
+def _is_ours(layer: Any, index: int, config: PretrainedConfig) -> bool:
+    """Full attention whose keys no other layer uses. A window that no position reaches does not count."""
+    modes = getattr(config, "kv_sharing_modes", None)
+    if modes is not None and modes[index] is not None:
+        return False
+    positions = getattr(config, "max_position_embeddings", None)
+    if type(layer) is DynamicSlidingWindowLayer and positions is not None:
+        return bool(layer.sliding_window >= positions)
+    return type(layer) is DynamicLayer
+
+
 class SparseCache(Cache):
     """The KV cache of a transformers model: paged, sparse, optionally INT8.
 
+    Layers with full attention are ours. Sliding-window, chunked, linear, convolution and state-space layers of a hybrid
+    model keep transformers' own cache layers, and are attended by transformers.
+
     Args:
-        config: the model's config; only its numbers of layers and of kv heads are read, to check head patterns.
+        config: the model's config; its layers and their kinds are read, and its kv heads, to check head patterns.
         sparse: what is attended and how it is stored; by default dense, in the model's dtype.
 
     Raises:
-        ValueError: the pattern of streaming heads does not fit the model, or there is none to cut a fraction from.
+        ValueError: the pattern of streaming heads does not fit the model, there is none to cut a fraction from, or the
+            model has no layer with full attention.
     """
-
-    layers: list[SparseLayer]  # type: ignore[assignment]  # transformers' list is of any layers
 
     def __init__(self, config: PretrainedConfig, sparse: SparseConfig | None = None) -> None:
         sparse = sparse if sparse is not None else SparseConfig.dense()
         text = config.get_text_config(decoder=True)
+        layers = _their_layers(text)
+        ours = [i for i, layer in enumerate(layers) if _is_ours(layer, i, text)]
+        if not ours:
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+            window = getattr(text, "sliding_window", None)
+            hint = "" if window is None else (
+                f". For contexts up to its window of {window} tokens, set config.sliding_window = None before the "
+                "model is loaded, and config.layer_types to 'full_attention' where there are any"
+            )  # fmt: skip
+            raise ValueError(
+                f"SparseCache: expected a model with full attention in some layer, got {type(text).__name__}, whose "
+                f"layers are {kinds}{hint}"
+            )
         kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        patterns = heads.resolve(sparse.streaming, text.num_hidden_layers, kv_heads)
-        super().__init__(layers=[SparseLayer(sparse, pattern, i) for i, pattern in enumerate(patterns)])
+        patterns = heads.resolve(sparse.streaming, len(layers), kv_heads, ours)
+        for i in ours:
+            layers[i] = SparseLayer(sparse, text, patterns[i], i)
+        super().__init__(layers=layers)
         self.sparse = sparse
+
+    @property
+    def ours(self) -> list[SparseLayer]:
+        """The layers with full attention."""
+        return [layer for layer in self.layers if isinstance(layer, SparseLayer)]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if layer_idx == 0:
@@ -182,58 +330,79 @@ class SparseCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns that every layer holds: after an interrupted forward, those from before it."""
-        return min(layer.seen for layer in self.layers)
+        return min(layer.seen for layer in self.ours)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+        """Keys that a layer will have, and the column of the first of them."""
+        if isinstance(self.layers[layer_idx], SparseLayer):
+            return self.get_seq_length() + query_length, 0
+        return super().get_mask_sizes(query_length, layer_idx)
 
     def _recover(self) -> None:
         """After an exception in the middle of a forward: back to the last length that all layers reached."""
         length = self.get_seq_length()
         if length == 0:  # nothing to keep, not even the batch size
             self.reset()  # type: ignore[no-untyped-call]
-        for layer in self.layers:
+        for layer in self.ours:
             if layer.seen > length and layer.kv is not None:
                 layer.kv.check_crop(layer.seen - length)
-        for layer in self.layers:
+        for layer in self.ours:
             layer.crop(length - layer.seen)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest ``-tokens_to_remove`` columns from every sequence, or raises and changes nothing."""
-        for layer in self.layers:
+        for layer in self.ours:
             if layer.kv is not None and tokens_to_remove < 0:
                 layer.kv.check_crop(-int(tokens_to_remove))
         super().crop(tokens_to_remove)
 
     def memory(self) -> dict[str, Memory]:
-        """Bytes of KV a tier: used, reserved, peak."""
-        return {"device": sum((layer.kv.memory() for layer in self.layers if layer.kv is not None), Memory())}
+        """Bytes of KV a tier: used, reserved, peak. Layers of transformers' own count with what they hold now."""
+        total = sum((layer.kv.memory() for layer in self.ours if layer.kv is not None), Memory())
+        for layer in self.layers:
+            if not isinstance(layer, SparseLayer):
+                size = sum(tensor.nbytes for tensor in _tensors(layer).values())
+                total += Memory(size, size, size)
+        return {"device": total}
 
     def attended(self) -> tuple[int, int]:
-        """Tokens that a decode step attends and those that a dense one would, over layers, kv heads and sequences."""
-        counts = [layer.kv.attended() for layer in self.layers if layer.kv is not None]
+        """Tokens that a decode step attends and those that a dense one would, over the layers with full attention, kv
+        heads and sequences."""
+        counts = [layer.kv.attended() for layer in self.ours if layer.kv is not None]
         return sum(some for some, _ in counts), sum(all_ for _, all_ in counts)
 
     def fork(self) -> SparseCache:
         """A second cache that goes on from here; sealed blocks are shared until either drops them."""
         twin = copy.copy(self)
-        twin.layers = [copy.copy(layer) for layer in self.layers]
-        for layer in twin.layers:
+        twin.layers = [
+            copy.copy(layer) if isinstance(layer, SparseLayer) else copy.deepcopy(layer) for layer in self.layers
+        ]
+        for layer in twin.ours:
             layer.kv = layer.kv.fork() if layer.kv is not None else None
         return twin
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the cache as safetensors."""
+        """Writes the cache as safetensors.
+
+        Raises:
+            ValueError: a layer of transformers' own holds something: only layers with full attention can be saved.
+        """
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
-            if layer.kv is not None:
+            if not isinstance(layer, SparseLayer):
+                if _tensors(layer):
+                    raise ValueError(
+                        f"SparseCache.save: expected layers with full attention only, got {type(layer).__name__} in "
+                        f"layer {i}, which is transformers' own"
+                    )
+            elif layer.kv is not None:
                 tensors |= {f"{i}.{name}": tensor.cpu().contiguous() for name, tensor in layer.kv.state().items()}
         head = {
             "sparse": self.sparse.to_dict(),
-            "seen": [layer.seen for layer in self.layers],
-            "pattern": [[bool(streams) for streams in layer.pattern] for layer in self.layers],
+            "seen": {layer.index: layer.seen for layer in self.ours},
+            "pattern": {layer.index: layer.pattern for layer in self.ours},
         }
         save_file(tensors, path, {"lserve_ext": json.dumps(head)})
 
@@ -251,9 +420,10 @@ class SparseCache(Cache):
             head = json.loads(metadata["lserve_ext"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
         cache = cls(config, SparseConfig.from_dict(head["sparse"]))
-        if len(cache.layers) != len(head["seen"]):
-            raise ValueError(f"SparseCache.load: expected {len(cache.layers)} layers, got {len(head['seen'])}")
-        for i, layer in enumerate(cache.layers):
+        if len(cache.ours) != len(head["seen"]):
+            raise ValueError(f"SparseCache.load: expected {len(cache.ours)} layers, got {len(head['seen'])}")
+        for layer in cache.ours:
+            i = str(layer.index)
             state = {name.removeprefix(f"{i}."): tensor for name, tensor in tensors.items() if name.startswith(f"{i}.")}
             layer.pattern, layer.seen = head["pattern"][i], head["seen"][i]
             if state:
@@ -262,9 +432,20 @@ class SparseCache(Cache):
         return cache
 
 
-def _local_heads(pattern: Sequence[bool], local: int) -> Sequence[bool]:
+def _tensors(layer: Any) -> dict[str, Tensor]:
+    """What a layer of transformers' own holds."""
+    found: dict[str, Tensor] = {}
+    for name, value in vars(layer).items():
+        states = value.items() if isinstance(value, dict) else [("", value)]
+        found |= {f"{name}{i}": x for i, x in states if isinstance(x, Tensor) and x.numel() and x.dim() > 1}
+    return found
+
+
+def _local_heads(pattern: Sequence[bool] | bool, local: int) -> Sequence[bool]:
     """This rank's part of a layer's pattern. Head counts are read off the tensors: under tensor parallelism they are
     local, while the model's config still holds the global ones."""
+    if isinstance(pattern, bool):
+        return [pattern] * local
     if local == len(pattern):
         return pattern
     world = len(pattern) // local
@@ -279,45 +460,70 @@ def attention(
     query: Tensor,
     key: Tensor | PendingKV,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | AttentionMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function.
 
+    With a `SparseCache`, layers with full attention are attended as its config says. Without one, causal attention is
+    ours, dense; and everything else (windows, prefixes, encoders, soft caps) is left to transformers' own functions.
+
     Args:
         query: [B, Hq, T, D].
-        key: what `SparseCache.update` returned, or [B, H, S, D] without such a cache: then dense and causal.
+        key: what `SparseCache.update` returned, or [B, H, S, D].
         value: [B, H, S, D].
-        attention_mask: [B] int32 first column of every sequence, from `mask`; or None.
+        attention_mask: from `mask`; or a tensor, or None, where a model makes its own.
 
     Returns:
         [B, T, Hq, D], and no attention weights.
+
+    Raises:
+        ValueError: the model asks a layer of the cache for what it does not support, which the text names.
+        RuntimeError: gradients are wanted, or attention is called in another way than once an update.
     """
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{_WHO} does not support {name}: expected None, got {kwargs[name]!r:.60}")
     if dropout:
         raise ValueError(f"{_WHO} does not support dropout: expected 0, got {dropout}")
-    if getattr(module, "is_causal", True) is False or kwargs.get("is_causal") is False:
-        raise ValueError(f"{_WHO} is causal, and this attention is not")
     if torch.is_grad_enabled() and query.requires_grad:
         raise RuntimeError(f"{_WHO} has no gradient: call the model under torch.no_grad()")
+    causal = getattr(module, "is_causal", True) is not False and kwargs.get("is_causal") is not False
+    extra = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    sinks = next((kwargs[name] for name in _SINKS if kwargs.get(name) is not None), None)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if attention_mask is not None and attention_mask.dim() != 1:
-        raise ValueError(f"{_WHO}: expected a 2D attention_mask, got one that a model made 4D or was given so")
-    query = query.to(value.dtype)
+    starts: np.ndarray | None = None
     if isinstance(key, PendingKV):
-        return key.layer.attend(query, key.k, key.v, attention_mask, scale), None
-    return _dense(query, key.to(value.dtype), value, attention_mask, scale), None
+        if extra:
+            raise ValueError(f"{_WHO} does not support {extra[0]}: expected None, got {kwargs[extra[0]]!r:.60}")
+        if not causal:
+            raise ValueError(f"{_WHO} is causal, and this attention is not")
+        if isinstance(attention_mask, AttentionMask):
+            starts = attention_mask.starts()
+        elif attention_mask is not None:
+            raise ValueError(f"{_WHO}: expected a 2D attention_mask, got one that a model made 4D or was given so")
+        window = kwargs.get("sliding_window")
+        if window is not None and key.layer.seen + query.shape[2] > window:
+            raise ValueError(f"{_WHO} does not support sliding_window: {_NO_WINDOW.format(window)}")
+        key.use(value)
+        return key.layer.attend(query.to(value.dtype), key.k, key.v, starts, scale, sinks), None
+    if isinstance(attention_mask, AttentionMask):
+        causal = causal and attention_mask.is_causal()
+        starts = attention_mask.starts() if causal else None
+    else:
+        causal = causal and attention_mask is None
+    channels = {query.shape[-1], key.shape[-1], value.shape[-1]}
+    if causal and not extra and sinks is None and query.shape[2] <= key.shape[2] and max(channels) <= ops.MAX_HEAD_DIM:
+        D = -(-max(channels) // 16) * 16
+        q, k, v = (_widen(x.to(value.dtype), D) for x in (query, key, value))
+        return _dense(q, k, v, starts, scale)[..., : value.shape[-1]], None
+    return _theirs(module, query, key, value, attention_mask, scaling, kwargs, eager=bool(extra) or sinks is not None)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, kv_start: Tensor | None, scale: float) -> Tensor:
+def _dense(q: Tensor, k: Tensor, v: Tensor, kv_start: np.ndarray | None, scale: float) -> Tensor:
     """Causal attention over plain tensors, queries aligned with the last keys."""
     B, Hq, T, D = q.shape
     S = k.shape[2]
-    starts = [0] * B if kv_start is None else [min(int(s), S) for s in kv_start.tolist()]
+    starts = [0] * B if kv_start is None else [min(int(s), S) for s in kv_start]
     q_rows = [T - min(T, S - start) for start in starts]
 
     def pack(x: Tensor, firsts: list[int]) -> tuple[Tensor, Tensor]:
@@ -334,42 +540,112 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, kv_start: Tensor | None, scale: floa
     return out
 
 
+def _theirs(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | AttentionMask | None,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+    *,
+    eager: bool,
+) -> tuple[Tensor, None]:
+    """transformers' own attention over plain tensors: SDPA, or what the model's file calls eager where SDPA cannot."""
+    function = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if eager:
+        function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        if function is None:
+            raise ValueError(f"{_WHO}: expected an eager attention in {type(module).__module__}, got none")
+    if isinstance(attention_mask, AttentionMask):
+        attention_mask = attention_mask.dense("eager" if eager else "sdpa")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out, _ = function(module, query, key, value, attention_mask, scaling=scale, dropout=0.0, **kwargs)
+    return out, None
+
+
+_NO_WINDOW = (
+    "a layer with a window of {} tokens has got more than these. Where that window does not matter, set "
+    "config.sliding_window = None before the model is loaded"
+)
+# What a mask of transformers is made of, by the function that made each part.
+_PARTS = {
+    "sliding_window_overlay": "a sliding window",
+    "chunked_overlay": "attention in chunks",
+    "packed_sequence_mask_function": "packed sequences",
+    "remap_positions_for_packed_sequence": "packed sequences",
+    "blockwise_overlay": "blocks that are bidirectional, as a prefix or an image",
+    "bidirectional_mask_function": "bidirectional attention",
+}
+_CAUSAL = {"causal_mask_function", "and_masks"}
+
+
+def _parts(mask_function: Any) -> set[str]:
+    """Names of the functions that a mask function of transformers is composed of."""
+    names = {str(getattr(mask_function, "__qualname__", mask_function)).partition(".")[0]}
+    cells = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
+    for inner in (x for cell in cells for x in (cell if isinstance(cell, (tuple, list)) else [cell])):
+        if callable(inner):
+            names |= _parts(inner)
+    return names
+
+
 def mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Any = None,
+    mask_function: Any = causal_mask_function,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
-) -> Tensor | None:
-    """transformers' mask function, once a forward: the 2D padding mask becomes [B] first columns, on the host.
+) -> AttentionMask:
+    """transformers' mask function, once a forward and kind of layer. Nothing is refused before attention asks."""
+    arguments = {
+        **kwargs,
+        "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
+        "kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask,
+    }  # fmt: skip
+    why_not = None
+    if int(q_offset) + q_length != kv_length + kv_offset:
+        why_not = (
+            f"{_WHO}: expected a cache that holds {int(q_offset)} tokens and no more, got {kv_length} keys for "
+            f"{q_length} queries. Static caches are not supported: use SparseCache"
+        )
+    parts = _parts(mask_function) - _CAUSAL
+    window = kwargs.get("local_size")
+    if (
+        parts <= {"sliding_window_overlay", "chunked_overlay"}
+        and window is not None
+        and kv_offset + kv_length <= window
+    ):
+        parts = set()  # it does not matter yet
+    if parts:
+        named = sorted({_PARTS.get(part, part) for part in parts})
+        hint = "" if window is None else "; " + _NO_WINDOW.format(window)
+        why_not = f"{_WHO} is causal, with padding on the left, got a mask with {' and '.join(named)}{hint}"
+    return AttentionMask(why_not, arguments)
+
+
+def _padding(
+    batch_size: int, kv_length: int, kv_offset: int, attention_mask: Tensor | None, **_: Any
+) -> np.ndarray | None:
+    """The 2D padding mask as [B] first columns.
 
     Raises:
-        ValueError: padding on the right or in the middle, or keys beyond the queries (a static cache).
+        ValueError: padding on the right or in the middle, or another number of columns than there are tokens.
     """
-    if int(q_offset) + q_length != kv_length + kv_offset:
-        raise ValueError(
-            f"{_WHO}: expected a cache that holds {int(q_offset)} tokens and no more, got {kv_length} keys for "
-            f"{q_length} queries. Static caches are not supported: use SparseCache or DynamicCache"
-        )
-    if mask_function is not None and mask_function is not causal_mask_function:
-        raise ValueError(
-            f"{_WHO} is causal, with padding on the left: no sliding_window, packed sequences or bidirectional "
-            f"prefixes, got the mask {getattr(mask_function, '__qualname__', mask_function)}"
-        )
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] < kv_length:
+    if attention_mask.dim() != 2 or attention_mask.shape[1] != kv_offset + kv_length:
         raise ValueError(
-            f"attention_mask: expected [{batch_size}, {kv_length}], a column for every token in the cache and every "
-            f"new one, got {list(attention_mask.shape)}"
+            f"attention_mask: expected [{batch_size}, {kv_offset + kv_length}], a column for every token in the cache "
+            f"and every new one, got {list(attention_mask.shape)}"
         )
-    padding = attention_mask[:, :kv_length].bool().cpu()
-    if not bool((padding[:, :-1] <= padding[:, 1:]).all()):
+    padding: np.ndarray = attention_mask.bool().cpu().numpy()
+    if not (padding[:, :-1] <= padding[:, 1:]).all():
         raise ValueError(f"{_WHO} supports padding on the left only, got a mask with padding elsewhere")
-    return (~padding).sum(1, dtype=torch.int32)
+    return np.asarray((~padding).sum(1), np.int64)
 
 
 def register() -> None:
@@ -378,6 +654,24 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, mask)
 
 
-register()
+def _refuse_models_without_interface() -> None:
+    """Models that never call an attention function say so when "lserve" is asked of them. transformers itself accepts
+    any registered name, and then ignores it (BLOOM) or fails with a KeyError (Falcon)."""
+    check = PreTrainedModel.get_correct_attn_implementation
 
-__all__ = ["HeadPattern", "PendingKV", "SparseCache", "SparseLayer", "attention", "mask", "register"]
+    @functools.wraps(check)
+    def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> Any:
+        if requested_attention == NAME and not self.is_backend_compatible():
+            raise ValueError(
+                f"{_WHO} is not supported by {type(self).__name__}: this model has its own attention and does not call "
+                'a registered one. If it is part of a larger model, pass attn_implementation={"text_config": "lserve"}'
+            )
+        return check(self, requested_attention, *args, **kwargs)
+
+    PreTrainedModel.get_correct_attn_implementation = checked  # type: ignore[method-assign]
+
+
+register()
+_refuse_models_without_interface()
+
+__all__ = ["AttentionMask", "HeadPattern", "PendingKV", "SparseCache", "SparseLayer", "attention", "mask", "register"]

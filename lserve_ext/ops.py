@@ -38,6 +38,7 @@ from . import _C  # noqa: F401  (its import registers torch.ops.lserve_ext)
 
 __all__ = [
     "DENSE",
+    "MAX_HEAD_DIM",
     "PagedKV",
     "append_kv",
     "attention_mass",
@@ -55,6 +56,8 @@ __all__ = [
 
 DENSE = 2**31 - 1
 """A window that reaches back to page 0."""
+MAX_HEAD_DIM = 256
+"""The most channels that a head may have; D is a multiple of 16."""
 
 _ops = torch.ops.lserve_ext
 _DEBUG = os.environ.get("LSERVE_DEBUG") == "1"

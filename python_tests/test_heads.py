@@ -83,8 +83,8 @@ def test_slice_wants_a_rank_of_the_world() -> None:
 
 def test_resolve() -> None:
     pattern = HeadPattern(((0.0, 1.0), (1.0, 0.0)))
-    assert resolve(None, 2, 2) == resolve(0.0, 2, 2) == [(False, False)] * 2
-    assert resolve(1.0, 2, 3) == [(True, True, True)] * 2
+    assert resolve(None, 2, 2) == resolve(0.0, 2, 2) == [False] * 2
+    assert resolve(1.0, 2, 3) == [True] * 2
     assert resolve(pattern, 2, 2) == [(True, False), (False, True)]
     with pytest.raises(ValueError, match=r"expected a pattern of 2 layers x 3 kv heads, got 2 x 2"):
         resolve(pattern, 2, 3)

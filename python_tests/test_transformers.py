@@ -302,27 +302,49 @@ def test_padding_on_the_right_is_refused(llama: Any) -> None:
         llama(ids, attention_mask=mask.flip(1), past_key_values=SparseCache(llama.config))
 
 
-def test_static_cache_is_refused(llama: Any) -> None:
-    llama.set_attn_implementation("lserve")
-    with torch.no_grad(), pytest.raises(ValueError, match="Static caches are not supported"):
-        llama(prompts(1)[0], past_key_values=StaticCache(config=llama.config, max_cache_len=64))
+def test_without_our_cache_whatever_is_not_causal_is_left_to_transformers(llama: Any) -> None:
+    ids, mask = prompts()
+    positions = torch.tensor([[*range(20), *range(15)]])
+    calls: list[Callable[[], Any]] = [
+        lambda: llama(ids, past_key_values=StaticCache(config=llama.config, max_cache_len=64)).logits,
+        lambda: llama(ids[:1], position_ids=positions, use_cache=False).logits,  # packed sequences
+        lambda: llama(ids, attention_mask=mask.flip(1), use_cache=False).logits[mask.flip(1).bool()],
+    ]
+    for call in calls:
+        outputs = []
+        for implementation in ("sdpa", "lserve"):
+            llama.set_attn_implementation(implementation)
+            with torch.no_grad():
+                outputs.append(call())
+        torch.testing.assert_close(outputs[0], outputs[1], atol=2e-4, rtol=2e-4)
 
 
 def test_a_sliding_window_is_refused() -> None:
     config = transformers.MistralConfig(**FIELDS, **GQA, sliding_window=16)
+    with pytest.raises(ValueError, match=r"config\.sliding_window = None"):
+        SparseCache(config)
+
+
+def test_a_window_that_no_position_reaches_does_not_count() -> None:
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(**FIELDS, **GQA, sliding_window=512)
     model = transformers.MistralForCausalLM(config).eval()
-    model.set_attn_implementation("lserve")
-    with torch.no_grad(), pytest.raises(ValueError, match="sliding_window"):
-        model(prompts(1)[0], past_key_values=SparseCache(config))
+    want, prompt = run_mode(model, "greedy", "sdpa", DynamicCache(config=config))
+    cache = SparseCache(config, SparseConfig.dense(**SMALL))
+    assert len(cache.ours) == 3
+    assert_same_tokens(want, run_mode(model, "greedy", "lserve", cache)[0], prompt)
+    with torch.no_grad(), pytest.raises(ValueError, match="got a mask with a sliding window"):
+        model(torch.full((3, 500), 5), past_key_values=cache)
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux"])
-def test_unsupported_keywords_are_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["softcap", "head_mask"])
+def test_unsupported_keywords_are_refused(llama: Any, name: str) -> None:
     from lserve_ext.hf import attention
 
     x = torch.zeros(1, 2, 3, 16)
+    key, value = SparseCache(llama.config).update(x, x, 0)
     with pytest.raises(ValueError, match=f"does not support {name}"):
-        attention(torch.nn.Module(), x, x, x, None, **{name: 30.0})
+        attention(torch.nn.Module(), x, key, value, None, **{name: 30.0})
 
 
 def test_gradients_are_refused(llama: Any) -> None:
@@ -338,13 +360,6 @@ def test_a_pattern_of_another_model_is_refused(llama: Any) -> None:
         SparseCache(llama.config, SparseConfig.duo(streaming=HeadPattern([[0.0, 1.0]])))
     with pytest.raises(ValueError, match="never guessed"):
         SparseCache(llama.config, SparseConfig.lserve())
-
-
-def test_packed_sequences_are_refused(llama: Any) -> None:
-    llama.set_attn_implementation("lserve")
-    positions = torch.tensor([[*range(20), *range(15)]])
-    with torch.no_grad(), pytest.raises(ValueError, match="packed sequences"):
-        llama(prompts(1)[0], position_ids=positions, use_cache=False)
 
 
 def test_masks_that_contradict_the_cache_are_refused(llama: Any) -> None:
