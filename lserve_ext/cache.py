@@ -1,8 +1,8 @@
 """The paged KV of one attention layer: a pool of reference-counted blocks, tables, the raw buffer of the newest
 tokens. It knows ops and policies, but no model: `hf` puts it under transformers.
 
-A page is sealed once P further tokens follow it, and is never written again. So sequences share blocks by reference
-count (beams, forks), and a crop within the raw buffer is exact.
+A page is sealed once P further tokens follow it, and is never written again. So sequences share blocks (beams, forks),
+and a crop within the raw buffer is exact.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from . import ops
 from .config import SparseConfig
 from .ops import DENSE, PagedKV
-from .select import PREFILL_QUERIES, make_selector
+from .select import PREFILL_QUERIES, Selection, make_selector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,11 @@ class Memory:
 
 
 class BlockPool:
-    """Blocks of one layer on one device: the pools of `PagedKV`, grown on demand, and a reference count a block."""
+    """Blocks of one layer on one device: the pools of `PagedKV`, grown on demand.
+
+    A block is in use as long as a `BlockTable` names it. The counts of who names what are kept as tables come and go;
+    whatever interrupts that, even between two lines, is mended from the tables themselves at the next call.
+    """
 
     GROWTH = 1.5
 
@@ -53,8 +58,10 @@ class BlockPool:
             rows["scales"] = ((1 if config.needs_stats else 2, P, 2), torch.float32)
         self.tensors = {name: like.new_empty((0, *shape), dtype=kind) for name, (shape, kind) in rows.items()}
         self.block_bytes = sum(t.element_size() * t.shape[1:].numel() for t in self.tensors.values())
+        self._tables: weakref.WeakSet[BlockTable] = weakref.WeakSet()
         self._references = np.zeros(0, np.int64)
         self._free: list[int] = []
+        self._unsettled = False
         self.peak = 0
         self._grow(capacity)
 
@@ -64,41 +71,100 @@ class BlockPool:
 
     @property
     def used(self) -> int:
-        """Blocks that somebody refers to."""
+        """Blocks that a table names."""
+        self.settle()
         return self.capacity - len(self._free)
 
-    def take(self, count: int) -> np.ndarray:
-        """`count` free blocks with one reference each."""
-        if count > len(self._free):
-            self._grow(max(self.used + count, int(self.capacity * self.GROWTH)))
-        ids = np.array([self._free.pop() for _ in range(count)], np.int32)
-        self._references[ids] = 1
-        self.peak = max(self.peak, self.used)
-        return ids
+    def table(self, ids: np.ndarray, wanted: np.ndarray | None = None) -> BlockTable:
+        """A table of these blocks (-1: none), with free ones where `wanted`."""
+        self.settle()
+        self._unsettled = True
+        ids = ids.astype(np.int32)
+        if wanted is not None and wanted.any():
+            ids[wanted] = self._take(int(wanted.sum()))
+        held = ids[ids >= 0]
+        np.add.at(self._references, held, 1)
+        table = BlockTable(self, ids, torch.from_numpy(ids).to(self.tensors["k"].device))
+        self._tables.add(table)
+        self.peak = max(self.peak, self.capacity - len(self._free))
+        self._unsettled = False
+        return table
 
-    def share(self, ids: np.ndarray) -> None:
-        """One more reference for every entry of ids, which may repeat; -1 is nobody."""
-        np.add.at(self._references, ids[ids >= 0], 1)
-
-    def drop(self, ids: np.ndarray) -> None:
-        """One reference less for every entry of ids; blocks without any are free again."""
-        ids = ids[ids >= 0]
-        np.subtract.at(self._references, ids, 1)
-        free = np.unique(ids[self._references[ids] == 0])
+    def release(self, table: BlockTable) -> None:
+        """Called by a table that nobody has any more; blocks without any table are free again."""
+        unsettled, self._unsettled = self._unsettled, True
+        held = table.ids[table.ids >= 0]
+        np.subtract.at(self._references, held, 1)
+        free = np.unique(held[self._references[held] == 0])
         self._free.extend(free[::-1].tolist())
+        self._unsettled = unsettled
+
+    def settle(self) -> None:
+        """Counts anew if a change was interrupted."""
+        if not self._unsettled:
+            return
+        capacity = min(len(tensor) for tensor in self.tensors.values())
+        self.tensors = {name: tensor[:capacity] for name, tensor in self.tensors.items()}
+        counts = np.zeros(capacity, np.int64)
+        for table in self._tables:
+            np.add.at(counts, table.ids[table.ids >= 0], 1)
+        self._references = counts
+        self._free = np.flatnonzero(counts == 0)[::-1].tolist()
+        self._unsettled = False
+
+    def _take(self, count: int) -> list[int]:
+        if count > len(self._free):
+            used = self.capacity - len(self._free)
+            self._grow(max(used + count, int(self.capacity * self.GROWTH)))
+        return [self._free.pop() for _ in range(count)]
 
     def _grow(self, capacity: int) -> None:
         old = self.capacity
-        try:
-            for name, tensor in self.tensors.items():  # one at a time: the peak is one copy, not all
-                grown = tensor.new_empty((capacity, *tensor.shape[1:]))
-                grown[:old] = tensor
-                self.tensors[name] = grown
-        except BaseException:
-            self.tensors = {name: tensor[:old] for name, tensor in self.tensors.items()}
-            raise
+        for name, tensor in self.tensors.items():  # one at a time: the peak is one copy, not all
+            grown = tensor.new_empty((capacity, *tensor.shape[1:]))
+            grown[:old] = tensor[:old]
+            self.tensors[name] = grown
         self._references = np.concatenate([self._references, np.zeros(capacity - old, np.int64)])
         self._free[:0] = range(capacity - 1, old - 1, -1)
+
+
+class BlockTable:
+    """[B, H, M] blocks of a pool, on the host and on the device; never changed. While it lives, they are in use."""
+
+    def __init__(self, pool: BlockPool, ids: np.ndarray, device_ids: Tensor) -> None:
+        self.pool, self.ids, self.device_ids = pool, ids, device_ids
+
+    def __del__(self) -> None:
+        if hasattr(self, "device_ids") and not sys.is_finalizing():
+            self.pool.release(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """All that a layer holds of a batch at one moment. A step makes another one and then takes it in one assignment, so
+    an exception anywhere leaves the layer as it was.
+
+    That is why a step writes only where this state does not look: newly allocated blocks, a buffer of its own
+    (prefill), or the row of a token that has long been sealed (decode).
+    """
+
+    blocks: BlockTable
+    lengths: np.ndarray
+    """[B] tokens held, without padding."""
+    sealed: np.ndarray
+    """[B] pages in the pools."""
+    freed: np.ndarray
+    """[B] streaming heads hold no page from the sink up to here."""
+    window: int
+    """Pages that streaming heads keep: until the first decode step those of the longer window."""
+    columns: int
+    """Columns of the padded batch that have been fed."""
+    raw_k: Tensor
+    """[B, H, 2P, D], as in `PagedKV`."""
+    raw_v: Tensor
+    device_lengths: Tensor
+    device_sealed: Tensor
+    selection: Selection
 
 
 class LayerCache:
@@ -110,7 +176,8 @@ class LayerCache:
         dense: heads that do not stream attend everything in decode too.
         like: [B, H, T, D] keys whose shape, dtype and device the layer takes.
 
-    Each sequence has its own length; lengths live on the host. A cache belongs to one thread.
+    Each sequence has its own length; lengths live on the host. A cache belongs to one thread. After an exception, even
+    a KeyboardInterrupt between two lines, it is as before the call or as after it.
     """
 
     def __init__(self, config: SparseConfig, streaming: Sequence[bool], dense: bool, like: Tensor) -> None:
@@ -122,7 +189,6 @@ class LayerCache:
         P = config.page_size
         self._streaming = np.array(streaming, bool)
         self._sink = max(config.sink_pages, config.prefill_sink_pages)
-        self._window = max(config.local_pages, config.prefill_local_pages)  # of streaming heads, until the first decode
         self._dense = dense
         self._selector = None if dense or self._streaming.all() else make_selector(config)
         with torch.inference_mode(False):
@@ -131,53 +197,79 @@ class LayerCache:
             self._prefill_windows = self._ints(np.where(self._streaming, config.prefill_local_pages, DENSE))
             pages = -(-config.max_tokens // P) if config.max_tokens else 4
             self._pool = BlockPool(config, like, B * H * pages if config.max_tokens else 0)
-            self._raw_k = like.new_zeros(B, H, 2 * P, D)  # zeros, because files hold rows that no token has filled
-            self._raw_v = like.new_zeros(B, H, 2 * P, D)
-        self._table = np.full((B, H, pages), -1, np.int32)
-        self._lengths = np.zeros(B, np.int64)
-        self._sealed = np.zeros(B, np.int64)
-        self._freed = np.full(B, self._sink, np.int64)  # streaming heads hold no page from the sink up to here
-        self._last: tuple[Tensor, Tensor, int] | None = None  # lists, local_start and unit of the last decode step
-        self._upload()
+            raw = [like.new_zeros(B, H, 2 * P, D) for _ in "kv"]  # files hold rows that no token has filled
+            self._state = self._make_state(
+                blocks=self._pool.table(np.full((B, H, pages), -1, np.int32)),
+                lengths=np.zeros(B, np.int64),
+                sealed=np.zeros(B, np.int64),
+                freed=np.full(B, self._sink, np.int64),
+                window=self._longest_window,
+                columns=0,
+                raw_k=raw[0],
+                raw_v=raw[1],
+                selection=Selection(),
+            )
 
     # ---- what it holds ----------------------------------------------------------------------------------------------
     @property
     def lengths(self) -> list[int]:
         """Tokens held of each sequence, pad tokens not counted."""
-        return [int(n) for n in self._lengths]
+        return [int(n) for n in self._state.lengths]
+
+    @property
+    def columns(self) -> int:
+        """Columns of the padded batch that have been fed, less those that were cropped."""
+        return self._state.columns
 
     @property
     def batch_size(self) -> int:
-        return len(self._lengths)
+        return len(self._state.lengths)
 
     @property
     def kv(self) -> PagedKV:
         """The tensors that ops take."""
-        tensors = self._pool.tensors
-        return PagedKV(tensors["k"], tensors["v"], tensors.get("stats"), tensors.get("scales"), self._device_table,
-                       self._device_table, self._raw_k, self._raw_v, self._device_sealed)  # fmt: skip
+        return self._paged(self._state)
+
+    def _paged(self, s: State) -> PagedKV:
+        tensors, table = self._pool.tensors, s.blocks.device_ids
+        return PagedKV(tensors["k"], tensors["v"], tensors.get("stats"), tensors.get("scales"), table, table, s.raw_k,
+                       s.raw_v, s.device_sealed)  # fmt: skip
+
+    @property
+    def _longest_window(self) -> int:
+        return max(self.config.local_pages, self.config.prefill_local_pages)
+
+    def _ints(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.astype(np.int32)).to(self.device)
+
+    def _make_state(self, lengths: np.ndarray, sealed: np.ndarray, **fields: Any) -> State:
+        """A state whose tensors on the device follow from its arrays."""
+        return State(lengths=lengths, sealed=sealed, device_lengths=self._ints(lengths),
+                     device_sealed=self._ints(sealed), **fields)  # fmt: skip
 
     def memory(self) -> Memory:
         """Bytes of KV on the device. Blocks that forks share are counted in each of them."""
-        raw = 2 * self._raw_k.nbytes
+        raw = 2 * self._state.raw_k.nbytes
         pool = self._pool
         return Memory(*(blocks * pool.block_bytes + raw for blocks in (pool.used, pool.capacity, pool.peak)))
 
     def attended(self) -> tuple[int, int]:
         """Tokens that a decode step of this moment attends, and those of a dense one, over kv heads and sequences."""
         P, sink = self.config.page_size, self.config.sink_pages * self.config.page_size
+        s, lists, local_start = self._state, self._state.selection.lists, self._state.selection.local_start
         total = 0
-        for b, n in enumerate(self._lengths):
+        for b, n in enumerate(s.lengths):
             for h, window in enumerate(self._decode_windows.tolist()):
                 local, listed = max(0, (n - 1) // P - window + 1) * P, 0
                 if window == 0:
                     local = 0
-                    if self._last is not None:  # else: as the next step will see it, before it selects
-                        lists, local_start, unit = self._last
+                    if lists is not None:  # else: as the next step will see it, before it selects
+                        assert self._selector is not None and local_start is not None
+                        unit = self._selector.unit
                         local, listed = int(local_start[b]) * unit, int((lists[b, h] >= 0).sum()) * unit
-                local = min(local, self._sealed[b] * P)
+                local = min(local, s.sealed[b] * P)
                 total += min(sink, local) + listed + n - local
-        return int(total), int(self._lengths.sum()) * self.heads
+        return int(total), int(s.lengths.sum()) * self.heads
 
     # ---- attention --------------------------------------------------------------------------------------------------
     @torch.inference_mode(False)
@@ -199,18 +291,16 @@ class LayerCache:
         if k.shape[:2] != (self.batch_size, self.heads) or k.shape[3] != self.head_dim:
             held = f"[{self.batch_size}, {self.heads}, T, {self.head_dim}]"
             raise ValueError(f"k: expected {held}, as the cache holds, got {list(k.shape)}")
-        before = self._lengths
-        try:
-            step = self._decode if k.shape[2] == 1 else self._prefill
-            return step(q, k, v, np.asarray(pads, np.int64), scale, sinks)
-        except BaseException:
-            if self._lengths is not before:  # already appended: take it back
-                self._truncate(before)
-            raise
+        self._pool.settle()
+        step = self._decode if k.shape[2] == 1 else self._prefill
+        out, self._state = step(q, k, v, np.asarray(pads, np.int64), scale, sinks)
+        return out
 
-    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, pads: np.ndarray, scale: float, sinks: Tensor | None) -> Tensor:
+    def _prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, pads: np.ndarray, scale: float, sinks: Tensor | None
+    ) -> tuple[Tensor, State]:
         B, Hq, T, D = q.shape
-        new = T - pads
+        s, new = self._state, T - pads
         if pads.any():
             columns = torch.arange(T, device=self.device) >= torch.from_numpy(pads).to(self.device)[:, None]
             q_new, k_new, v_new = (x.transpose(1, 2)[columns] for x in (q, k, v))
@@ -218,142 +308,69 @@ class LayerCache:
             columns = None
             q_new, k_new, v_new = (x.transpose(1, 2).reshape(B * T, x.shape[1], D) for x in (q, k, v))
         bounds = self._ints(np.concatenate([[0], np.cumsum(new)]))
-        out, lse = ops.prefill(
-            q_new,
-            k_new,
-            v_new,
-            bounds,
-            bounds,
-            self._prefill_windows,
-            self.kv,
-            self._device_lengths,
-            sink=self.config.prefill_sink_pages,
-            scale=scale,
-        )
+        windows, sink = self._prefill_windows, self.config.prefill_sink_pages
+        out, lse = ops.prefill(q_new, k_new, v_new, bounds, bounds, windows, self._paged(s), s.device_lengths,
+                               sink=sink, scale=scale)  # fmt: skip
         out, lse = _with_sinks(out, lse, sinks)
-        self._append(k_new, v_new, bounds, new)
+        own_buffer = dataclasses.replace(s, raw_k=s.raw_k.clone(), raw_v=s.raw_v.clone())
+        s = self._appended(own_buffer, k_new, v_new, bounds, new, T)
         if columns is not None:
             out = out.new_zeros(B, T, Hq, D).index_put_((columns,), out)
             lse = lse.new_full((B, T, Hq), float("-inf")).index_put_((columns,), lse)
-        self._last = None
-        if self._selector is not None:
-            self._selector.drop()
-            if self._selector.observes:
-                tail = q.transpose(1, 2)[:, -PREFILL_QUERIES:]
-                lse_tail = lse.reshape(B, T, Hq)[:, -PREFILL_QUERIES:].contiguous()
-                mass = ops.attention_mass(tail, lse_tail, self.kv, self._device_lengths, self._prefill_windows,
-                                          sink=self.config.prefill_sink_pages, scale=scale)  # fmt: skip
-                self._selector.observe(mass, self._device_lengths, T)
-        return out.reshape(B, T, Hq, D)
+        selection = s.selection.without_lists()
+        if self._selector is not None and self._selector.observes:
+            tail = q.transpose(1, 2)[:, -PREFILL_QUERIES:]
+            lse_tail = lse.reshape(B, T, Hq)[:, -PREFILL_QUERIES:].contiguous()
+            mass = ops.attention_mass(tail, lse_tail, self._paged(s), s.device_lengths, windows, sink=sink, scale=scale)
+            selection = self._selector.observe(selection, mass, s.device_lengths, T)
+        return out.reshape(B, T, Hq, D), dataclasses.replace(s, selection=selection)
 
-    def _decode(self, q: Tensor, k: Tensor, v: Tensor, pads: np.ndarray, scale: float, sinks: Tensor | None) -> Tensor:
+    def _decode(
+        self, q: Tensor, k: Tensor, v: Tensor, pads: np.ndarray, scale: float, sinks: Tensor | None
+    ) -> tuple[Tensor, State]:
         q, k, v = q[:, :, 0], k[:, :, 0], v[:, :, 0]
         if pads.any():  # a left-padded chunk of one token: those sequences are still empty
             rows = torch.from_numpy(pads == 0).to(self.device)
             k, v = k[rows], v[rows]
-        self._window = self.config.local_pages
-        sealed = self._device_sealed  # a step reads the pages as they lay when it began
-        self._append(k, v, self._ints(np.concatenate([[0], np.cumsum(1 - pads)])), 1 - pads)
-        kv = self.kv._replace(sealed=sealed)
-        lists = local_start = unit = None
+        s = dataclasses.replace(self._state, window=self.config.local_pages)
+        sealed = s.device_sealed  # a step reads the pages as they lay when it began
+        bounds = self._ints(np.concatenate([[0], np.cumsum(1 - pads)]))
+        s = self._appended(s, k, v, bounds, 1 - pads, 1)
+        kv, selection, unit = self._paged(s)._replace(sealed=sealed), s.selection, None
         if self._selector is not None:
-            lists, local_start = self._selector.select(q, kv, self._device_lengths, self._decode_windows)
+            selection = self._selector.select(selection, q, kv, s.device_lengths, self._decode_windows)
             unit = self._selector.unit
-            self._last = lists, local_start, unit
-        rule = (self._device_lengths, self._decode_windows, lists, local_start)
+        rule = (s.device_lengths, self._decode_windows, selection.lists, selection.local_start)
         sink = self.config.sink_pages
         out, lse = _with_sinks(*ops.decode(q, kv, *rule, sink=sink, unit=unit, scale=scale), sinks)
         if self._selector is not None and self._selector.observes:
             mass = ops.attention_mass(q[:, None], lse[:, None], kv, *rule, sink=sink, unit=unit, scale=scale)
-            self._selector.observe(mass, self._device_lengths, 1)
-        return out[:, None]
+            selection = self._selector.observe(selection, mass, s.device_lengths, 1)
+        return out[:, None], dataclasses.replace(s, selection=selection)
 
-    def _append(self, k: Tensor, v: Tensor, bounds: Tensor, new: np.ndarray) -> None:
+    def _appended(self, s: State, k: Tensor, v: Tensor, bounds: Tensor, new: np.ndarray, columns: int) -> State:
+        """s with these tokens."""
         P = self.config.page_size
-        lengths = self._lengths + new
-        sealed = np.maximum(self._sealed, lengths // P - 1)
-        self._reserve(int(lengths.max(initial=0)))
-        # Streaming heads keep one page more than their window, for exact crops. And what this append leaves behind is
-        # freed by the next one, so that an interrupted forward can be taken back.
-        self._free_past(self._lengths // P - self._window)
-        keep_from = lengths // P - self._window
-        taken = []
-        try:
-            for b in np.flatnonzero(sealed > self._sealed):
-                pages = np.arange(self._sealed[b], sealed[b])
-                was_raw = pages <= self._lengths[b] // P
-                wanted = ~self._streaming[:, None] | (pages < self._sink) | (pages >= keep_from[b]) | was_raw
-                ids = self._pool.take(int(wanted.sum()))
-                taken.append(ids)
-                self._table[b][:, pages[0] : pages[-1] + 1][wanted] = ids
-            if taken:
-                self._upload_table()
-            ops.append_kv(k, v, bounds, self._device_lengths, self.kv)
-        except BaseException:
-            for ids in taken:
-                self._table[np.isin(self._table, ids)] = -1
-                self._pool.drop(ids)
-            self._upload_table()
-            raise
-        self._lengths, self._sealed = lengths, sealed
-        self._upload_lengths()
-
-    def _free_past(self, keep_from: np.ndarray) -> None:
-        """Drops the blocks of streaming heads that no query can reach any more."""
-        if not self._streaming.any():
-            return
-        changed = False
-        for b in np.flatnonzero(keep_from > self._freed):
-            past = self._table[b, self._streaming, self._freed[b] : keep_from[b]]
-            self._pool.drop(past)
-            self._table[b, self._streaming, self._freed[b] : keep_from[b]] = -1
-            self._freed[b] = keep_from[b]
-            changed = True
-        if changed:
-            self._upload_table()
-
-    def _reserve(self, tokens: int) -> None:
-        """Makes the table wide enough."""
-        pages, held = -(-tokens // self.config.page_size), self._table.shape[2]
-        if pages > held:
-            pages = max(pages, int(held * BlockPool.GROWTH))
-            self._table = np.pad(self._table, ((0, 0), (0, 0), (0, pages - held)), constant_values=-1)
-            self._upload_table()
-
-    # ---- the host's state on the device -----------------------------------------------------------------------------
-    def _ints(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values.astype(np.int32)).to(self.device)
-
-    def _upload_table(self) -> None:
-        self._device_table = self._ints(self._table)
-
-    def _upload_lengths(self) -> None:
-        self._device_lengths, self._device_sealed = self._ints(self._lengths), self._ints(self._sealed)
-
-    def _upload(self) -> None:
-        with torch.inference_mode(False):
-            self._upload_table()
-            self._upload_lengths()
+        lengths = s.lengths + new
+        sealed = np.maximum(s.sealed, lengths // P - 1)
+        # Streaming heads keep one page more than their window, for exact crops.
+        freed = np.maximum(s.freed, lengths // P - s.window) if self._streaming.any() else s.freed
+        blocks, held = s.blocks, s.blocks.ids.shape[2]
+        needed = -(-int(lengths.max(initial=0)) // P)
+        if needed > held or (sealed > s.sealed).any() or (freed > s.freed).any():
+            needed = max(needed, int(held * BlockPool.GROWTH)) if needed > held else held
+            ids = np.pad(s.blocks.ids, ((0, 0), (0, 0), (0, needed - held)), constant_values=-1)
+            page = np.arange(needed)
+            kept = (page < self._sink) | (page >= freed[:, None])  # [B, M]
+            ids[(self._streaming[:, None] & ~kept[:, None]) & np.ones_like(ids, bool)] = -1
+            due = (page >= s.sealed[:, None]) & (page < sealed[:, None])
+            blocks = self._pool.table(ids, due[:, None] & (~self._streaming[:, None] | kept[:, None]))
+        # The pages that are due are sealed by this call: it finds them below `after // P - 1`.
+        ops.append_kv(k, v, bounds, s.device_lengths, self._paged(dataclasses.replace(s, blocks=blocks)))
+        return self._make_state(lengths, sealed, blocks=blocks, freed=freed, window=s.window, raw_k=s.raw_k,
+                                raw_v=s.raw_v, columns=s.columns + columns, selection=s.selection)  # fmt: skip
 
     # ---- crop, batch operations, forks ------------------------------------------------------------------------------
-    def check_crop(self, tokens: int) -> None:
-        """Raises ValueError if a crop by `tokens` needs blocks that streaming heads have freed."""
-        if not self._streaming.any():
-            return
-        P = self.config.page_size
-        for b, length in enumerate(self._cropped(tokens)):
-            first = max(length // P - self._window + 1, self._sink)
-            last = min(-(-length // P), self._sealed[b])  # the page that is cut, too
-            gone = (self._table[b, self._streaming, first:last] < 0).any(0)
-            if length < self._lengths[b] and gone.any():
-                raise ValueError(
-                    f"crop: expected no more than streaming heads still hold, got {tokens} tokens, which needs page "
-                    f"{first + int(gone.argmax())} of sequence {b}"
-                )
-
-    def _cropped(self, tokens: int) -> np.ndarray:
-        return np.maximum(self._lengths - tokens, 0)
-
     @torch.inference_mode(False)
     @torch.no_grad()
     def crop(self, tokens: int) -> None:
@@ -362,75 +379,90 @@ class LayerCache:
         Exact within the raw buffer. Deeper, the page that is cut is dequantised into the buffer, and so quantised a
         second time later. Raises ValueError, and changes nothing, if streaming heads have freed what it needs.
         """
-        self.check_crop(tokens)
-        self._truncate(self._cropped(tokens))
+        s, P = self._state, self.config.page_size
+        lengths = np.maximum(s.lengths - tokens, 0)
+        self._check_crop(tokens, lengths)
+        raw_k, raw_v = s.raw_k, s.raw_v
+        page = np.where(lengths < s.sealed * P, lengths // P, s.sealed)
+        cut = np.flatnonzero((page < s.sealed) & (lengths % P > 0))
+        if len(cut):
+            raw_k, raw_v = raw_k.clone(), raw_v.clone()
+        for b in cut:
+            self._unseal(int(b), int(page[b]), raw_k, raw_v)
+        blocks = s.blocks
+        if (page < s.sealed).any():
+            beyond = np.arange(blocks.ids.shape[2]) >= page[:, None]
+            blocks = self._pool.table(np.where(beyond[:, None], -1, blocks.ids))
+        state = self._make_state(
+            lengths=lengths,
+            sealed=page,
+            blocks=blocks,
+            freed=np.maximum(np.minimum(s.freed, lengths // P), self._sink),
+            window=s.window if lengths.any() else self._longest_window,  # without tokens: as new
+            columns=max(0, s.columns - tokens),
+            raw_k=raw_k,
+            raw_v=raw_v,
+            selection=s.selection,
+        )
+        self._state = dataclasses.replace(state, selection=s.selection.without_lists(state.device_lengths))
 
-    def _truncate(self, lengths: np.ndarray) -> None:
-        P = self.config.page_size
-        for b in np.flatnonzero(lengths < self._sealed * P):
-            page = int(lengths[b] // P)
-            if lengths[b] % P:
-                self._unseal(int(b), page)
-            self._pool.drop(self._table[b, :, page:])
-            self._table[b, :, page:] = -1
-            self._sealed[b] = page
-        self._freed = np.maximum(np.minimum(self._freed, lengths // P), self._sink)
-        self._lengths, self._last = lengths, None
-        if not lengths.any():  # as new
-            self._window = max(self.config.local_pages, self.config.prefill_local_pages)
-        self._upload()
-        if self._selector is not None:
-            self._selector.drop(self._device_lengths)
+    def _check_crop(self, tokens: int, lengths: np.ndarray) -> None:
+        s, P = self._state, self.config.page_size
+        for b, length in enumerate(lengths if self._streaming.any() else ()):
+            first = max(length // P - s.window + 1, self._sink)
+            last = min(-(-length // P), s.sealed[b])  # the page that is cut, too
+            gone = (s.blocks.ids[b, self._streaming, first:last] < 0).any(0)
+            if length < s.lengths[b] and gone.any():
+                raise ValueError(
+                    f"crop: expected no more than streaming heads still hold, got {tokens} tokens, which needs page "
+                    f"{first + int(gone.argmax())} of sequence {b}"
+                )
 
-    def _unseal(self, b: int, page: int) -> None:
+    def _unseal(self, b: int, page: int, raw_k: Tensor, raw_v: Tensor) -> None:
         """Copies a page from the pools into the raw buffer."""
-        P, tensors = self.config.page_size, self._pool.tensors
-        held = np.flatnonzero(self._table[b, :, page] >= 0)  # not those of streaming heads that are past
-        ids = self._ints(self._table[b, held, page]).long()
+        P, tensors, table = self.config.page_size, self._pool.tensors, self._state.blocks.ids
+        held = np.flatnonzero(table[b, :, page] >= 0)  # not those of streaming heads that are past
+        ids = self._ints(table[b, held, page]).long()
         k, v = tensors["k"][ids], tensors["v"][ids]
         if "scales" in tensors:
             stats = tensors["stats"][ids] if "stats" in tensors else None
             k, v = ops.dequantize_kv(k, v, stats, tensors["scales"][ids], self.dtype)
         rows = slice(page % 2 * P, page % 2 * P + P)
         heads = torch.from_numpy(held).to(self.device)
-        self._raw_k[b, heads, rows], self._raw_v[b, heads, rows] = k, v
+        raw_k[b, heads, rows], raw_v[b, heads, rows] = k, v
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def take_rows(self, rows: Tensor) -> None:
         """Keeps these sequences of the batch, in this order; they may repeat. Blocks are shared, raw buffers copied."""
-        rows = rows.to(self.device)
+        s, rows = self._state, rows.to(self.device)
         index = rows.cpu().numpy()
         if len(index) and (index.min() < 0 or index.max() >= self.batch_size):
             raise ValueError(f"rows: expected sequences 0..{self.batch_size - 1}, got {index.tolist()}")
-        raw_k, raw_v, table = self._raw_k[rows], self._raw_v[rows], self._table[index]
-        if self._selector is not None:
-            self._selector.take_rows(rows)
-        self._pool.share(table)
-        self._pool.drop(self._table)
-        self._raw_k, self._raw_v, self._table = raw_k, raw_v, table
-        self._lengths, self._sealed, self._freed = self._lengths[index], self._sealed[index], self._freed[index]
-        if self._last is not None:
-            lists, local_start, unit = self._last
-            self._last = lists[rows], local_start[rows], unit
-        self._upload()
+        self._state = self._make_state(
+            lengths=s.lengths[index],
+            sealed=s.sealed[index],
+            blocks=self._pool.table(s.blocks.ids[index]),
+            freed=s.freed[index],
+            window=s.window,
+            columns=s.columns,
+            raw_k=s.raw_k[rows],
+            raw_v=s.raw_v[rows],
+            selection=s.selection.take_rows(rows),
+        )
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def fork(self) -> LayerCache:
         """A copy that shares the sealed blocks."""
         twin = copy.copy(self)
-        twin._table = np.full_like(self._table, -1)  # it names no block until it has a reference to it
-        twin._raw_k, twin._raw_v = self._raw_k.clone(), self._raw_v.clone()
-        twin._lengths, twin._sealed, twin._freed = self._lengths.copy(), self._sealed.copy(), self._freed.copy()
-        twin._selector = copy.deepcopy(self._selector)
-        self._pool.share(self._table)
-        twin._table = self._table.copy()
+        twin._state = dataclasses.replace(self._state, raw_k=self._state.raw_k.clone(), raw_v=self._state.raw_v.clone())
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerCache:
         """A copy with a pool of its own, which holds no blocks of forks."""
-        like = self._raw_k.new_empty(self.batch_size, self.heads, 0, self.head_dim)
+        s = self._state
+        like = s.raw_k.new_empty(self.batch_size, self.heads, 0, self.head_dim)
         twin = LayerCache(self.config, self._streaming.tolist(), self._dense, like)
         twin.restore({name: tensor.clone() for name, tensor in self.state().items()})
         return twin
@@ -438,44 +470,132 @@ class LayerCache:
     # ---- files ------------------------------------------------------------------------------------------------------
     def state(self) -> dict[str, Tensor]:
         """Everything that `restore` needs; only blocks in use, renumbered."""
-        used = np.unique(self._table[self._table >= 0])
+        s, table = self._state, self._state.blocks.ids
+        used = np.unique(table[table >= 0])
         ids = torch.from_numpy(used).to(self.device).long()
-        table = np.where(self._table >= 0, np.searchsorted(used, self._table), -1).astype(np.int32)
-        hosts = {"table": table, "lengths": self._lengths, "sealed": self._sealed, "freed": self._freed}
+        table = np.where(table >= 0, np.searchsorted(used, table), -1).astype(np.int32)
+        hosts = {"table": table, "lengths": s.lengths, "sealed": s.sealed, "freed": s.freed}
         state = {name: torch.from_numpy(array) for name, array in hosts.items()}
         state |= {f"pool.{name}": tensor[ids] for name, tensor in self._pool.tensors.items()}
-        state |= {"raw_k": self._raw_k, "raw_v": self._raw_v, "window": torch.tensor(self._window)}
-        if self._selector is not None:
-            state |= {f"selector.{name}": tensor for name, tensor in self._selector.state().items()}
-        return state
+        state |= {"raw_k": s.raw_k, "raw_v": s.raw_v}
+        numbers = {"window": s.window, "columns": s.columns, "selection.age": s.selection.age}
+        state |= {name: torch.tensor(value) for name, value in numbers.items()}
+        return state | {f"selection.{name}": x.contiguous() for name, x in s.selection.tensors().items()}
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state`, in a layer just made for it."""
+        """The inverse of `state`, in a layer just made for it.
 
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {key.removeprefix(prefix): t.to(self.device) for key, t in state.items() if key.startswith(prefix)}
+        Raises:
+            ValueError: a tensor is missing or unknown, has another shape or dtype, or holds what no cache can.
+        """
+        self._check_file(state)
+        table, pools = state["table"].numpy(), [name for name in state if name.startswith("pool.")]
+        blocks = self._pool.table(np.full(len(state["pool.k"]), -1), np.ones(len(state["pool.k"]), bool))
+        ids = blocks.device_ids.long()
+        for name in pools:
+            self._pool.tensors[name.removeprefix("pool.")][ids] = state[name].to(self.device)
+        named = np.where(table >= 0, blocks.ids[table], -1) if len(blocks.ids) else table
+        selection = {name: state.get(f"selection.{name}") for name in ("lists", "local_start", "mass")}
+        self._state = self._make_state(
+            lengths=state["lengths"].numpy().copy(),
+            sealed=state["sealed"].numpy().copy(),
+            blocks=self._pool.table(named),
+            freed=state["freed"].numpy().copy(),
+            window=int(state["window"]),
+            columns=int(state["columns"]),
+            raw_k=state["raw_k"].to(self.device),
+            raw_v=state["raw_v"].to(self.device),
+            selection=Selection(
+                age=int(state["selection.age"]),
+                **{name: None if x is None else x.to(self.device) for name, x in selection.items()},
+            ),
+        )
 
-        pools = part("pool.")
-        blocks = self._pool.take(len(pools["k"]))
-        for name, tensor in pools.items():
-            self._pool.tensors[name][torch.from_numpy(blocks).to(self.device).long()] = tensor
-        table = state["table"].numpy()
-        self._table = np.where(table >= 0, blocks[table] if len(blocks) else table, -1).astype(np.int32)
-        self._pool.share(self._table)
-        self._pool.drop(blocks)  # what take gave; the table's own references stay
-        hosts = (state[name].numpy().copy() for name in ("lengths", "sealed", "freed"))
-        self._lengths, self._sealed, self._freed = hosts
-        self._window = int(state["window"])
-        self._raw_k, self._raw_v = state["raw_k"].to(self.device), state["raw_v"].to(self.device)
-        if self._selector is not None:
-            self._selector.restore(part("selector."))
-        self._upload()
+    def _check_file(self, state: dict[str, Tensor]) -> None:
+        """Raises ValueError with the name of the tensor that does not fit."""
+        B, H, P, D = self.batch_size, self.heads, self.config.page_size, self.head_dim
 
-    def __del__(self) -> None:
-        if hasattr(self, "_table") and not sys.is_finalizing():
-            self._pool.drop(self._table)
+        def expect(name: str, condition: Any, expected: str, got: object) -> None:
+            if not bool(condition):
+                raise ValueError(f"{name}: expected {expected}, got {got}")
+
+        def tensor(name: str, dtype: torch.dtype, *shape: int | None) -> Tensor:
+            expect(name, name in state, "a tensor", "none")
+            x = state[name]
+            fits = len(shape) == x.dim() and all(a in (None, b) for a, b in zip(shape, x.shape, strict=True))
+            wanted = f"{list(shape)} of {dtype}".replace("None", "*")
+            expect(name, fits and x.dtype == dtype, wanted, f"{list(x.shape)} of {x.dtype}")
+            return x
+
+        def within(name: str, x: np.ndarray | Tensor, low: Any, high: Any) -> None:
+            inside = (np.asarray(x) >= low) & (np.asarray(x) <= high)
+            expect(name, inside.all(), f"{np.min(low)}..{np.max(high)}", np.asarray(x)[~inside][:4].tolist())
+
+        def finite(name: str, x: Tensor) -> None:
+            expect(name, torch.isfinite(x).all(), "finite numbers", "NaN or infinity")
+
+        optional = {"selection.lists", "selection.local_start", "selection.mass"}
+        known = {"table", "lengths", "sealed", "freed", "window", "columns", "raw_k", "raw_v", "selection.age"}
+        known |= {f"pool.{name}" for name in self._pool.tensors}
+        for name in sorted(set(state) - known - optional):
+            expect(name, False, "no such tensor", list(state[name].shape))
+        count = tensor("pool.k", self._pool.tensors["k"].dtype, None, P, D).shape[0]
+        for name, pool in self._pool.tensors.items():
+            x = tensor(f"pool.{name}", pool.dtype, count, *pool.shape[1:])
+            if name in ("stats", "scales"):
+                finite(f"pool.{name}", x)
+        for name in ("raw_k", "raw_v"):
+            tensor(name, self.dtype, B, H, 2 * P, D)
+        table = tensor("table", torch.int32, B, H, None).numpy()
+        M = table.shape[2]
+        lengths, sealed, freed = (tensor(name, torch.int64, B).numpy() for name in ("lengths", "sealed", "freed"))
+        within("lengths", lengths, 0, M * P)
+        within("sealed", sealed, np.maximum(lengths // P - 1, 0), lengths // P)
+        within("freed", freed, self._sink, np.maximum(lengths // P, self._sink))
+        within("window", tensor("window", torch.int64), min(self.config.local_pages, self._longest_window),
+               self._longest_window)  # fmt: skip
+        within("columns", tensor("columns", torch.int64), lengths.max(initial=0), np.iinfo(np.int32).max)
+        within("table", table, -1, count - 1)
+        page = np.arange(M)
+        inside = (page < sealed[:, None])[:, None] & np.ones_like(table, bool)
+        past = (page >= self._sink) & (page < freed[:, None])
+        expect("table", (table[~inside] < 0).all(), "-1 behind the sealed pages", "blocks")
+        needed = inside & ~(self._streaming[:, None] & past[:, None])
+        expect("table", (table[needed] >= 0).all(), "a block for every sealed page that is held", "-1")
+        place = np.broadcast_to(np.arange(H)[:, None] * M + page, table.shape)[table >= 0]
+        owners: dict[int, int] = {}
+        for block, where in zip(table[table >= 0].tolist(), place.tolist(), strict=True):
+            expect("table", owners.setdefault(block, where) == where, "a block for one page and head", f"{block} twice")
+        self._check_selection(state, tensor, within, expect, finite, lengths, M)
+
+    def _check_selection(self, state: dict[str, Tensor], tensor: Any, within: Any, expect: Any, finite: Any,
+                         lengths: np.ndarray, M: int) -> None:  # fmt: skip
+        B, H, P = self.batch_size, self.heads, self.config.page_size
+        age = int(tensor("selection.age", torch.int64))
+        within("selection.age", np.array(age), 0, self.config.reuse_interval)
+        both = ("selection.lists" in state, "selection.local_start" in state)
+        expect("selection.lists", both[0] == both[1], "lists and local_start, or neither", "one")
+        observes = self._selector is not None and self._selector.observes
+        expect("selection.lists", not both[0] or self._selector is not None, "none with this config", "lists")
+        expect("selection.mass", observes or "selection.mass" not in state, "none with this config", "a tensor")
+        if both[0]:
+            assert self._selector is not None
+            units = M * P // self._selector.unit
+            lists = tensor("selection.lists", torch.int32, B, H, None).numpy()
+            within("selection.lists", lists, -1, units - 1)
+            rising = (lists[..., 1:] > lists[..., :-1]) | (lists[..., 1:] < 0)
+            expect("selection.lists", rising.all(), "ascending lists, padded with -1", "others")
+            start = tensor("selection.local_start", torch.int32, B).numpy()
+            within("selection.local_start", start, 0, lengths)
+            listed = (lists < start[:, None, None]) | (lists < 0)
+            expect("selection.lists", listed.all(), "entries before local_start", "later ones")
+        if "selection.mass" in state:
+            mass = tensor("selection.mass", torch.float32, B, None, None)
+            expect("selection.mass", mass.shape[1] in (1, H) and mass.shape[2] <= M * P, f"[{B}, 1 or {H}, <= {M * P}]",
+                   list(mass.shape))  # fmt: skip
+            finite("selection.mass", mass)
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

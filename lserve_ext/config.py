@@ -7,11 +7,11 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 
+from . import files
 from .heads import HeadPattern
 
 Scorer: TypeAlias = Callable[..., torch.Tensor]
@@ -190,12 +190,16 @@ class SparseConfig:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        files.write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SparseConfig:
-        """Reads JSON."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Reads JSON. Errors name the file."""
+        fields = files.read_json(files.read_text(path, "SparseConfig"), "SparseConfig", path)
+        try:
+            return cls.from_dict(fields)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{os.fspath(path)}: {error}") from None
 
     # ---- validation -------------------------------------------------------------------------------------------------
     def __post_init__(self) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import files
+
 _SHIPPED = Path(__file__).parent / "data"
 
 
@@ -38,7 +40,7 @@ class HeadPattern:
             raise ValueError(f"HeadPattern.fraction: expected a number from 0 to 1, got {self.fraction!r}")
         try:
             rows = tuple(tuple(float(score) for score in row) for row in self.scores)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise TypeError(f"HeadPattern.scores: expected rows of numbers, got {self.scores!r:.80}") from None
         widths = sorted({len(row) for row in rows if row})
         if len(widths) != 1:
@@ -47,6 +49,8 @@ class HeadPattern:
             )
         if not all(math.isfinite(score) for row in rows for score in row):
             raise ValueError("HeadPattern.scores: expected finite numbers, got NaN or infinity")
+        if not isinstance(self.metadata, Mapping):
+            raise TypeError(f"HeadPattern.metadata: expected a mapping, got {self.metadata!r:.80}")
         object.__setattr__(self, "scores", rows)
         object.__setattr__(self, "metadata", dict(self.metadata))
 
@@ -105,7 +109,7 @@ class HeadPattern:
         """Writes JSON, a layer a line."""
         rows = ",\n".join("    " + json.dumps(row) for row in self.scores)
         head = json.dumps({"fraction": self.fraction, "metadata": dict(self.metadata)}, indent=2).removesuffix("\n}")
-        Path(path).write_text(f'{head},\n  "scores": [\n{rows}\n  ]\n}}\n', encoding="utf-8")
+        files.write_text(path, f'{head},\n  "scores": [\n{rows}\n  ]\n}}\n')
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> HeadPattern:
@@ -118,13 +122,13 @@ class HeadPattern:
                 f"HeadPattern: expected a file or the name of a shipped pattern ({', '.join(shipped())}), "
                 f"got {os.fspath(source)!r}"
             )
-        text = path.read_text(encoding="utf-8")
-        if not text.lstrip().startswith("{"):
-            return cls(_parse_tsv(text, path), metadata={"method": "DuoAttention gates", "file": path.name})
+        text = files.read_text(path, "HeadPattern")
         try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"HeadPattern: expected JSON or a TSV of gates in {str(path)!r}, got {error}") from None
+            if not text.lstrip().startswith("{"):
+                return cls(_parse_tsv(text, path), metadata={"method": "DuoAttention gates", "file": path.name})
+            return cls.from_dict(files.read_json(text, "HeadPattern", path))
+        except (TypeError, ValueError) as error:
+            raise error if str(path) in str(error) else type(error)(f"{path}: {error}") from None
 
 
 def _parse_tsv(text: str, path: Path) -> tuple[tuple[float, ...], ...]:

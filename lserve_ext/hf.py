@@ -12,11 +12,13 @@ tokens never enter the cache: each sequence has its own length.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -30,6 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from . import heads, ops
 from .cache import LayerCache, Memory
 from .config import SparseConfig
+from .files import write_beside as _write_beside
 from .heads import HeadPattern
 
 NAME = "lserve"
@@ -165,8 +168,18 @@ class SparseLayer(CacheLayerMixin):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.config, self.model_config, self.pattern, self.index = config, model_config, pattern, index
-        self.seen = 0  # columns of the padded batch, which is what transformers counts
         self.kv: LayerCache | None = None
+
+    @property
+    def seen(self) -> int:
+        """Columns of the padded batch, which is what transformers counts."""
+        return 0 if self.kv is None else self.kv.columns
+
+    def __copy__(self) -> SparseLayer:
+        """The same tokens, until one of the two goes on: states of a `LayerCache` are never changed."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(vars(self), kv=copy.copy(self.kv))
+        return twin
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         D = -(-max(key_states.shape[-1], value_states.shape[-1]) // 16) * 16
@@ -174,15 +187,21 @@ class SparseLayer(CacheLayerMixin):
             raise ValueError(
                 f"{_WHO}: expected heads of at most {ops.MAX_HEAD_DIM} channels, got {D} in layer {self.index}"
             )
-        self.make(_widen(key_states[:, :, :0], D))
+        self.kv = self.make(_widen(key_states[:, :, :0], D))
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.kv is not None
+
+    @is_initialized.setter
+    def is_initialized(self, value: bool) -> None:
+        pass  # transformers' constructor sets it
 
     def make(self, like: Tensor) -> LayerCache:
-        """The layer's cache, empty, for keys of that shape, dtype and device."""
+        """An empty cache for keys of that shape, dtype and device."""
         dense = self.index < self.config.dense_layers
         streaming = [False] * like.shape[1] if dense else _local_heads(self.pattern, like.shape[1])
-        self.kv = LayerCache(self.config, streaming, dense, like)
-        self.is_initialized = True
-        return self.kv
+        return LayerCache(self.config, streaming, dense, like)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         key_states = key_states.to(value_states.dtype)  # under autocast rotary embedding leaves float32
@@ -204,8 +223,30 @@ class SparseLayer(CacheLayerMixin):
             )
         D, new_padding = self.kv.head_dim, np.clip(padding - self.seen, 0, T).tolist()
         out = self.kv.attend(_widen(q, D), _widen(k, D), _widen(v, D), new_padding, scale, sinks)
-        self.seen += T
         return out[..., : v.shape[-1]]
+
+    def restored(
+        self, state: dict[str, Tensor], kv_heads: int, head_dim: int | None, device: torch.device | str
+    ) -> LayerCache:
+        """A cache from what `LayerCache.state` gave, for that many heads (or a tensor parallel part of them)."""
+        raw, P = state.get("raw_k"), self.config.page_size
+        if raw is None or raw.dim() != 4 or not raw.is_floating_point():
+            raise ValueError(f"{self.index}.raw_k: expected [B, {kv_heads}, {2 * P}, D] of the model's dtype, got "
+                             f"{'none' if raw is None else f'{list(raw.shape)} of {raw.dtype}'}")  # fmt: skip
+        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+        heads_fit = raw.shape[1] == kv_heads or (parallel and raw.shape[1] > 0 and kv_heads % raw.shape[1] == 0)
+        D = None if head_dim is None else -(-head_dim // 16) * 16
+        if not heads_fit or raw.shape[2] != 2 * P or D not in (None, raw.shape[3]):
+            raise ValueError(
+                f"{self.index}.raw_k: expected [B, {kv_heads}, {2 * P}, {'D' if D is None else D}] for this model, got "
+                f"{list(raw.shape)}"
+            )
+        kv = self.make(raw[:, :, :0].to(device))
+        try:
+            kv.restore(state)
+        except ValueError as error:
+            raise ValueError(f"{self.index}.{error}") from None
+        return kv
 
     @property
     def batch_size(self) -> int:
@@ -224,7 +265,7 @@ class SparseLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.kv, self.seen, self.is_initialized = None, 0, False
+        self.kv = None
 
     def crop(self, tokens_to_remove: int) -> None:
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
@@ -232,7 +273,6 @@ class SparseLayer(CacheLayerMixin):
             raise ValueError(f"crop: expected minus the number of tokens to remove, got {tokens_to_remove}")
         if tokens_to_remove < 0 and self.kv is not None:
             self.kv.crop(-tokens_to_remove)
-            self.seen = max(0, self.seen + tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.kv is not None:
@@ -296,9 +336,17 @@ class SparseCache(Cache):
     """
 
     def __init__(self, config: PretrainedConfig, sparse: SparseConfig | None = None) -> None:
-        sparse = sparse if sparse is not None else SparseConfig.dense()
-        text = config.get_text_config(decoder=True)
-        layers = _their_layers(text)
+        self.sparse = sparse if sparse is not None else SparseConfig.dense()
+        if isinstance(self.sparse.streaming, (str, os.PathLike)):  # a cache is whole without the file
+            self.sparse = self.sparse.replace(streaming=HeadPattern.load(self.sparse.streaming))
+        self._config = config.get_text_config(decoder=True)
+        self._forward: _Forward | None = None
+        self._used: set[int] | None = None  # layers that a whole forward has touched
+        self._dead: str | None = None
+        super().__init__(layers=self._new_layers())
+
+    def _new_layers(self) -> list[Any]:
+        text, layers = self._config, _their_layers(self._config)
         ours = [i for i, layer in enumerate(layers) if _is_ours(layer, i, text)]
         if not ours:
             kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
@@ -312,49 +360,144 @@ class SparseCache(Cache):
                 f"layers are {kinds}{hint}"
             )
         kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        patterns = heads.resolve(sparse.streaming, len(layers), kv_heads, ours)
+        patterns = heads.resolve(self.sparse.streaming, len(layers), kv_heads, ours)
         for i in ours:
-            layers[i] = SparseLayer(sparse, text, patterns[i], i)
-        super().__init__(layers=layers)
-        self.sparse = sparse
+            layers[i] = SparseLayer(self.sparse, text, patterns[i], i)
+        return layers
 
     @property
     def ours(self) -> list[SparseLayer]:
         """The layers with full attention."""
         return [layer for layer in self.layers if isinstance(layer, SparseLayer)]
 
+    # ---- one forward after the other --------------------------------------------------------------------------------
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        if layer_idx == 0:
-            self._recover()
+        self._touch(layer_idx, "kv")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        self._touch(layer_idx, f"conv{state_idx}")
+        state: Tensor = super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+        return state
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        self._touch(layer_idx, f"recurrent{state_idx}")
+        state: Tensor = super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+        return state
+
+    def _touch(self, index: int, kind: str) -> None:
+        """Notes that a forward has come to a layer, and begins a new one where layers begin anew."""
+        forward = self._forward
+        if forward is None or index < max(forward.touched) or kind in forward.touched.get(index, ()):
+            self._settle()
+            forward = self._forward = _Forward([_copied(layer) for layer in self.layers])
+        layer = self.layers[index]
+        if isinstance(layer, SparseLayer) and layer.seen != forward.columns:
+            raise RuntimeError(
+                f"SparseCache: expected {forward.columns} columns in layer {index}, as in the other layers, got "
+                f"{layer.seen}: an earlier forward has left this layer out"
+            )
+        forward.touched.setdefault(index, set()).add(kind)
+
+    def _settle(self) -> None:
+        """Ends the last forward: an interrupted one is taken back, in all layers at once.
+
+        Raises:
+            RuntimeError: it cannot be taken back, because it has overwritten the state of a linear layer.
+        """
+        if self._dead is not None:
+            raise RuntimeError(self._dead)
+        forward = self._forward
+        if forward is None:
+            return
+        if not self._is_whole(forward):
+            if self._used is None and forward.touched:
+                warnings.warn(
+                    f"SparseCache: the first forward ended at layer {max(forward.touched)} of {len(self.layers)}, so "
+                    "it is taken as interrupted and begins anew. If the model has no more layers than that, say so in "
+                    "its config.num_hidden_layers",
+                    stacklevel=4,
+                )
+            for index in forward.touched:
+                states = getattr(forward.before[index], "has_previous_state", {})
+                if any(states.values()):
+                    self._dead = (
+                        "SparseCache: the last forward was interrupted, and the linear layer "
+                        f"{index} cannot be taken back: call reset() and prefill again"
+                    )
+                    raise RuntimeError(self._dead)
+            self.layers = forward.before
+        elif forward.touched:
+            self._used = set(forward.touched)
+        self._forward = None
+
+    def _is_whole(self, forward: _Forward) -> bool:
+        """Whether a forward has come to its end."""
+        if not forward.touched:
+            return True
+        last = max(forward.touched)
+        end = max(self._used) if self._used else max(i for i, x in enumerate(self.layers) if not _is_dummy(x))
+        kinds = [kinds for i, kinds in forward.touched.items() if type(self.layers[i]) is type(self.layers[last])]
+        attended = all(layer.seen > forward.columns for layer in self.ours if layer.index in forward.touched)
+        return last >= end and attended and forward.touched[last] >= set().union(*kinds)
+
+    def _on_all(self, action: Callable[[Any], object]) -> None:
+        """Does something to every layer, or, if it fails in one, to none."""
+        self._settle()
+        layers = [_copied(layer) for layer in self.layers]
+        for layer in layers:
+            action(layer)
+        self.layers = layers
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns that every layer holds: after an interrupted forward, those from before it."""
-        return min(layer.seen for layer in self.ours)
+        """Columns that the layers hold. During a forward, and after an interrupted one: those from before it."""
+        forward = self._forward
+        if forward is not None and not self._is_whole(forward):
+            return forward.columns
+        return max(layer.seen for layer in self.ours)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Keys that a layer will have, and the column of the first of them."""
-        if isinstance(self.layers[layer_idx], SparseLayer):
+        layer = self.layers[layer_idx]
+        if isinstance(layer, SparseLayer) or not isinstance(layer, CacheLayerMixin):
             return self.get_seq_length() + query_length, 0
-        return super().get_mask_sizes(query_length, layer_idx)
+        if self._forward is not None and not self._is_whole(self._forward):
+            layer = self._forward.before[layer_idx]
+        sizes: tuple[int, int] = layer.get_mask_sizes(query_length)
+        return sizes
 
-    def _recover(self) -> None:
-        """After an exception in the middle of a forward: back to the last length that all layers reached."""
-        length = self.get_seq_length()
-        if length == 0:  # nothing to keep, not even the batch size
-            self.reset()  # type: ignore[no-untyped-call]
-        for layer in self.ours:
-            if layer.seen > length and layer.kv is not None:
-                layer.kv.check_crop(layer.seen - length)
-        for layer in self.ours:
-            layer.crop(length - layer.seen)
+    @property
+    def batch_size(self) -> int:
+        """Sequences; -1 before the first forward."""
+        return max((layer.batch_size for layer in self.ours), default=-1)
 
+    # ---- all layers at once -----------------------------------------------------------------------------------------
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest ``-tokens_to_remove`` columns from every sequence, or raises and changes nothing."""
-        for layer in self.ours:
-            if layer.kv is not None and tokens_to_remove < 0:
-                layer.kv.check_crop(-int(tokens_to_remove))
-        super().crop(tokens_to_remove)
+        self._on_all(lambda layer: layer.crop(tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keeps these sequences, in this order."""
+        self._on_all(lambda layer: layer.reorder_cache(beam_idx))
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keeps the sequences that `indices` picks from a tensor's first dimension."""
+        self._on_all(lambda layer: layer.batch_select_indices(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence `repeats` times."""
+        self._on_all(lambda layer: layer.batch_repeat_interleave(repeats))
+
+    def activate_past_recording(self) -> None:
+        """transformers' own layers keep what a crop may ask for."""
+        self._on_all(lambda layer: getattr(layer, "activate_past_recording", lambda: None)())
+
+    def reset(self) -> None:
+        """As new."""
+        self.layers = self._new_layers()
+        self._forward, self._dead = None, None
 
     def memory(self) -> dict[str, Memory]:
         """Bytes of KV a tier: used, reserved, peak. Layers of transformers' own count with what they hold now."""
@@ -373,12 +516,20 @@ class SparseCache(Cache):
 
     def fork(self) -> SparseCache:
         """A second cache that goes on from here; sealed blocks are shared until either drops them."""
+        self._settle()
         twin = copy.copy(self)
         twin.layers = [
             copy.copy(layer) if isinstance(layer, SparseLayer) else copy.deepcopy(layer) for layer in self.layers
         ]
         for layer in twin.ours:
             layer.kv = layer.kv.fork() if layer.kv is not None else None
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseCache:
+        """A copy that shares nothing."""
+        self._settle()
+        twin = copy.copy(self)
+        twin.layers = copy.deepcopy(self.layers, memo)
         return twin
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -389,6 +540,7 @@ class SparseCache(Cache):
         """
         from safetensors.torch import save_file
 
+        self._settle()
         tensors: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, SparseLayer):
@@ -399,37 +551,99 @@ class SparseCache(Cache):
                     )
             elif layer.kv is not None:
                 tensors |= {f"{i}.{name}": tensor.cpu().contiguous() for name, tensor in layer.kv.state().items()}
-        head = {
-            "sparse": self.sparse.to_dict(),
-            "seen": {layer.index: layer.seen for layer in self.ours},
-            "pattern": {layer.index: layer.pattern for layer in self.ours},
-        }
-        save_file(tensors, path, {"lserve_ext": json.dumps(head)})
+        head = {"format": _FORMAT, "sparse": self.sparse.to_dict(), "layers": len(self.layers)}
+        _write_beside(path, lambda beside: save_file(tensors, beside, {"lserve_ext": json.dumps(head)}))
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], config: PretrainedConfig, device: torch.device | str = "cpu"
     ) -> SparseCache:
-        """Reads what `save` wrote, for the same model, onto one device."""
-        from safetensors import safe_open
+        """Reads what `save` wrote, for the same model, onto one device.
 
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if "lserve_ext" not in metadata:
-                raise ValueError(f"SparseCache.load: expected a file of SparseCache.save, got {os.fspath(path)!r}")
-            head = json.loads(metadata["lserve_ext"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-        cache = cls(config, SparseConfig.from_dict(head["sparse"]))
-        if len(cache.ours) != len(head["seen"]):
-            raise ValueError(f"SparseCache.load: expected {len(cache.ours)} layers, got {len(head['seen'])}")
-        for layer in cache.ours:
-            i = str(layer.index)
-            state = {name.removeprefix(f"{i}."): tensor for name, tensor in tensors.items() if name.startswith(f"{i}.")}
-            layer.pattern, layer.seen = head["pattern"][i], head["seen"][i]
-            if state:
-                raw = state["raw_k"].to(device)
-                layer.make(raw).restore(state)
+        Raises:
+            ValueError: the file is damaged, of another format or of another model; the text names file and tensor.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        name = os.fspath(path)
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if "lserve_ext" not in metadata:
+                    raise ValueError("expected a file of SparseCache.save, got another one")
+                head = json.loads(metadata["lserve_ext"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+            return cls._from_file(head, tensors, config, device)
+        except (ValueError, TypeError, RecursionError, SafetensorError) as error:
+            raise ValueError(f"SparseCache.load: {name}: {error}") from None
+
+    @classmethod
+    def _from_file(
+        cls, head: Any, tensors: dict[str, Tensor], config: PretrainedConfig, device: torch.device | str
+    ) -> SparseCache:
+        if not isinstance(head, dict) or head.get("format") != _FORMAT:
+            got = head.get("format") if isinstance(head, dict) else type(head).__name__
+            raise ValueError(f"format: expected {_FORMAT}, got {got!r}: written by another version of lserve_ext")
+        cache = cls(config, SparseConfig.from_dict(head.get("sparse")))  # type: ignore[arg-type]  # checked there
+        if len(cache.layers) != head.get("layers"):
+            raise ValueError(f"layers: expected the {len(cache.layers)} of the model, got {head.get('layers')!r}")
+        states: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            number, _, name = key.partition(".")
+            if not (number.isdecimal() and len(number) < 6 and name):
+                raise ValueError(f"{key}: expected a layer and a name, got another tensor")
+            states.setdefault(int(number), {})[name] = tensor
+        ours = [layer.index for layer in cache.ours]
+        if states and sorted(states) != ours:
+            raise ValueError(f"expected tensors of the layers {ours}, got {sorted(states)}")
+        text = config.get_text_config(decoder=True)
+        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        for layer in cache.ours if states else ():
+            layer.kv = layer.restored(states[layer.index], kv_heads, _head_dim(text), device)
+        fed = {layer.index: layer.seen for layer in cache.ours}
+        batches = {layer.index: layer.batch_size for layer in cache.ours}
+        for what, values in (("columns", fed), ("batch size", batches)):
+            if len(set(values.values())) > 1:
+                raise ValueError(f"{what}: expected the same in all layers, got {values}")
+        if states:
+            cache._used = set(states)
         return cache
+
+
+_FORMAT = 2  # of files
+
+
+def _head_dim(config: PretrainedConfig) -> int | None:
+    """Channels that a model's config gives its keys, if it gives all layers the same."""
+    if any(hasattr(config, name) for name in ("qk_nope_head_dim", "global_head_dim")):
+        return None
+    return getattr(config, "head_dim", None) or int(config.hidden_size // config.num_attention_heads)
+
+
+@dataclasses.dataclass
+class _Forward:
+    """A forward on its way through the layers."""
+
+    before: list[Any]
+    """The layers as they were."""
+    touched: dict[int, set[str]] = dataclasses.field(default_factory=dict)
+    """Layers that it has come to, and which of their states it has asked for."""
+
+    def __post_init__(self) -> None:
+        self.columns = max(layer.seen for layer in self.before if isinstance(layer, SparseLayer))
+
+
+def _copied(layer: Any) -> Any:
+    """A copy that stays as it is while the layer goes on. Only linear layers change their tensors in place."""
+    twin = copy.copy(layer)
+    if not isinstance(layer, SparseLayer):
+        vars(twin).update({name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)})
+    return twin
+
+
+def _is_dummy(layer: Any) -> bool:
+    """A layer that never holds anything, as one that reads another layer's keys."""
+    return type(layer).__name__ == "DummyLayer"
 
 
 def _tensors(layer: Any) -> dict[str, Tensor]:
@@ -661,7 +875,7 @@ def _refuse_models_without_interface() -> None:
 
     @functools.wraps(check)
     def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> Any:
-        if requested_attention == NAME and not self.is_backend_compatible():
+        if requested_attention == NAME and not (self.is_backend_compatible() or self._can_set_attn_implementation()):
             raise ValueError(
                 f"{_WHO} is not supported by {type(self).__name__}: this model has its own attention and does not call "
                 'a registered one. If it is part of a larger model, pass attn_implementation={"text_config": "lserve"}'
