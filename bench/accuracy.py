@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lserve_ext import HeadPattern, SparseCache, SparseConfig, __version__, demo
+from lserve_ext.hf import cache_argument
 
 
 def configs(layers: int, kv_heads: int) -> dict[str, SparseConfig]:
@@ -49,10 +50,10 @@ def read(
     """Logits [positions, vocabulary] of the tokens after the prefix, one decode step each."""
     cache = SparseCache(model.config, sparse)
     for part in ids[:, :prefix].split(512, 1):
-        model(part, past_key_values=cache, logits_to_keep=1)
+        model(part, **cache_argument(model, cache), logits_to_keep=1)
     start = time.perf_counter()
     steps = tqdm(ids[0, prefix:].tolist(), desc=name, unit=" tokens")
-    rows = [model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1] for token in steps]
+    rows = [model(torch.tensor([[token]]), **cache_argument(model, cache)).logits[0, -1] for token in steps]
     cost = {"tokens_per_second": len(rows) / (time.perf_counter() - start)}
     attended, held = cache.attended()
     cost |= {"attended": attended / held, "kv_bytes": cache.memory()["device"].used}

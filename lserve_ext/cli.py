@@ -91,7 +91,10 @@ class Generation:
         return run
 
     def _forward(self, ids: Tensor, cache: Any) -> Tensor:
-        logits: Tensor = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].float()
+        from .hf import cache_argument
+
+        outputs = self.model(ids, **cache_argument(self.model, cache), use_cache=True, logits_to_keep=1)
+        logits: Tensor = outputs.logits[0, -1].float()
         return logits
 
 

@@ -2,7 +2,7 @@
 
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="lserve")
     cache = SparseCache(model.config, SparseConfig.lserve(streaming="heads.json"))
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)  # past_key_values=cache before transformers 5.24
 
 The model calls `cache.update(k, v, layer)` and hands its result on to the attention function untouched. So `update`
 returns a handle that holds k and v; the attention function, which also knows the padding, appends and attends. Pad
@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import json
 import os
 import sys
@@ -25,7 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -80,9 +88,11 @@ class PendingKV(Handle):
 
     def _refuse(self, touch: str) -> NoReturn:
         if getattr(self.layer.model_config, "_attn_implementation", None) == NAME:
+            latent = " (multi-head latent attention, whose cache holds compressed keys)"
             raise RuntimeError(
                 f"{_WHO} with a SparseCache: {type(self.layer.model_config).__name__}'s attention changes keys between "
                 f"cache and attention ({touch}), which is not supported"
+                f"{latent if getattr(self.layer.model_config, 'kv_lora_rank', None) else ''}"
             )
         raise RuntimeError(
             "SparseCache needs attn_implementation='lserve': load the model with it, or call "
@@ -179,6 +189,14 @@ class SparseLayer(CacheLayerMixin):
         """The same tokens, until one of the two goes on: states of a `LayerCache` are never changed."""
         twin = type(self).__new__(type(self))
         twin.__dict__.update(vars(self), kv=copy.copy(self.kv))
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseLayer:
+        """Its own tensors, but the same configs."""
+        twin = type(self).__new__(type(self))
+        shared = {"config", "model_config", "pattern"}
+        fields = {name: x if name in shared else copy.deepcopy(x, memo) for name, x in vars(self).items()}
+        twin.__dict__.update(fields)
         return twin
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -293,6 +311,40 @@ class SparseLayer(CacheLayerMixin):
     prefetch = offload
 
 
+class SparseHybridLayer(SparseLayer, LinearAttentionLayer):
+    """A layer with full attention, which is ours, beside the states of a linear one, which are transformers'."""
+
+    is_compileable = False
+    is_croppable = LinearAttentionLayer.is_croppable
+
+    def __init__(self, *args: Any, number_of_states: int = 1) -> None:
+        LinearAttentionLayer.__init__(self, number_of_states)
+        SparseLayer.__init__(self, *args)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        own = SparseLayer if args else LinearAttentionLayer  # transformers gives keys by position, states by name
+        own.lazy_initialization(self, *args, **kwargs)
+
+    def reset(self) -> None:
+        SparseLayer.reset(self)
+        LinearAttentionLayer.reset(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        SparseLayer.crop(self, tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        SparseLayer.reorder_cache(self, beam_idx)
+        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """`cache` under the name that a model's `forward` and `generate` want: "cache" from transformers 5.24 on, before
+    that (and in models from elsewhere) "past_key_values"."""
+    parameters = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in parameters else "past_key_values": cache}
+
+
 def _widen(x: Tensor, D: int) -> Tensor:
     """x with D channels, zeros behind its own."""
     return x if x.shape[-1] == D else torch.nn.functional.pad(x, (0, D - x.shape[-1]))
@@ -311,13 +363,13 @@ def _their_layers(config: PretrainedConfig) -> list[Any]:
 
 def _is_ours(layer: Any, index: int, config: PretrainedConfig) -> bool:
     """Full attention whose keys no other layer uses. A window that no position reaches does not count."""
-    modes = getattr(config, "kv_sharing_modes", None)
-    if modes is not None and modes[index] is not None:
+    modes = getattr(config, "kv_sharing_modes", None) or []
+    if "reuse" in modes and modes[index] is not None:
         return False
     positions = getattr(config, "max_position_embeddings", None)
     if type(layer) is DynamicSlidingWindowLayer and positions is not None:
         return bool(layer.sliding_window >= positions)
-    return type(layer) is DynamicLayer
+    return type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 
 
 class SparseCache(Cache):
@@ -362,7 +414,11 @@ class SparseCache(Cache):
         kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         patterns = heads.resolve(self.sparse.streaming, len(layers), kv_heads, ours)
         for i in ours:
-            layers[i] = SparseLayer(self.sparse, text, patterns[i], i)
+            arguments = (self.sparse, text, patterns[i], i)
+            if isinstance(layers[i], LinearAttentionLayer):
+                layers[i] = SparseHybridLayer(*arguments, number_of_states=layers[i].number_of_states)
+            else:
+                layers[i] = SparseLayer(*arguments)
         return layers
 
     @property
@@ -502,10 +558,8 @@ class SparseCache(Cache):
     def memory(self) -> dict[str, Memory]:
         """Bytes of KV a tier: used, reserved, peak. Layers of transformers' own count with what they hold now."""
         total = sum((layer.kv.memory() for layer in self.ours if layer.kv is not None), Memory())
-        for layer in self.layers:
-            if not isinstance(layer, SparseLayer):
-                size = sum(tensor.nbytes for tensor in _tensors(layer).values())
-                total += Memory(size, size, size)
+        size = sum(tensor.nbytes for layer in self.layers for tensor in _tensors(layer).values())
+        total += Memory(size, size, size)
         return {"device": total}
 
     def attended(self) -> tuple[int, int]:
@@ -518,11 +572,8 @@ class SparseCache(Cache):
         """A second cache that goes on from here; sealed blocks are shared until either drops them."""
         self._settle()
         twin = copy.copy(self)
-        twin.layers = [
-            copy.copy(layer) if isinstance(layer, SparseLayer) else copy.deepcopy(layer) for layer in self.layers
-        ]
-        for layer in twin.ours:
-            layer.kv = layer.kv.fork() if layer.kv is not None else None
+        shared = {id(layer.kv): layer.kv.fork() for layer in self.ours if layer.kv is not None}
+        twin.layers = copy.deepcopy(self.layers, dict(shared))  # which takes these for copies made already
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseCache:
@@ -543,13 +594,12 @@ class SparseCache(Cache):
         self._settle()
         tensors: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
-            if not isinstance(layer, SparseLayer):
-                if _tensors(layer):
-                    raise ValueError(
-                        f"SparseCache.save: expected layers with full attention only, got {type(layer).__name__} in "
-                        f"layer {i}, which is transformers' own"
-                    )
-            elif layer.kv is not None:
+            if _tensors(layer):
+                raise ValueError(
+                    f"SparseCache.save: expected layers with full attention only, got {type(layer).__name__} in layer "
+                    f"{i}, whose states are transformers' own"
+                )
+            if isinstance(layer, SparseLayer) and layer.kv is not None:
                 tensors |= {f"{i}.{name}": tensor.cpu().contiguous() for name, tensor in layer.kv.state().items()}
         head = {"format": _FORMAT, "sparse": self.sparse.to_dict(), "layers": len(self.layers)}
         _write_beside(path, lambda beside: save_file(tensors, beside, {"lserve_ext": json.dumps(head)}))
@@ -636,8 +686,7 @@ class _Forward:
 def _copied(layer: Any) -> Any:
     """A copy that stays as it is while the layer goes on. Only linear layers change their tensors in place."""
     twin = copy.copy(layer)
-    if not isinstance(layer, SparseLayer):
-        vars(twin).update({name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)})
+    vars(twin).update({name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)})
     return twin
 
 
@@ -888,4 +937,14 @@ def _refuse_models_without_interface() -> None:
 register()
 _refuse_models_without_interface()
 
-__all__ = ["AttentionMask", "HeadPattern", "PendingKV", "SparseCache", "SparseLayer", "attention", "mask", "register"]
+__all__ = [
+    "AttentionMask",
+    "HeadPattern",
+    "PendingKV",
+    "SparseCache",
+    "SparseLayer",
+    "attention",
+    "cache_argument",
+    "mask",
+    "register",
+]

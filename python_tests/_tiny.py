@@ -8,6 +8,14 @@ from typing import Any
 import torch
 
 
+def cached(cache: Any) -> dict[str, Any]:
+    """A cache under the name that the installed transformers has for it."""
+    import transformers
+
+    version = tuple(map(int, transformers.__version__.split(".")[:2]))
+    return {"cache" if version >= (5, 24) else "past_key_values": cache}
+
+
 def tokenizer() -> Any:
     """A byte-level BPE of nothing but bytes, with a beginning of sequence."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors

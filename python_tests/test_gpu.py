@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from _cases import BF16, Case, Shape, build, ints, normal, same_bits
-from _tiny import llama
+from _tiny import cached, llama
 from torch import Tensor
 
 from lserve_ext import SparseCache, SparseConfig, ops
@@ -146,10 +146,10 @@ def test_generate_in_bfloat16(model: Any, preset: str) -> None:
     for implementation, kv in (("sdpa", None), ("lserve", SparseCache(model.config, config))):
         model.set_attn_implementation(implementation)
         with torch.no_grad():
-            out = model(ids[:, :290], past_key_values=kv, use_cache=True)
+            out = model(ids[:, :290], **cached(kv), use_cache=True)
             rows = [out.logits[:, -1]]
             for i in range(290, 300):
-                out = model(ids[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+                out = model(ids[:, i : i + 1], **cached(out.past_key_values), use_cache=True)
                 rows.append(out.logits[:, -1])
         logits[implementation] = torch.stack(rows).float()
     with torch.no_grad():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _tiny import cached
 
 from lserve_ext import HeadPattern, SparseCache, SparseConfig
 
@@ -25,7 +26,7 @@ def generate(model: torch.nn.Module) -> tuple[torch.Tensor, SparseCache]:
     mask[1, :13] = 0
     cache = SparseCache(model.config, CONFIG)
     with torch.no_grad():
-        out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=20, do_sample=False)
+        out = model.generate(ids, attention_mask=mask, **cached(cache), max_new_tokens=20, do_sample=False)
     return out, cache
 
 

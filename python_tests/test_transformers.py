@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from _tiny import cached
 from transformers import DynamicCache, StaticCache
 
 from lserve_ext import SparseCache, SparseConfig
@@ -61,7 +62,7 @@ def generate(model: Any, implementation: str, cache: Any, ids: torch.Tensor, mas
     torch.manual_seed(7)
     options = {"max_new_tokens": 24, "do_sample": False} | options
     options |= {"output_scores": True, "return_dict_in_generate": True}
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+    return model.generate(ids, attention_mask=mask, **cached(cache), **options)
 
 
 def assert_same_tokens(want: Any, got: Any, prompt: int) -> None:
@@ -112,7 +113,7 @@ def test_several_turns_on_one_cache(any_model: Any) -> None:
         ids, _ = prompts(1)
         for turn in range(3):
             mask = torch.ones_like(ids)
-            ids = any_model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=9, do_sample=False)
+            ids = any_model.generate(ids, attention_mask=mask, **cached(cache), max_new_tokens=9, do_sample=False)
             ids = torch.cat([ids, torch.tensor([[5, 6, 7 + turn]])], 1)
         return ids
 
@@ -173,7 +174,7 @@ def test_int8_logits_stay_close(llama: Any) -> None:
         llama.set_attn_implementation("lserve")
         cache = SparseCache(llama.config, SparseConfig.dense(kv_dtype="int8", **SMALL))
         for part in torch.arange(35).split(7):
-            logits = llama(ids[:, part], attention_mask=mask[:, : part[-1] + 1], past_key_values=cache).logits
+            logits = llama(ids[:, part], attention_mask=mask[:, : part[-1] + 1], **cached(cache)).logits
     got = logits[:, -1]
     last = torch.stack([want[: int(n)][-1] for n in mask.sum(1).cumsum(0)])
     assert 1e-6 < float((got - last).norm() / last.norm()) < 2e-2
@@ -199,7 +200,7 @@ def test_no_grad_and_inference_mode_mix(llama: Any) -> None:
         cache = SparseCache(llama.config, SparseConfig.dense(**SMALL))
         for mode, part in zip(modes, ids.split(12, 1), strict=True):
             with mode():
-                logits = llama(part, past_key_values=cache).logits
+                logits = llama(part, **cached(cache)).logits
         outputs.append(logits.clone())
     assert_alike(*outputs)
 
@@ -215,7 +216,7 @@ def test_two_models_side_by_side(llama: Any) -> None:
         for m in order:
             m.set_attn_implementation("lserve")
             with torch.no_grad():
-                tokens[m].append(m(tokens[m][-1], past_key_values=caches[m]).logits[:, -1:].argmax(-1))
+                tokens[m].append(m(tokens[m][-1], **cached(caches[m])).logits[:, -1:].argmax(-1))
         store.update({m: torch.cat(parts[1:], 1) for m, parts in tokens.items()})
     assert torch.equal(alone[llama], mixed[llama]) and torch.equal(alone[other], mixed[other])
 
@@ -245,8 +246,8 @@ def test_an_exception_in_the_middle_of_a_forward_is_undone(
                     with monkeypatch.context() as patch:
                         patch.setattr(layer, "forward", boom)
                         with pytest.raises(BoomError):
-                            llama(part, past_key_values=cache)
-                logits.append(llama(part, past_key_values=cache).logits)
+                            llama(part, **cached(cache))
+                logits.append(llama(part, **cached(cache)).logits)
         return logits
 
     for want, got in zip(steps(()), steps((0, 1, 2, 3, 4)), strict=True):
@@ -260,9 +261,9 @@ def test_fork_deepcopy_and_files_go_on_alike(llama: Any, tmp_path: Any) -> None:
     step = torch.tensor([[11], [12]])
     grow = lambda m: torch.cat([m, torch.ones_like(m[:, :1])], 1)  # noqa: E731
     with torch.no_grad():
-        llama(ids, attention_mask=mask, past_key_values=cache)
+        llama(ids, attention_mask=mask, **cached(cache))
         mask = grow(mask)
-        llama(step, attention_mask=mask, past_key_values=cache)
+        llama(step, attention_mask=mask, **cached(cache))
         cache.save(tmp_path / "cache.safetensors")
         twins = [cache.fork(), copy.deepcopy(cache), SparseCache.load(tmp_path / "cache.safetensors", llama.config)]
         outputs = []
@@ -270,7 +271,7 @@ def test_fork_deepcopy_and_files_go_on_alike(llama: Any, tmp_path: Any) -> None:
             grown, logits = mask, []
             for _ in range(20):  # seals pages, reselects
                 grown = grow(grown)
-                logits.append(llama(step, attention_mask=grown, past_key_values=each).logits)
+                logits.append(llama(step, attention_mask=grown, **cached(each)).logits)
             outputs.append(torch.cat(logits, 1))
     for got in outputs[1:]:
         assert_alike(outputs[0], got)
@@ -292,21 +293,21 @@ def test_our_cache_under_another_attention(llama: Any) -> None:
     for implementation in ("sdpa", "eager"):
         llama.set_attn_implementation(implementation)
         with torch.no_grad(), pytest.raises(RuntimeError, match="needs attn_implementation='lserve'"):
-            llama(prompts(1)[0], past_key_values=SparseCache(llama.config))
+            llama(prompts(1)[0], **cached(SparseCache(llama.config)))
 
 
 def test_padding_on_the_right_is_refused(llama: Any) -> None:
     ids, mask = prompts()
     llama.set_attn_implementation("lserve")
     with torch.no_grad(), pytest.raises(ValueError, match="padding on the left only"):
-        llama(ids, attention_mask=mask.flip(1), past_key_values=SparseCache(llama.config))
+        llama(ids, attention_mask=mask.flip(1), **cached(SparseCache(llama.config)))
 
 
 def test_without_our_cache_whatever_is_not_causal_is_left_to_transformers(llama: Any) -> None:
     ids, mask = prompts()
     positions = torch.tensor([[*range(20), *range(15)]])
     calls: list[Callable[[], Any]] = [
-        lambda: llama(ids, past_key_values=StaticCache(config=llama.config, max_cache_len=64)).logits,
+        lambda: llama(ids, **cached(StaticCache(config=llama.config, max_cache_len=64))).logits,
         lambda: llama(ids[:1], position_ids=positions, use_cache=False).logits,  # packed sequences
         lambda: llama(ids, attention_mask=mask.flip(1), use_cache=False).logits[mask.flip(1).bool()],
     ]
@@ -334,7 +335,7 @@ def test_a_window_that_no_position_reaches_does_not_count() -> None:
     assert len(cache.ours) == 3
     assert_same_tokens(want, run_mode(model, "greedy", "lserve", cache)[0], prompt)
     with torch.no_grad(), pytest.raises(ValueError, match="got a mask with a sliding window"):
-        model(torch.full((3, 500), 5), past_key_values=cache)
+        model(torch.full((3, 500), 5), **cached(cache))
 
 
 @pytest.mark.parametrize("name", ["softcap", "head_mask"])
@@ -367,12 +368,12 @@ def test_masks_that_contradict_the_cache_are_refused(llama: Any) -> None:
     ids, mask = prompts()
     cache = SparseCache(llama.config)
     with torch.no_grad():
-        llama(ids, past_key_values=cache)  # nothing is padding
+        llama(ids, **cached(cache))  # nothing is padding
         longer = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], 1)
         with pytest.raises(ValueError, match="the padding of earlier calls"):
-            llama(ids[:, :1], attention_mask=longer, past_key_values=cache)
+            llama(ids[:, :1], attention_mask=longer, **cached(cache))
         with pytest.raises(ValueError, match=r"attention_mask: expected \[3, 36\]"):
-            llama(ids[:, :1], attention_mask=mask, past_key_values=cache)
+            llama(ids[:, :1], attention_mask=mask, **cached(cache))
 
 
 def test_autocast(llama: Any) -> None:
@@ -382,7 +383,7 @@ def test_autocast(llama: Any) -> None:
         llama.set_attn_implementation(implementation)
         cache = SparseCache(llama.config) if implementation == "lserve" else DynamicCache(config=llama.config)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            outputs.append(llama(ids, attention_mask=mask, past_key_values=cache).logits[:, -1].float())
+            outputs.append(llama(ids, attention_mask=mask, **cached(cache)).logits[:, -1].float())
     assert float((outputs[0] - outputs[1]).norm() / outputs[0].norm()) < 0.1
 
 
@@ -392,7 +393,7 @@ def test_dense_layers_are_dense_in_every_head(llama: Any) -> None:
     streaming = SparseConfig.preset("streaming", sink_tokens=8, local_tokens=8, **SMALL)
     with torch.no_grad():
         outputs = [
-            llama(ids, past_key_values=SparseCache(llama.config, sparse)).logits
+            llama(ids, **cached(SparseCache(llama.config, sparse))).logits
             for sparse in (SparseConfig.dense(**SMALL), streaming.replace(dense_layers=3), streaming)
         ]
     assert_alike(outputs[0], outputs[1])
@@ -403,7 +404,7 @@ def test_batch_indices_are_those_of_a_tensor(llama: Any) -> None:
     llama.set_attn_implementation("lserve")
     cache = SparseCache(llama.config)
     with torch.no_grad():
-        llama(prompts(3)[0], past_key_values=cache)
+        llama(prompts(3)[0], **cached(cache))
     cache.batch_select_indices(torch.tensor([True, False, True]))
     cache.batch_select_indices([-1])
     assert cache.batch_size == 1 and cache.attended()[0] > 0
@@ -418,8 +419,8 @@ def test_another_batch_size_is_refused(llama: Any) -> None:
     llama.set_attn_implementation("lserve")
     cache = SparseCache(llama.config)
     with torch.no_grad():
-        llama(prompts(1)[0], past_key_values=cache)
+        llama(prompts(1)[0], **cached(cache))
         with pytest.raises(ValueError, match=r"k: expected \[1, 2, T, 16\]"):
-            llama(prompts(2)[0], past_key_values=cache)
+            llama(prompts(2)[0], **cached(cache))
         cache.reset()
-        llama(prompts(2)[0], past_key_values=cache)
+        llama(prompts(2)[0], **cached(cache))
