@@ -557,6 +557,7 @@ class SparseCache(Cache):
 
     def memory(self) -> dict[str, Memory]:
         """Bytes of KV a tier: used, reserved, peak. Layers of transformers' own count with what they hold now."""
+        self._settle()  # what the last forward could have been taken back to is no longer held
         total = sum((layer.kv.memory() for layer in self.ours if layer.kv is not None), Memory())
         size = sum(tensor.nbytes for layer in self.layers for tensor in _tensors(layer).values())
         total += Memory(size, size, size)
