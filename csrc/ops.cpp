@@ -9,12 +9,15 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #ifdef LSERVE_CUDA
 #include "cuda/stream.h"
@@ -117,7 +120,7 @@ constexpr int64_t any = -1;  // a dimension of any size
 
 class Checker {
  public:
-  Checker(const char* op, const Tensor& like) : op_(op), device_(like.device()) {}
+  Checker(const char* op, const Tensor& like, const char* name) : op_(op), device_(given(like, name).device()) {}
 
   template <class... Parts>
   [[noreturn]] void fail(const char* name, const Parts&... parts) const {
@@ -127,16 +130,21 @@ class Checker {
     throw std::runtime_error(s.str());
   }
 
+  const Tensor& given(const Tensor& t, const char* name) const {
+    if (!t.defined()) fail(name, "expected a tensor, got None");
+    return t;
+  }
+
   // The last `inner` dimensions must be contiguous; the strides of the others are free.
   const Checker& shape(const Tensor& t, const char* name, const char* letters, std::initializer_list<int64_t> want,
                        int64_t inner = 1) const {
-    if (t.device() != device_) fail(name, "expected the device of the other arguments, got another device");
+    if (given(t, name).device() != device_) fail(name, "expected the device of the other arguments, got another device");
     const std::vector<int64_t> wanted(want), got = sizes(t);
     bool ok = got.size() == wanted.size();
     for (size_t i = 0; ok && i < wanted.size(); ++i) ok = wanted[i] == any || wanted[i] == got[i];
     if (!ok) fail(name, "expected ", letters, " = ", text(wanted), ", got ", text(got));
     int64_t stride = 1;
-    for (int64_t i = t.dim() - 1; i >= t.dim() - inner; --i) {
+    for (int64_t i = t.dim() - 1; i >= t.dim() - inner && t.numel() > 0; --i) {
       if (t.size(i) > 1 && t.stride(i) != stride)
         fail(name, "expected the last ", inner, " dimension(s) of ", letters, " to be contiguous, got stride ",
              t.stride(i), " in dimension ", i);
@@ -157,9 +165,52 @@ class Checker {
     return *this;
   }
 
+  // Kernels hold counts and positions in 32 bits.
   const Checker& at_least(const char* name, int64_t value, int64_t least) const {
     if (value < least) fail(name, "expected at least ", least, ", got ", value);
+    if (value > INT32_MAX) fail(name, "expected at most ", INT32_MAX, ", got ", value);
     return *this;
+  }
+
+  // A tensor that an op writes: no two of its elements may lie in one place.
+  const Checker& written(const Tensor& t, const char* name) const {
+    std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+    for (int64_t i = 0; i < t.dim(); ++i) {
+      if (t.size(i) == 0) return *this;
+      if (t.size(i) > 1) dims.emplace_back(t.stride(i), t.size(i));
+    }
+    std::sort(dims.begin(), dims.end());
+    int64_t extent = 1;
+    for (const auto& [stride, size] : dims) {
+      if (stride < extent) fail(name, "expected rows that do not overlap, because they are written, got stride ", stride);
+      extent = stride * (size - 1) + extent;
+    }
+    return *this;
+  }
+
+  // Two tensors of which one is written must not share memory.
+  const Checker& apart(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) const {
+    const auto [a_begin, a_end] = range(a, 0);
+    const auto [b_begin, b_end] = range(b, 0);
+    if (a_begin >= b_end || b_begin >= a_end) return *this;
+    const int64_t a_stride = a.stride(0) * static_cast<int64_t>(a.element_size());
+    const int64_t b_stride = b.stride(0) * static_cast<int64_t>(b.element_size());
+    const int64_t after = a_stride > 0 ? ((b_begin - a_begin) % a_stride + a_stride) % a_stride : 0;
+    const auto [a_row, a_row_end] = range(a, 1);
+    const auto [b_row, b_row_end] = range(b, 1);
+    // Rows of the one may lie between those of the other, as K and V of a block do in [blocks, 2, P, D].
+    if (a_stride != b_stride || after < a_row_end - a_row || a_stride - after < b_row_end - b_row)
+      fail(a_name, "expected memory of its own, got some of ", b_name, "'s, and one of the two is written");
+    return *this;
+  }
+
+  // An allocation whose failure names the argument that asked for so much.
+  Tensor allocate(const Tensor& like, const char* name, const std::vector<int64_t>& dims, ScalarType dtype) const {
+    try {
+      return torch::stable::new_empty(like, dims, dtype);
+    } catch (const std::exception&) {
+      fail(name, "expected a result that fits in memory, got ", text(dims), " of ", dtype_name(dtype));
+    }
   }
 
   const Checker& head_dim(const char* name, int64_t D) const {
@@ -173,6 +224,17 @@ class Checker {
   }
 
  private:
+  // Where a tensor begins and ends, or its first row if `first` is 1.
+  static std::pair<const char*, const char*> range(const Tensor& t, int64_t first) {
+    const char* begin = static_cast<const char*>(t.const_data_ptr());
+    int64_t last = 0;
+    for (int64_t i = 0; i < t.dim(); ++i) {
+      if (t.size(i) == 0) return {begin, begin};
+      if (i >= first) last += (t.size(i) - 1) * t.stride(i);
+    }
+    return {begin, begin + (last + 1) * static_cast<int64_t>(t.element_size())};
+  }
+
   const char* op_;
   torch::stable::Device device_;
 };
@@ -250,6 +312,8 @@ Paged check_paged(const Checker& check, const PagedTensors& t, ScalarType dtype,
   }
   check.shape(t.block_table, "block_table", "[B, H, M]", {B, H, any}).dtype(t.block_table, "block_table", ScalarType::Int);
   kv.M = t.block_table.size(2);
+  if (kv.M > INT32_MAX / P)
+    check.fail("block_table", "expected M * P up to ", INT32_MAX, ", which is what positions may reach, got M = ", kv.M);
   check.shape(t.slot_table, "slot_table", "[B, H, M]", {B, H, kv.M}).dtype(t.slot_table, "slot_table", ScalarType::Int);
   check.shape(t.sealed, "sealed", "[B]", {B}).dtype(t.sealed, "sealed", ScalarType::Int);
   if (t.raw_k.has_value() != t.raw_v.has_value()) check.fail("raw_v", "expected raw_k and raw_v, or neither, got one");
@@ -309,7 +373,7 @@ Rule check_rule(const Checker& check, const Tensor& windows, const OptTensor& li
 // The ops
 
 Tensor page_stats(Tensor k, int64_t group) {
-  const Checker check("page_stats", k);
+  const Checker check("page_stats", k, "k");
   check.shape(k, "k", "[pages, P, D]", {any, any, any}).floating(k, "k");
   const int64_t pages = k.size(0), P = k.size(1), D = k.size(2);
   check.head_dim("k", D).at_least("k", P, 1);
@@ -321,7 +385,7 @@ Tensor page_stats(Tensor k, int64_t group) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_kv(Tensor k, Tensor v, OptTensor stats) {
-  const Checker check("quantize_kv", k);
+  const Checker check("quantize_kv", k, "k");
   check.shape(k, "k", "[pages, P, D]", {any, any, any}).floating(k, "k");
   const int64_t pages = k.size(0), P = k.size(1), D = k.size(2);
   check.head_dim("k", D).at_least("k", P, 1);
@@ -347,7 +411,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_kv(Tensor k, Tensor v, OptTensor sta
 }
 
 std::tuple<Tensor, Tensor> dequantize_kv(Tensor k_codes, Tensor v_codes, OptTensor stats, Tensor scales, ScalarType dtype) {
-  const Checker check("dequantize_kv", k_codes);
+  const Checker check("dequantize_kv", k_codes, "k_codes");
   check.shape(k_codes, "k_codes", "[pages, P, D]", {any, any, any}, 3).dtype(k_codes, "k_codes", ScalarType::Byte);
   const int64_t pages = k_codes.size(0), P = k_codes.size(1), D = k_codes.size(2);
   check.head_dim("k_codes", D).at_least("k_codes", P, 1);
@@ -376,7 +440,7 @@ std::tuple<Tensor, Tensor> dequantize_kv(Tensor k_codes, Tensor v_codes, OptTens
 
 void append_kv(Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths, Tensor k_pool, Tensor v_pool, OptTensor stats,
                OptTensor scales, Tensor block_table, Tensor slot_table, Tensor raw_k, Tensor raw_v, Tensor sealed) {
-  const Checker check("append_kv", k);
+  const Checker check("append_kv", k, "k");
   check.shape(k, "k", "[N, H, D]", {any, any, any}).floating(k, "k");
   const int64_t N = k.size(0), H = k.size(1), D = k.size(2);
   check.head_dim("k", D);
@@ -387,15 +451,27 @@ void append_kv(Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths, Tensor k_p
   AppendArgs args{};
   args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, raw_k, raw_v, sealed},
                         k.scalar_type(), B, H, D);
+  const std::pair<const Tensor*, const char*> all[] = {{&k_pool, "k_pool"}, {&v_pool, "v_pool"}, {&raw_k, "raw_k"},
+      {&raw_v, "raw_v"}, {stats ? &*stats : nullptr, "stats"}, {scales ? &*scales : nullptr, "scales"},
+      {&k, "k"}, {&v, "v"}};
+  for (size_t i = 0; i < 6; ++i)
+    if (all[i].first) {
+      check.written(*all[i].first, all[i].second);
+      for (size_t j = i + 1; j < std::size(all); ++j)
+        if (all[j].first) check.apart(*all[j].first, all[j].second, *all[i].first, all[i].second);
+    }
   args.k = view(k), args.v = view(v), args.N = N;
   args.cu_seqlens = ints(cu_seqlens), args.lengths = ints(lengths);
   launch(k, args, LSERVE_KERNELS(append_kv));
 }
 
 void gather_pages(Tensor src, Tensor src_ids, Tensor dst, Tensor dst_ids) {
-  const Tensor& on = src.is_cpu() ? dst : src;  // one of the two may be pinned host memory
-  const Checker check("gather_pages", on);
-  check.at_least("src", src.dim(), 1);
+  // One of the two may be pinned host memory.
+  const bool to_device = src.defined() && src.is_cpu();
+  const Tensor& on = to_device ? dst : src;
+  const Checker check("gather_pages", on, to_device ? "dst" : "src");
+  check.given(dst, "dst");
+  if (src.dim() < 1) check.fail("src", "expected [rows, ...], got a tensor without dimensions");
   if (!src.is_cpu() && !dst.is_cpu() && src.device() != dst.device())
     check.fail("dst", "expected the device of src, or pinned host memory, got another device");
   std::vector<int64_t> row = sizes(src);
@@ -415,6 +491,7 @@ void gather_pages(Tensor src, Tensor src_ids, Tensor dst, Tensor dst_ids) {
   };
   const int64_t elements = inner_contiguous(src, "src");
   inner_contiguous(dst, "dst");
+  check.written(dst, "dst");
   check.shape(src_ids, "src_ids", "[count]", {any}).dtype(src_ids, "src_ids", ScalarType::Int);
   check.shape(dst_ids, "dst_ids", "[count]", {src_ids.size(0)}).dtype(dst_ids, "dst_ids", ScalarType::Int);
   const int64_t width = static_cast<int64_t>(src.element_size());
@@ -427,7 +504,7 @@ void gather_pages(Tensor src, Tensor src_ids, Tensor dst, Tensor dst_ids) {
 }
 
 Tensor page_scores(Tensor q, Tensor stats, Tensor block_table, Tensor sealed, OptTensor windows) {
-  const Checker check("page_scores", q);
+  const Checker check("page_scores", q, "q");
   check.shape(q, "q", "[B, Hq, D]", {any, any, any}).floating(q, "q");
   const int64_t B = q.size(0), D = q.size(2);
   check.head_dim("q", D);
@@ -450,13 +527,13 @@ Tensor page_scores(Tensor q, Tensor stats, Tensor block_table, Tensor sealed, Op
 
 std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor lengths, Tensor sealed, int64_t page_size, int64_t sink,
                                         int64_t local, int64_t count) {
-  const Checker check("select_pages", scores);
+  const Checker check("select_pages", scores, "scores");
   check.shape(scores, "scores", "[B, H, M]", {any, any, any}).dtype(scores, "scores", ScalarType::Float);
   const int64_t B = scores.size(0), H = scores.size(1), M = scores.size(2);
   check.shape(lengths, "lengths", "[B]", {B}).dtype(lengths, "lengths", ScalarType::Int);
   check.shape(sealed, "sealed", "[B]", {B}).dtype(sealed, "sealed", ScalarType::Int);
   check.at_least("page_size", page_size, 1).at_least("sink", sink, 0).at_least("local", local, 1).at_least("count", count, 0);
-  Tensor pages = torch::stable::new_empty(scores, {B, H, count}, ScalarType::Int);
+  Tensor pages = check.allocate(scores, "count", {B, H, count}, ScalarType::Int);
   Tensor local_start = torch::stable::new_empty(scores, {B}, ScalarType::Int);
   launch(scores, SelectPagesArgs{floats(scores), ints(lengths), ints(sealed), out_ints(pages), out_ints(local_start),
                                  scores.stride(0), scores.stride(1), B, H, M, count, page_size, sink, local},
@@ -466,14 +543,14 @@ std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor lengths, Tensor se
 
 std::tuple<Tensor, Tensor> select_tokens(Tensor mass, Tensor lengths, Tensor sealed, int64_t page_size, double ratio,
                                          int64_t max_picks) {
-  const Checker check("select_tokens", mass);
+  const Checker check("select_tokens", mass, "mass");
   check.shape(mass, "mass", "[B, H, tokens]", {any, any, any}).dtype(mass, "mass", ScalarType::Float);
   const int64_t B = mass.size(0), H = mass.size(1);
   check.shape(lengths, "lengths", "[B]", {B}).dtype(lengths, "lengths", ScalarType::Int);
   check.shape(sealed, "sealed", "[B]", {B}).dtype(sealed, "sealed", ScalarType::Int);
   check.at_least("page_size", page_size, 1).at_least("max_picks", max_picks, 0);
   if (!(ratio > 0 && ratio <= 2)) check.fail("ratio", "expected a share of the tokens in (0, 2], got ", ratio);
-  Tensor tokens = torch::stable::new_empty(mass, {B, H, max_picks}, ScalarType::Int);
+  Tensor tokens = check.allocate(mass, "max_picks", {B, H, max_picks}, ScalarType::Int);
   Tensor local_start = torch::stable::new_empty(mass, {B}, ScalarType::Int);
   launch(mass, SelectTokensArgs{floats(mass), ints(lengths), ints(sealed), out_ints(tokens), out_ints(local_start),
                                 mass.stride(0), mass.stride(1), B, H, mass.size(2), max_picks, page_size, ratio},
@@ -486,7 +563,7 @@ std::tuple<Tensor, Tensor> prefill(Tensor q, Tensor k, Tensor v, Tensor cu_q, Te
                                    OptTensor slot_table, OptTensor raw_k, OptTensor raw_v, OptTensor sealed,
                                    OptTensor lengths, Tensor windows, OptTensor lists, int64_t sink, int64_t page_size,
                                    double scale) {
-  const Checker check("prefill", q);
+  const Checker check("prefill", q, "q");
   check.shape(q, "q", "[N, Hq, D]", {any, any, any}).floating(q, "q");
   const int64_t N = q.size(0), Hq = q.size(1), D = q.size(2);
   check.head_dim("q", D).at_least("page_size", page_size, 1);
@@ -495,7 +572,7 @@ std::tuple<Tensor, Tensor> prefill(Tensor q, Tensor k, Tensor v, Tensor cu_q, Te
   check.shape(v, "v", "[N, H, D]", {k.size(0), H, D}).dtype(v, "v", q.scalar_type());
   check.shape(cu_q, "cu_q", "[B + 1]", {any}).dtype(cu_q, "cu_q", ScalarType::Int);
   const int64_t B = cu_q.size(0) - 1;
-  check.at_least("cu_q", B, 0);
+  if (B < 0) check.fail("cu_q", "expected [B + 1], got [0]");
   check.shape(cu_k, "cu_k", "[B + 1]", {B + 1}).dtype(cu_k, "cu_k", ScalarType::Int);
 
   PrefillArgs args{};
@@ -533,7 +610,7 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_pool, Tensor v_pool, OptTen
                                   Tensor block_table, Tensor slot_table, OptTensor raw_k, OptTensor raw_v, Tensor sealed,
                                   Tensor lengths, Tensor windows, OptTensor lists, OptTensor local_start, int64_t sink,
                                   int64_t unit, double scale) {
-  const Checker check("decode", q);
+  const Checker check("decode", q, "q");
   check.shape(q, "q", "[B, Hq, D]", {any, any, any}).floating(q, "q");
   const int64_t B = q.size(0), Hq = q.size(1), D = q.size(2);
   check.head_dim("q", D);
@@ -564,7 +641,7 @@ Tensor attention_mass(Tensor q, Tensor lse, Tensor k_pool, Tensor v_pool, OptTen
                       Tensor block_table, Tensor slot_table, OptTensor raw_k, OptTensor raw_v, Tensor sealed,
                       Tensor lengths, Tensor windows, OptTensor lists, OptTensor local_start, int64_t sink, int64_t unit,
                       double scale) {
-  const Checker check("attention_mass", q);
+  const Checker check("attention_mass", q, "q");
   check.shape(q, "q", "[B, T, Hq, D]", {any, any, any, any}).floating(q, "q");
   const int64_t B = q.size(0), T = q.size(1), Hq = q.size(2), D = q.size(3);
   check.head_dim("q", D);
@@ -577,7 +654,7 @@ Tensor attention_mass(Tensor q, Tensor lse, Tensor k_pool, Tensor v_pool, OptTen
                         q.scalar_type(), B, H, D);
   args.rule = check_rule(check, windows, lists, local_start, B, H, args.kv.P, sink, unit);
   check.shape(lengths, "lengths", "[B]", {B}).dtype(lengths, "lengths", ScalarType::Int);
-  Tensor mass = torch::stable::new_empty(q, {B, H, args.kv.M * args.kv.P}, ScalarType::Float);
+  Tensor mass = check.allocate(q, "block_table", {B, H, args.kv.M * args.kv.P}, ScalarType::Float);
   args.q = view(q), args.lse = floats(lse), args.lengths = ints(lengths), args.mass = out_floats(mass);
   args.T = T, args.scale = static_cast<float>(scale);
   launch(q, args, LSERVE_KERNELS(attention_mass));
@@ -585,11 +662,13 @@ Tensor attention_mass(Tensor q, Tensor lse, Tensor k_pool, Tensor v_pool, OptTen
 }
 
 std::tuple<Tensor, Tensor> merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
-  const Checker check("merge_states", out_a);
-  check.floating(out_a, "out_a").at_least("out_a", out_a.dim(), 1);
+  const Checker check("merge_states", out_a, "out_a");
+  check.floating(out_a, "out_a");
+  if (out_a.dim() < 1) check.fail("out_a", "expected [..., D], got a tensor without dimensions");
   const std::vector<int64_t> dims = sizes(out_a);
   const int64_t D = dims.back();
   const auto same = [&](const Tensor& t, const char* name, const std::vector<int64_t>& want, ScalarType dtype) {
+    check.given(t, name);
     check.dtype(t, name, dtype);
     if (sizes(t) != want) check.fail(name, "expected ", text(want), ", got ", text(sizes(t)));
     if (!t.is_contiguous()) check.fail(name, "expected a contiguous tensor, got a strided one");

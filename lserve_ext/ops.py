@@ -28,11 +28,13 @@ A head with a finite window (streaming) skips pages that it no longer holds (``b
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _C  # noqa: F401  (its import registers torch.ops.lserve_ext)
 
@@ -99,14 +101,50 @@ def _call(op: Any, *args: Any) -> Any:
             op(*(x.cpu() if isinstance(x, Tensor) else x for x in args))  # CPU kernels check the values of tables
         return op(*args)
     except NotImplementedError:  # no kernel for the device: torch's own text says it best
+        _check_types(op, args)
         raise
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, OverflowError) as error:
+        _check_types(op, args)
         text = str(error).splitlines()[0] if str(error) else ""
         start = text.find("lserve_ext::")
         if start < 0 or "no gradient" in text:
             raise
         kind = TypeError if "expected dtype" in text or "expected the device" in text else ValueError
         raise kind(text[start:]) from None
+
+
+_TYPES: dict[str, Any] = {"Tensor": Tensor, "int": int, "float": (int, float), "ScalarType": torch.dtype}
+
+
+def _check_types(op: Any, args: tuple[Any, ...]) -> None:
+    """Raises if an argument is no tensor, or no number, where its schema wants one. Asked when an op has failed."""
+    for argument, value in zip(op.default._schema.arguments, args, strict=True):
+        kind = str(argument.real_type).removeprefix("Optional[").removesuffix("]").removesuffix("?")
+        if value is None and isinstance(argument.type, torch.OptionalType):
+            continue
+        where = f"lserve_ext::{op.__name__}: {argument.name}: expected"
+        if not isinstance(value, _TYPES[kind]):
+            got = "None" if value is None else f"{value!r:.40} of type {type(value).__name__}"
+            raise TypeError(f"{where} {'a tensor' if kind == 'Tensor' else kind}, got {got}") from None
+        if kind == "int" and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{where} at most {2**31 - 1}, got {value}") from None
+
+
+def _cache(op: str, kv: PagedKV | None) -> tuple[Tensor | None, ...]:
+    """The nine tensors of a cache."""
+    if not isinstance(kv, tuple) or len(kv) != len(PagedKV._fields):
+        raise TypeError(f"lserve_ext::{op}: kv: expected a PagedKV, got {type(kv).__name__}")
+    return kv
+
+
+def _page_size(kv: PagedKV) -> int:
+    return kv.k_pool.shape[1] if isinstance(kv.k_pool, Tensor) and kv.k_pool.dim() == 3 else 1
+
+
+def _scale(q: Tensor) -> float:
+    """D ** -0.5. What has no D is left to the op, which says so."""
+    D = q.shape[-1] if isinstance(q, Tensor) and q.dim() else 1
+    return math.sqrt(1 / max(D, 1))
 
 
 def _check_finite(op: str, **inputs: Tensor) -> None:
@@ -178,7 +216,7 @@ def append_kv(k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: Tensor, kv: Pag
         kv: the layer's cache; pools, statistics, scales and raw buffer are written.
     """
     _check_finite("append_kv", k=k, v=v)
-    _call(_ops.append_kv, k, v, cu_seqlens, lengths, *kv)
+    _call(_ops.append_kv, k, v, cu_seqlens, lengths, *_cache("append_kv", kv))
 
 
 def gather_pages(src: Tensor, src_ids: Tensor, dst: Tensor, dst_ids: Tensor) -> None:
@@ -293,12 +331,12 @@ def prefill(
     Returns:
         out: [Nq, Hq, D] in q's dtype; lse: [Nq, Hq] float32, natural logarithm.
     """
+    cache = _cache("prefill", kv) if kv is not None else (None,) * len(PagedKV._fields)
     if page_size is None:
-        page_size = kv.k_pool.shape[1] if kv is not None else 64
+        page_size = _page_size(kv) if kv is not None else 64
     if scale is None:
-        scale = float(q.shape[-1]) ** -0.5
+        scale = _scale(q)
     _check_finite("prefill", q=q, k=k, v=v)
-    cache = kv if kv is not None else (None,) * len(PagedKV._fields)
     return cast(
         "tuple[Tensor, Tensor]",
         _call(_ops.prefill, q, k, v, cu_q, cu_k, *cache, lengths, windows, lists, sink, page_size, scale),
@@ -336,14 +374,15 @@ def decode(
     Returns:
         out: [B, Hq, D] in q's dtype; lse: [B, Hq] float32. Nothing attended: 0 and -inf.
     """
+    cache = _cache("decode", kv)
     if unit is None:
-        unit = kv.k_pool.shape[1]
+        unit = _page_size(kv)
     if scale is None:
-        scale = float(q.shape[-1]) ** -0.5
+        scale = _scale(q)
     _check_finite("decode", q=q)
     return cast(
         "tuple[Tensor, Tensor]",
-        _call(_ops.decode, q, *kv, lengths, windows, lists, local_start, sink, unit, scale),
+        _call(_ops.decode, q, *cache, lengths, windows, lists, local_start, sink, unit, scale),
     )
 
 
@@ -371,12 +410,13 @@ def attention_mass(
         [B, H, M * P] float32: summed over the T queries and the G query heads of a kv head; 0 where
         nothing is attended.
     """
+    cache = _cache("attention_mass", kv)
     if unit is None:
-        unit = kv.k_pool.shape[1]
+        unit = _page_size(kv)
     if scale is None:
-        scale = float(q.shape[-1]) ** -0.5
+        scale = _scale(q)
     return cast(
-        Tensor, _call(_ops.attention_mass, q, lse, *kv, lengths, windows, lists, local_start, sink, unit, scale)
+        Tensor, _call(_ops.attention_mass, q, lse, *cache, lengths, windows, lists, local_start, sink, unit, scale)
     )
 
 
@@ -396,14 +436,19 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
 # No op has a gradient. Saying so at the call is kinder than a wrong or missing gradient later.
 
 
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
 def _refuse_grad(name: str) -> Any:
     op = getattr(_ops, name).default
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            for x in (*args, *kwargs.values()):
-                if isinstance(x, Tensor) and x.requires_grad:
-                    raise RuntimeError(f"lserve_ext::{name} has no gradient: call it under torch.no_grad()")
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, Tensor) and torch.is_grad_enabled() and x.requires_grad:
+                raise RuntimeError(f"lserve_ext::{name} has no gradient: call it under torch.no_grad()")
+            if isinstance(x, Tensor) and _has_tangent(x):
+                raise RuntimeError(f"lserve_ext::{name} has no gradient, in forward mode neither: got a dual tensor")
         return op.redispatch(keys & torch._C._after_autograd_keyset, *args, **kwargs)
 
     return kernel
@@ -415,43 +460,141 @@ for _name in __all__:
         _autograd.impl(_name, _refuse_grad(_name), "Autograd", with_keyset=True)
 
 
-# Fake rules: shapes and dtypes only, for torch.compile and torch.export.
+# Fake rules, for torch.compile, torch.export and meta tensors: what the real ops check of shapes, dtypes and devices,
+# and results without contents.
+
+_PAGED = {
+    "k_pool": "slots P D", "v_pool": "slots P D", "stats": "blocks groups 2 D", "scales": "slots C P 2",
+    "block_table": "B H M", "slot_table": "B H M", "raw_k": "B H 2P D", "raw_v": "B H 2P D", "sealed": "B",
+}  # fmt: skip
+_RULE = {"lengths": "B", "windows": "H", "lists": "B H K", "local_start": "B"}
+_SHAPES: dict[str, dict[str, str]] = {
+    "page_stats": {"k": "pages P D"},
+    "quantize_kv": {"k": "pages P D", "v": "pages P D", "stats": "pages groups 2 D"},
+    "dequantize_kv": {"k_codes": "pages P D", "v_codes": "pages P D", "stats": "pages groups 2 D",
+                      "scales": "pages C P 2"},
+    "append_kv": {"k": "N H D", "v": "N H D", "lengths": "B", "cu_seqlens": "B+1", **_PAGED},
+    "gather_pages": {"src_ids": "count", "dst_ids": "count"},
+    "page_scores": {"q": "B Hq D", "stats": "blocks groups 2 D", "block_table": "B H M", "sealed": "B", "windows": "H"},
+    "select_pages": {"scores": "B H M", "lengths": "B", "sealed": "B"},
+    "select_tokens": {"mass": "B H tokens", "lengths": "B", "sealed": "B"},
+    "prefill": {"q": "Nq Hq D", "k": "Nk H D", "v": "Nk H D", "cu_q": "B+1", "cu_k": "B+1", **_PAGED, "lengths": "B",
+                "windows": "H", "lists": "B H R K"},
+    "decode": {"q": "B Hq D", **_PAGED, **_RULE},
+    "attention_mass": {"q": "B T Hq D", "lse": "B T Hq", **_PAGED, **_RULE},
+    "merge_states": {},
+}  # fmt: skip
+_INT32 = {"cu_seqlens", "cu_q", "cu_k", "lengths", "sealed", "block_table", "slot_table", "windows", "lists",
+          "local_start", "src_ids", "dst_ids"}  # fmt: skip
+_FLOAT32 = {"scores", "mass", "lse", "lse_a", "lse_b", "scales"}
+_UINT8 = {"k_codes", "v_codes"}
+_FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@torch.library.register_fake("lserve_ext::page_stats")
+def _check_fake(op: str, args: dict[str, Any]) -> None:
+    """What the real op checks without looking into tensors."""
+
+    def fail(name: str, expected: str, got: object) -> None:
+        raise RuntimeError(f"lserve_ext::{op}: {name}: expected {expected}, got {got}")
+
+    tensors = {name: x for name, x in args.items() if isinstance(x, Tensor)}
+    first = next(iter(tensors.values()))
+    dtypes = {**dict.fromkeys(_INT32, (torch.int32,)), **dict.fromkeys(_FLOAT32, (torch.float32,)),
+              **dict.fromkeys(_UINT8, (torch.uint8,))}  # fmt: skip
+    own = args.get("dtype", first.dtype)
+    if op not in ("gather_pages", "select_pages", "select_tokens") and own not in _FLOATING:
+        fail(next(iter(tensors)), "dtype float32, float16 or bfloat16", own)
+    sizes: dict[str, int] = {}
+    for name, x in tensors.items():
+        if x.device != first.device and op != "gather_pages":
+            fail(name, "the device of the other arguments", x.device)
+        wanted = dtypes.get(name, (own, torch.uint8) if name in ("k_pool", "v_pool") else (own,))
+        if x.dtype not in wanted:
+            fail(name, f"dtype {wanted[0]}", x.dtype)
+        letters = _SHAPES[op][name].split() if name in _SHAPES[op] else ["*"] * x.dim()
+        if x.dim() != len(letters):
+            fail(name, f"[{', '.join(letters)}]", list(x.shape))
+        for letter, size in zip(letters, x.shape, strict=True):
+            if letter == "*":
+                continue
+            if letter == "B+1" and "B" not in sizes:
+                sizes["B"] = size - 1
+            want = sizes["B"] + 1 if letter == "B+1" else 2 * sizes["P"] if letter == "2P" else (
+                int(letter) if letter.isdecimal() else sizes.setdefault(letter, size))  # fmt: skip
+            if size != want:
+                fail(name, f"[{', '.join(letters)}] with {letter} = {want}", list(x.shape))
+    P, D, groups = (sizes.get(letter) for letter in ("P", "D", "groups"))
+    if D is not None and (D < 16 or D > MAX_HEAD_DIM or D % 16):
+        fail(next(iter(tensors)), f"a head dimension D that is a multiple of 16 up to {MAX_HEAD_DIM}", D)
+    group = args.get("group")
+    if P is not None and group is not None and (group < 1 or P % group):
+        fail("group", f"a divisor of the page size {P}", group)
+    if P is not None and groups is not None and (groups < 1 or P % groups):
+        fail("stats", f"a number of groups that divides P = {P}", groups)
+    if "Hq" in sizes and "H" in sizes and (sizes["H"] == 0 or sizes["Hq"] % sizes["H"]):
+        fail("q", f"query heads to be a multiple of the {sizes['H']} kv heads", sizes["Hq"])
+    for name in ("page_size", "local"):
+        if name in args and args[name] < 1:
+            fail(name, "at least 1", args[name])
+    for name in ("sink", "count", "max_picks"):
+        if name in args and args[name] < 0:
+            fail(name, "at least 0", args[name])
+    if op == "gather_pages" and (args["dst"].dim() == 0 or args["dst"].shape[1:] != args["src"].shape[1:]):
+        fail("dst", f"rows of src, {list(args['src'].shape[1:])}", list(args["dst"].shape))
+    if op == "merge_states":
+        out, rows = args["out_a"].shape, args["out_a"].shape[:-1]
+        for name, want in (("lse_a", rows), ("out_b", out), ("lse_b", rows)):
+            if args[name].shape != want:
+                fail(name, str(list(want)), list(args[name].shape))
+
+
+def _fake(op: str) -> Any:
+    names = [argument.name for argument in getattr(_ops, op).default._schema.arguments]
+
+    def register(rule: Any) -> Any:
+        def checked(*args: Any) -> Any:
+            _check_fake(op, dict(zip(names, args, strict=True)))
+            return rule(*args)
+
+        return torch.library.register_fake(f"lserve_ext::{op}")(checked)
+
+    return register
+
+
+@_fake("page_stats")
 def _(k: Tensor, group: int) -> Tensor:
     return k.new_empty(k.shape[0], k.shape[1] // group, 2, k.shape[2])
 
 
-@torch.library.register_fake("lserve_ext::quantize_kv")
+@_fake("quantize_kv")
 def _(k: Tensor, v: Tensor, stats: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     scales = k.new_empty(k.shape[0], 2 if stats is None else 1, k.shape[1], 2, dtype=torch.float32)
     return k.new_empty(k.shape, dtype=torch.uint8), k.new_empty(k.shape, dtype=torch.uint8), scales
 
 
-@torch.library.register_fake("lserve_ext::dequantize_kv")
+@_fake("dequantize_kv")
 def _(
     k_codes: Tensor, v_codes: Tensor, stats: Tensor | None, scales: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     return k_codes.new_empty(k_codes.shape, dtype=dtype), k_codes.new_empty(k_codes.shape, dtype=dtype)
 
 
-@torch.library.register_fake("lserve_ext::append_kv")
+@_fake("append_kv")
 def _(*args: Any) -> None:
     return None
 
 
-@torch.library.register_fake("lserve_ext::gather_pages")
+@_fake("gather_pages")
 def _(src: Tensor, src_ids: Tensor, dst: Tensor, dst_ids: Tensor) -> None:
     return None
 
 
-@torch.library.register_fake("lserve_ext::page_scores")
+@_fake("page_scores")
 def _(q: Tensor, stats: Tensor, block_table: Tensor, sealed: Tensor, windows: Tensor | None) -> Tensor:
     return q.new_empty(block_table.shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("lserve_ext::select_pages")
+@_fake("select_pages")
 def _(
     scores: Tensor, lengths: Tensor, sealed: Tensor, page_size: int, sink: int, local: int, count: int
 ) -> tuple[Tensor, Tensor]:
@@ -459,7 +602,7 @@ def _(
     return scores.new_empty(B, H, count, dtype=torch.int32), scores.new_empty(B, dtype=torch.int32)
 
 
-@torch.library.register_fake("lserve_ext::select_tokens")
+@_fake("select_tokens")
 def _(
     mass: Tensor, lengths: Tensor, sealed: Tensor, page_size: int, ratio: float, max_picks: int
 ) -> tuple[Tensor, Tensor]:
@@ -467,17 +610,17 @@ def _(
     return mass.new_empty(B, H, max_picks, dtype=torch.int32), mass.new_empty(B, dtype=torch.int32)
 
 
-@torch.library.register_fake("lserve_ext::prefill")
+@_fake("prefill")
 def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.register_fake("lserve_ext::decode")
+@_fake("decode")
 def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.register_fake("lserve_ext::attention_mass")
+@_fake("attention_mass")
 def _(
     q: Tensor, lse: Tensor, k_pool: Tensor, v_pool: Tensor, stats: Tensor | None, scales: Tensor | None,
     block_table: Tensor, *args: Any,
@@ -486,6 +629,6 @@ def _(
     return q.new_empty(B, H, M * k_pool.shape[1], dtype=torch.float32)
 
 
-@torch.library.register_fake("lserve_ext::merge_states")
+@_fake("merge_states")
 def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(out_a), torch.empty_like(lse_a)

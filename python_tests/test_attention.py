@@ -558,3 +558,38 @@ def test_merging_very_unequal_parts(device: str) -> None:
     assert same_bits(out, a) and same_bits(lse, lse_a + 200)
     out, lse = ops.merge_states(a, lse_a - 1e30, b, lse_b)
     assert same_bits(out, b) and same_bits(lse, lse_b)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.gpu
+def test_a_later_token_changes_no_earlier_query(dtype: torch.dtype, value: float, device: str) -> None:
+    """Neither its values nor its key, not a bit, wherever the prompt is cut."""
+    n, D = 150, 64
+    q, k, v = (normal(seed, n, heads, D, dtype=dtype, device=device) for seed, heads in ((1, 4), (2, 2), (3, 2)))
+    windows = ints([DENSE, 2], device)
+
+    def attend(k: Tensor, v: Tensor, end: int = n) -> Tensor:
+        cu = ints([0, end], device)
+        return ops.prefill(q[:end], k[:end], v[:end], cu, cu, windows, page_size=16)[0]
+
+    want = attend(k, v)
+    for place in (30, 63, 64, 100, 149):
+        other_k, other_v = k.clone(), v.clone()
+        other_v[place, 1, 5:9] = value
+        other_k[place, 0] = value
+        got = attend(other_k, other_v)
+        assert same_bits(got[:place], want[:place])
+        assert same_bits(got[:place], attend(other_k, other_v, place))
+        assert not torch.isfinite(got[place]).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_largest_values_have_a_finite_mean(dtype: torch.dtype) -> None:
+    """In prefill as in decode."""
+    n, D = 200, 64
+    q, k = (normal(seed, n, 2, D, dtype=dtype) for seed in (1, 2))
+    v = torch.full((n, 2, D), float(torch.finfo(dtype).max) / 2, dtype=dtype)
+    cu, windows = ints([0, n]), ints([DENSE, 2])
+    out, _ = ops.prefill(q, k, v, cu, cu, windows, page_size=16)
+    torch.testing.assert_close(out.double(), v.double(), rtol=1e-2 if dtype == BF16 else 1e-5, atol=0)

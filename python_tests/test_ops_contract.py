@@ -284,6 +284,19 @@ WRONG_VALUES: list[tuple[str, str, str, Callable[[Any], Any]]] = [
     ("quantize_kv", "stats", "3 groups", lambda t: torch.cat([t, t[:, :1]], 1)),
     ("dequantize_kv", "scales", "two rows", lambda t: torch.cat([t, t], 1)),
     ("append_kv", "v", "other tokens", lambda t: t[:-1]),
+    ("append_kv", "cu_seqlens", "fewer than there are", set_at(2, to=29)),
+    ("append_kv", "cu_seqlens", "does not begin at 0", set_at(0, to=1)),
+    ("append_kv", "slot_table", "one slot for two pages", lambda t: t[..., [0] * 5 + [5, 5]]),
+    ("append_kv", "k_pool", "zero strides", lambda t: t[:1].expand(t.shape)),
+    ("gather_pages", "dst_ids", "a row twice", set_at(2, to=0)),
+    ("gather_pages", "dst", "zero strides", lambda t: t[:1].expand(t.shape)),
+    *((op, name, f"{value} is too large", constant(value))
+      for op, name in (("prefill", "page_size"), ("select_pages", "page_size"), ("select_pages", "sink"),
+                       ("select_pages", "local"), ("select_pages", "count"), ("select_tokens", "page_size"),
+                       ("select_tokens", "max_picks"), ("decode", "sink"))
+      for value in (2**31, 2**32, 2**32 - 1, 2**63 - 1)),
+    ("select_pages", "count", "more than memory", constant(2**31 - 1)),
+    ("decode", "lists", "a -1 inside", set_at(0, 1, 0, to=-1)),
     ("append_kv", "cu_seqlens", "more than there are", set_at(2, to=31)),
     ("append_kv", "cu_seqlens", "descends", set_at(1, to=31)),
     ("append_kv", "cu_seqlens", "negative", set_at(0, to=-1)),
@@ -385,6 +398,125 @@ def test_a_wrong_tensor_is_named(
 @pytest.mark.parametrize("op, name, what, change", WRONG_VALUES, ids=lambda x: x if isinstance(x, str) else "")
 def test_a_wrong_value_is_named(op: str, name: str, what: str, change: Callable[[Any], Any], device: str) -> None:
     assert_rejected(op, name, change, ValueError, device)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_no_tensor_or_no_number_is_named(op: str) -> None:
+    schema = raw_op(op)._schema.arguments
+    for argument in schema:
+        optional = isinstance(argument.type, torch.OptionalType)
+        for wrong in ("x", [1, 2], None):
+            if wrong is None and (optional or argument.name in PagedKV._fields):
+                continue
+            args = arguments(op)
+            if wrong is None and op in CACHE_READERS and argument.name in ("scale", "unit", "page_size"):
+                continue  # the wrapper's default
+            args[argument.name] = wrong
+            with pytest.raises(TypeError, match=rf"^lserve_ext::{op}: {argument.name}: expected ") as caught:
+                call(op, args)
+            assert "API call" not in str(caught.value)
+
+
+def test_a_cache_without_a_buffer_cannot_be_appended_to() -> None:
+    args = arguments("append_kv")
+    args["raw_k"] = None
+    with pytest.raises(TypeError, match=r"^lserve_ext::append_kv: raw_k: expected a tensor, got None"):
+        call("append_kv", args)
+    with pytest.raises(TypeError, match=r"^lserve_ext::append_kv: kv: expected a PagedKV, got NoneType"):
+        ops.append_kv(args["k"], args["v"], args["cu_seqlens"], args["lengths"], None)  # type: ignore[arg-type]
+
+
+def to_meta(args: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in args.items()}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_meta_tensors_are_checked_as_others_are(op: str) -> None:
+    want = _flat(call(op, arguments(op)))
+    got = _flat(call(op, to_meta(arguments(op))))
+    assert [(x.shape, x.dtype) for x in want] == [(x.shape, x.dtype) for x in got]
+    assert all(x.is_meta for x in got)
+
+
+@pytest.mark.parametrize("op, name, change, error", [p for p in wrong_tensors() if p.values[2] is not gaps_inside])
+def test_wrong_meta_tensors_are_named(op: str, name: str, change: Callable[[Tensor], Tensor], error: Any) -> None:
+    args = arguments(op)
+    args[name] = change(args[name])
+    with pytest.raises(error, match=rf"^lserve_ext::{op}: "):
+        call(op, to_meta(args))
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "gather_pages"])
+def test_one_meta_tensor_among_others_is_refused(op: str) -> None:
+    for name in [name for name, x in arguments(op).items() if isinstance(x, Tensor)]:
+        args = arguments(op)
+        if len(tensors(args)) == 1:
+            continue
+        args[name] = args[name].to("meta")
+        before = [t.clone() for t in tensors(args)]
+        with pytest.raises(TypeError, match=rf"^lserve_ext::{op}: \w+: expected the device of the other arguments"):
+            call(op, args)
+        assert all(a.is_meta or same_bits(a, b) for a, b in zip(before, tensors(args), strict=True))
+
+
+def test_groups_that_do_not_divide_are_refused_of_meta_tensors_too() -> None:
+    for group in (0, 5):
+        with pytest.raises(ValueError, match="group: expected a divisor"):
+            ops.page_stats(torch.zeros(1, 16, 64, device="meta"), group)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 4, 0)])
+def test_queries_without_channels(shape: tuple[int, ...]) -> None:
+    args = arguments("decode")
+    args |= {"q": torch.zeros(shape)}
+    del args["scale"], args["unit"]
+    with pytest.raises(ValueError, match=r"^lserve_ext::decode: q: expected "):
+        call("decode", args)
+
+
+def test_no_queries_put_mass_on_nothing() -> None:
+    args = arguments("attention_mass")
+    args |= {"q": args["q"][:, :0], "lse": args["lse"][:, :0]}
+    assert not call("attention_mass", args).any()
+
+
+def test_what_is_written_has_memory_of_its_own() -> None:
+    def refused(**changes: Tensor) -> None:
+        args = arguments("append_kv") | changes
+        before = [t.clone() for t in tensors(args)]
+        with pytest.raises(ValueError, match="expected memory of its own"):
+            call("append_kv", args)
+        assert all(same_bits(a, b) for a, b in zip(before, tensors(args), strict=True))
+
+    args = arguments("append_kv")
+    refused(v_pool=args["k_pool"], k_pool=args["k_pool"])
+    refused(raw_v=args["raw_k"], raw_k=args["raw_k"])
+    refused(raw_k=args["raw_k"], k=args["raw_k"][0, :, :30].transpose(0, 1))
+
+    # K and V of a block side by side, as other engines keep them, are two places.
+    both = torch.zeros(args["k_pool"].shape[0], 2, *args["k_pool"].shape[1:], dtype=torch.uint8)
+    call("append_kv", arguments("append_kv") | {"k_pool": both[:, 0], "v_pool": both[:, 1]})
+    assert both[:, 0].any() and both[:, 1].any()
+
+
+def test_gathering_within_one_pool() -> None:
+    pool = torch.arange(12.0).view(6, 2)
+    ops.gather_pages(pool, ints([0, 1]), pool, ints([4, 5]))
+    assert pool[4:].equal(pool[:2])
+    with pytest.raises(ValueError, match="src_ids: expected rows that this call does not write, got 1 at"):
+        ops.gather_pages(pool, ints([0, 1]), pool, ints([1, 2]))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_forward_mode_gradients_are_refused(op: str) -> None:
+    from torch.autograd import forward_ad
+
+    args = arguments(op)
+    name = next(name for name, x in args.items() if isinstance(x, Tensor) and x.is_floating_point())
+    with forward_ad.dual_level():
+        args[name] = forward_ad.make_dual(args[name], torch.ones_like(args[name]))
+        with pytest.raises(RuntimeError, match="no gradient"):
+            call(op, args)
 
 
 @pytest.mark.gpu

@@ -12,8 +12,11 @@ template <class... Index>
                                                        Index... index) {
   std::string at;
   ((at += (at.empty() ? "" : ", ") + std::to_string(index)), ...);
-  throw std::runtime_error("lserve_ext::" + std::string(what) + ": expected " + std::to_string(low) + ".." +
-                           std::to_string(high) + ", got " + std::to_string(value) + " at [" + at + "]");
+  const std::string expected = low > high    ? "nothing there"
+                               : low == high ? std::to_string(low)
+                                             : std::to_string(low) + ".." + std::to_string(high);
+  throw std::runtime_error("lserve_ext::" + std::string(what) + ": expected " + expected + ", got " +
+                           std::to_string(value) + " at [" + at + "]");
 }
 
 template <class... Index>

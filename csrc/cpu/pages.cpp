@@ -4,6 +4,7 @@
 // codes. Loops that encode are plain ones, which compilers vectorise: the grid is defined for scalars (csrc/grid.h).
 #include <algorithm>
 #include <cstring>
+#include <unordered_set>
 #include <vector>
 
 #include "../grid.h"
@@ -150,7 +151,10 @@ struct Span {
 std::vector<Span> plan(const AppendArgs& a) {
   const Paged& kv = a.kv;
   std::vector<Span> spans(kv.B);
+  std::unordered_set<int64_t> taken;  // slots that this call seals into
   int64_t units = 0;
+  check_range("append_kv: cu_seqlens", a.cu_seqlens[0], 0, 0, 0);
+  check_range("append_kv: cu_seqlens", a.cu_seqlens[kv.B], a.N, a.N, kv.B);
   for (int64_t b = 0; b < kv.B; ++b) {
     check_range("append_kv: cu_seqlens", a.cu_seqlens[b], 0, a.N, b);
     check_range("append_kv: cu_seqlens", a.cu_seqlens[b + 1], a.cu_seqlens[b], a.N, b + 1);
@@ -167,6 +171,9 @@ std::vector<Span> plan(const AppendArgs& a) {
       for (int64_t p = kv.sealed[b]; p < unsealed; ++p) {
         const int32_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + p];
         check_range("append_kv: slot_table", slot, -1, kv.slots - 1, b, h, p);
+        if (slot >= 0 && !taken.insert(slot).second)
+          throw std::runtime_error("lserve_ext::append_kv: slot_table: expected a slot of its own for every page, got " +
+                                   std::to_string(slot) + " for two that this call seals");
         if (slot < 0 || !kv.stats) continue;
         const int32_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + p];
         check_range("append_kv: block_table", block, 0, kv.blocks - 1, b, h, p);
@@ -218,6 +225,21 @@ void write_raw(const AppendArgs& a, const Span& s, int64_t b, int64_t h) {
     write(kv.raw_k, a.k, t);
     write(kv.raw_v, a.v, t);
   }
+}
+
+// Rows are copied in no order, so none may be written twice, or read and written.
+void check_pairs(const GatherArgs& a) {
+  std::unordered_set<const char*> written;
+  const auto row = [](const void* base, int64_t id, int64_t stride) { return static_cast<const char*>(base) + id * stride; };
+  const auto skipped = [&](int64_t i) { return a.src_ids[i] < 0 || a.dst_ids[i] < 0; };
+  for (int64_t i = 0; i < a.count; ++i)
+    if (!skipped(i) && !written.insert(row(a.dst, a.dst_ids[i], a.dst_stride)).second)
+      throw std::runtime_error("lserve_ext::gather_pages: dst_ids: expected each row once, got " +
+                               std::to_string(a.dst_ids[i]) + " again at [" + std::to_string(i) + "]");
+  for (int64_t i = 0; i < a.count; ++i)
+    if (!skipped(i) && written.count(row(a.src, a.src_ids[i], a.src_stride)))
+      throw std::runtime_error("lserve_ext::gather_pages: src_ids: expected rows that this call does not write, got " +
+                               std::to_string(a.src_ids[i]) + " at [" + std::to_string(i) + "]");
 }
 
 // Runs body(page) for all pages, on all threads.
@@ -294,6 +316,8 @@ void gather_pages(const GatherArgs& a) {
     check_range("gather_pages: src_ids", a.src_ids[i], -1, a.src_rows - 1, i);
     check_range("gather_pages: dst_ids", a.dst_ids[i], -1, a.dst_rows - 1, i);
   }
+  check_pairs(a);
+  if (a.bytes == 0) return;
   const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(1, a.bytes));
   parallel_for(a.count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)

@@ -17,6 +17,9 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kQueries = 64, kKeys = 64;  // a tile
 constexpr int kRows = 8;                      // of A that one pass over B serves
+// Values are summed before they are divided by the sum of weights. Scaled down by a power of two, which changes no bit
+// of the result, thousands of the largest values still have a finite sum.
+constexpr float kHeadroom = 0x1p-24f;
 
 // Rows x Parts sums stay in registers, whatever the instruction set calls V.
 template <class V, int Rows, int Parts>
@@ -98,7 +101,13 @@ LSERVE_CLONES void load_row(const T* from, int64_t D, float scale, float* to) {
 
 template <class T>
 LSERVE_CLONES void store_row(const float* from, int64_t D, float scale, T* to) {
-  for (int64_t d = 0; d < D; d += 16) store(to + d, load(from + d) * scale);
+  for (int64_t d = 0; d < D; d += 16) store(to + d, load(from + d) * scale * (1.0f / kHeadroom));
+}
+
+LSERVE_CLONES bool is_finite(const float* x, int64_t D) {
+  f32x16 total = {};
+  for (int64_t d = 0; d < D; d += 16) total += load(x + d) * 0.0f;  // 0, or NaN
+  return sum(total) == 0.0f;
 }
 
 // K on its group's grid, clamped to the box: stats [2, D].
@@ -131,12 +140,14 @@ struct Tile {
 struct Scratch {
   explicit Scratch(int64_t G, int64_t D)
       : q(new float[G * kQueries * D]), out(new float[G * kQueries * D]), k(new float[kKeys * D]), v(new float[kKeys * D]), rows(new float[16 * D]),
-        s(new float[kQueries * kKeys]), max(new float[G * kQueries]), sum(new float[G * kQueries]) {}
+        s(new float[kQueries * kKeys]), row(new float[kRows * kKeys]), row_out(new float[kRows * D]), max(new float[G * kQueries]), sum(new float[G * kQueries]) {}
   std::unique_ptr<float[]> q, out;    // [G, kQueries, D]
   std::unique_ptr<float[]> k;         // [D, kKeys]
   std::unique_ptr<float[]> v;         // [kKeys, D]
   std::unique_ptr<float[]> rows;      // [16, D]
   std::unique_ptr<float[]> s;         // [kQueries, kKeys]
+  std::unique_ptr<float[]> row;       // [kRows, kKeys], one query's weights
+  std::unique_ptr<float[]> row_out;   // [kRows, D]
   std::unique_ptr<float[]> max, sum;  // [G, kQueries]
   int64_t position[kKeys];            // of every key in the tile
 };
@@ -164,6 +175,8 @@ class Prefill {
   void check() const {
     check_windows("prefill", a_.rule, kv_.H);
     if (a_.lengths) check_lengths("prefill", kv_, a_.lengths);
+    for (int64_t b = 0; b < kv_.B; ++b)
+      check_range("prefill: lengths", held(b), 0, INT32_MAX - std::max<int64_t>(0, a_.cu_k[b + 1] - a_.cu_k[b]), b);
     check_range("prefill: cu_q", a_.cu_q[0], 0, 0, 0);
     check_range("prefill: cu_k", a_.cu_k[0], 0, 0, 0);
     for (int64_t b = 0; b < kv_.B; ++b) {
@@ -265,12 +278,13 @@ class Prefill {
       scratch.position[at_key + i] = position + i;
       if (run.raw) {
         load_row(static_cast<const T*>(run.k) + i * run.k_stride, D_, 1.0f, k);
-        load_row(static_cast<const T*>(run.v) + i * run.v_stride, D_, 1.0f, v);
+        load_row(static_cast<const T*>(run.v) + i * run.v_stride, D_, kHeadroom, v);
       } else {
         const auto* codes = static_cast<const uint8_t*>(run.k) + i * run.k_stride;
         if (run.k_scales) load_codes(codes, run.k_scales[2 * i], run.k_scales[2 * i + 1], D_, k);
         else load_codes(codes, static_cast<const T*>(run.stats) + (run.offset + i) / kv_.L * 2 * D_, D_, k);
-        load_codes(static_cast<const uint8_t*>(run.v) + i * run.v_stride, run.v_scales[2 * i], run.v_scales[2 * i + 1], D_, v);
+        load_codes(static_cast<const uint8_t*>(run.v) + i * run.v_stride, run.v_scales[2 * i] * kHeadroom,
+                   run.v_scales[2 * i + 1] * kHeadroom, D_, v);
       }
       if ((at_key + i) % 16 == 15) transpose(scratch.rows.get(), D_, scratch.k.get() + (at_key + i - 15));
     }
@@ -284,6 +298,10 @@ class Prefill {
       std::fill_n(scratch.v.get() + j * D_, D_, 0.0f);
     }
     const bool masked = keys < kKeys || scratch.position[keys - 1] > tile.position;
+    // A weight of 0 hides a later token from a query, but not its infinite value: 0 * inf is NaN.
+    bool finite = true;
+    for (int64_t j = 0; masked && j < keys; ++j)
+      if (scratch.position[j] > tile.position) finite = finite && is_finite(scratch.v.get() + j * D_, D_);
     for (int64_t g = 0; g < a_.G; ++g) {
       float *q = scratch.q.get() + g * kQueries * D_, *out = scratch.out.get() + g * kQueries * D_, *s = scratch.s.get();
       multiply(rows, kKeys, D_, q, D_, scratch.k.get(), kKeys, s, kKeys, false);
@@ -293,7 +311,18 @@ class Prefill {
             if (scratch.position[j] > tile.position + i) s[i * kKeys + j] = -kInf;
         soften_row(s + i * kKeys, &scratch.max[g * kQueries + i], &scratch.sum[g * kQueries + i], out + i * D_, D_);
       }
-      multiply(rows, D_, keys, s, kKeys, scratch.v.get(), D_, out, D_, true);
+      if (finite) {
+        multiply(rows, D_, keys, s, kKeys, scratch.v.get(), D_, out, D_, true);
+        continue;
+      }
+      for (int64_t i = 0; i < rows; ++i) {  // the same chain of sums, a query at a time and no longer than it sees
+        int64_t seen = keys;
+        while (seen > 0 && scratch.position[seen - 1] > tile.position + i) --seen;
+        for (int64_t r = 0; r < kRows; ++r) std::copy_n(s + i * kKeys, kKeys, scratch.row.get() + r * kKeys);
+        for (int64_t r = 0; r < kRows; ++r) std::copy_n(out + i * D_, D_, scratch.row_out.get() + r * D_);
+        multiply(kRows, D_, seen, scratch.row.get(), kKeys, scratch.v.get(), D_, scratch.row_out.get(), D_, true);
+        std::copy_n(scratch.row_out.get(), D_, out + i * D_);
+      }
     }
   }
 
