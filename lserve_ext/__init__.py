@@ -5,7 +5,14 @@ and `attn_implementation="lserve"` put both under transformers (the extra `hf`).
 """
 
 from importlib.metadata import version as _version
+from importlib.util import find_spec as _find_spec
 from typing import Any
+
+if _find_spec(f"{__name__}._C") is None:
+    raise ImportError(
+        f"lserve_ext in {__path__[0]} is a source tree whose kernels are not compiled: run `python setup.py build_ext "
+        "--inplace` there, or leave that folder, so that the installed package is imported"
+    )
 
 from . import ops
 from .cache import LayerCache

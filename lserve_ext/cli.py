@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import io
 import json
+import os
 import platform
 import sys
 import time
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import __version__, demo, heads
+from . import __version__, demo, files, heads
 from .config import PRESETS, SparseConfig
 from .heads import HeadPattern
 
@@ -162,10 +164,31 @@ def _field_value(text: str) -> Any:
         return text
 
 
+def _read(path: Path) -> str:
+    """A text that somebody named."""
+    text = files.read_text(path, "--text")
+    if not text.strip():
+        raise ValueError(f"--text: expected a text, got {str(path)!r} without any")
+    return text
+
+
+def _checked(arguments: argparse.Namespace) -> None:
+    """Refuses numbers that make no sense before a model is loaded. Flags that a command does not have are not asked."""
+    least = {"chunk": 1, "new_tokens": 1, "length": 1, "samples": 1, "sink_tokens": 0, "local_tokens": 1}
+    for name, value in vars(arguments).items():
+        flag = "--" + name.replace("_", "-")
+        if name in least and isinstance(value, int) and value < least[name]:
+            raise ValueError(f"{flag}: expected at least {least[name]}, got {value}")
+        if name in ("depth", "fraction") and not 0 <= value <= 1:  # NaN neither
+            raise ValueError(f"{flag}: expected a number from 0 to 1, got {value}")
+
+
 def _config(arguments: argparse.Namespace, preset: str) -> SparseConfig:
     names = [field.name for field in dataclasses.fields(SparseConfig)]
     overrides = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     if arguments.config is not None:
+        if arguments.preset is not None:
+            raise ValueError(f"--config: expected no --preset beside it, got {arguments.preset}")
         return _with_pattern(SparseConfig.load(arguments.config).replace(**overrides), arguments.model)
     return _with_pattern(SparseConfig.preset(preset, **overrides), arguments.model)
 
@@ -182,33 +205,82 @@ def _with_pattern(config: SparseConfig, model: str | None) -> SparseConfig:
 
 def _prompt(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Tensor, str | None]:
     """Token ids [1, length] and the pass key hidden in them, if there is no question."""
-    text = demo.long_text() if arguments.text is None else arguments.text.read_text(encoding="utf-8")
-    most = getattr(model.config, "max_position_embeddings", None)
+    text = demo.long_text() if arguments.text is None else _read(arguments.text)
+    most = _positions(model)
     if most is not None and arguments.length + arguments.new_tokens > most:
         raise ValueError(
             f"--length: expected at most {most - arguments.new_tokens} for this model, got {arguments.length}"
         )
     if arguments.question is None:
         return demo.passkey_prompt(tokenizer, arguments.length, depth=arguments.depth, seed=arguments.seed, text=text)
+    ids = _question(arguments, tokenizer, text)
+    if most is not None and ids.shape[1] + arguments.new_tokens > most:
+        raise ValueError(
+            f"--question: expected text, question and new tokens to be at most {most} together for this model, got "
+            f"{ids.shape[1] + arguments.new_tokens}: give a smaller --length"
+        )
+    return ids, None
+
+
+def _positions(model: Any) -> int | None:
+    """The longest context that a model is made for."""
+    most: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return most
+
+
+def _question(arguments: argparse.Namespace, tokenizer: Any, text: str) -> Tensor:
     context = tokenizer.decode(demo.encode(tokenizer, text)[: arguments.length])
     prompt = f"{context}\n\n{arguments.question}"
     if tokenizer.chat_template is None:
-        return torch.tensor([tokenizer(prompt).input_ids]), None
+        return torch.tensor([tokenizer(prompt).input_ids])
     messages = [{"role": "user", "content": prompt}]
     chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return torch.tensor([demo.encode(tokenizer, chat)]), None
+    return torch.tensor([demo.encode(tokenizer, chat)])
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    device = _checked_device(_device() if arguments.device == "auto" else arguments.device)
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    model, tokenizer = demo.load_model(arguments.model, dtype=dtype)
-    return model.to(_device() if arguments.device == "auto" else arguments.device), tokenizer
+    try:
+        model, tokenizer = demo.load_model(arguments.model, dtype=dtype)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:  # transformers' own are of all kinds
+        if arguments.model is None:
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--model: expected a folder or hub name with a model, got {arguments.model!r}: {reason}"
+        ) from None
+    return model.to(device), tokenizer
+
+
+def _checked_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a typo; one that is not there
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: expected cpu, or cuda where there is one, got {name!r}: {reason}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {name!r}")
+    return device
 
 
 def _device() -> str:
     """The GPU, if there is one and every op is compiled for it."""
     compiled = all(_has_kernel(op, "CUDA") for op in _ops())
     return "cuda" if torch.cuda.is_available() and compiled else "cpu"
+
+
+def _field_helps() -> dict[str, str]:
+    """What the docstring of SparseConfig says of each field."""
+    found: dict[str, str] = {}
+    for line in (inspect.getdoc(SparseConfig) or "").splitlines()[2:]:
+        name, _, text = line.partition(" ")
+        if name:
+            found[name] = text.strip()
+        elif found:
+            found[next(reversed(found))] += " " + text.strip()
+    return {name: text.replace("%", "%%") for name, text in found.items()}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -234,18 +306,24 @@ def _parser() -> argparse.ArgumentParser:
         "generate",
         parents=[common, prompt],
         help="answer from a long text",
-        epilog="fields of the config:\n\n" + (inspect.getdoc(SparseConfig) or ""),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     generate.add_argument("--text", type=Path, help="a file; by default the reference of the Python language")
     generate.add_argument("--question", help="about the text; by default a pass key is hidden in it")
-    generate.add_argument("--preset", default="lserve", choices=PRESETS, help="(%(default)s)")
+    generate.add_argument("--preset", choices=PRESETS, help="what is attended (lserve)")
     generate.add_argument("--config", type=Path, help="a file of SparseConfig.save, in place of a preset")
     generate.add_argument("--compare", choices=PRESETS, metavar="PRESET", help="another preset to run first")
-    fields = generate.add_argument_group("fields of the config, below")
+    fields = generate.add_argument_group("fields of the config, of a preset or a file")
+    helps = _field_helps()
     for field in dataclasses.fields(SparseConfig):
-        flag = "--" + field.name.replace("_", "-")
-        fields.add_argument(flag, type=_field_value, default=argparse.SUPPRESS, metavar="VALUE")
+        flags = ["--" + field.name.replace("_", "-"), *(["--budget"] if field.name == "budget_tokens" else [])]
+        fields.add_argument(
+            *flags,
+            dest=field.name,
+            type=_field_value,
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=helps[field.name],
+        )
     generate.set_defaults(call=_generate)
 
     commands.add_parser(
@@ -254,10 +332,10 @@ def _parser() -> argparse.ArgumentParser:
 
     calibrate = commands.add_parser("calibrate", parents=[common], help="find out which heads may stream")
     calibrate.add_argument("--text", type=Path, help="a file; by default the reference of the Python language")
-    calibrate.add_argument("--out", type=Path, default=Path("heads.json"), help="(%(default)s)")
+    calibrate.add_argument("--out", type=Path, default=Path("heads.json"), help="the pattern's file (%(default)s)")
     calibrate.add_argument("--fraction", type=float, default=0.5, help="of streaming heads (%(default)s)")
     calibrate.add_argument("--length", type=int, default=4096, help="tokens of a sample (%(default)s)")
-    calibrate.add_argument("--samples", type=int, default=4, help="(%(default)s)")
+    calibrate.add_argument("--samples", type=int, default=4, help="texts that are measured (%(default)s)")
     calibrate.add_argument("--sink-tokens", type=int, default=128, help="of a streaming head (%(default)s)")
     calibrate.add_argument("--local-tokens", type=int, default=256, help="of a streaming head (%(default)s)")
     calibrate.set_defaults(call=_calibrate)
@@ -272,11 +350,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    name = arguments.preset if arguments.config is None else arguments.config.name
-    configs = {name: _config(arguments, arguments.preset)}
+    preset = arguments.preset if arguments.preset is not None else "lserve"
+    name = preset if arguments.config is None else arguments.config.name
+    configs = {name: _config(arguments, preset)}
     if arguments.compare is not None:
         other = _with_pattern(SparseConfig.preset(arguments.compare), arguments.model)
-        configs = {arguments.compare + " " * (arguments.compare == name): other, **configs}
+        configs = {arguments.compare + " (compared)" * (arguments.compare == name): other, **configs}
     model, tokenizer = _load(arguments)
     ids, key = _prompt(arguments, model, tokenizer)
     generation = Generation(model, tokenizer, ids, arguments.new_tokens, arguments.chunk)
@@ -309,11 +388,17 @@ def _show(runs: dict[str, Run], ids: Tensor, key: str | None) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
+    if arguments.out.is_dir() or not arguments.out.absolute().parent.is_dir():
+        raise ValueError(f"--out: expected a file in a folder that exists, got {str(arguments.out)!r}")
+    text = None if arguments.text is None else _read(arguments.text)
     model, tokenizer = _load(arguments)
+    most = _positions(model)
+    if most is not None and arguments.length > most:
+        raise ValueError(f"--length: expected at most {most} for this model, got {arguments.length}")
     pattern = heads.calibrate(
         model,
         tokenizer,
-        text=None if arguments.text is None else arguments.text.read_text(encoding="utf-8"),
+        text=text,
         length=arguments.length,
         samples=arguments.samples,
         sink_tokens=arguments.sink_tokens,
@@ -376,14 +461,35 @@ def _has_kernel(op: str, key: str) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Wrong input ends with its message, not with a traceback."""
-    parsed = _parser().parse_args(arguments)
+    """Entry point. Wrong input ends with its message, not with a traceback, and with 2; Ctrl-C with 130; output that
+    nobody takes, a closed pipe or a full disk, with 1."""
     try:
+        parsed = _parser().parse_args(arguments)
+        _checked(parsed)
         code: int = parsed.call(parsed)
-    except (ValueError, TypeError, FileNotFoundError) as error:
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\nlserve: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        _forget_output()
+        return 1
+    except (ValueError, TypeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # of the output
+            _forget_output()
+            print(f"lserve: {error}", file=sys.stderr)
+            return 1
         print(f"lserve: {error}", file=sys.stderr)
         return 2
     return code
+
+
+def _forget_output() -> None:
+    """Nobody takes the output any more: what is left of it must not fail again when Python ends."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # a test has put something else there
+        sys.stdout = io.StringIO()
 
 
 if __name__ == "__main__":

@@ -252,6 +252,8 @@ class SparseConfig:
             raise self._error(name, f"an int of at least {least}", TypeError)
         if value < least:
             raise self._error(name, f"an int of at least {least}")
+        if value >= 2**31:
+            raise self._error(name, f"an int of at most {2**31 - 1}")
 
     def _check_name(self, name: str, *names: str) -> None:
         if getattr(self, name) not in names:

@@ -165,8 +165,11 @@ def test_an_interrupt_at_any_line_leaves_the_cache_as_before_or_as_after(model: 
         )
         if not settled:
             bad.append(count)
-        gc.collect()  # the traceback holds what the interrupted lines held
-        audit_all(cache)
+        try:
+            audit_all(cache)
+        except AssertionError:
+            gc.collect()  # the traceback held what the interrupted lines held
+            audit_all(cache)
     assert count > 20 and not bad, f"{len(bad)} of {count} lines: {bad[:20]}"
 
 

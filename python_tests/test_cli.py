@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import _tiny
 import pytest
+import torch
 
 from lserve_ext import HeadPattern, SparseConfig, __version__, cli
 from lserve_ext.config import PRESETS
@@ -51,7 +55,7 @@ def test_generate_runs_every_preset(preset: str, folder: Path, capsys: pytest.Ca
     assert ours < dense or preset in ("dense", "quest", "h2o")  # a budget bounds what is read, not what is stored
     share = [int(cell.split("(")[1].rstrip("%)")) for cell in cells(out, "attended in decode")]
     assert share[0] == 100 and (share[1] < 100) == (preset != "dense")
-    assert f"{preset}{' ' * (preset == 'dense')}: prefill" in err and "dense: decode" in err
+    assert f"{preset}: prefill" in err and f"dense{' (compared)' * (preset == 'dense')}: decode" in err
 
 
 def test_a_budget_above_the_context_agrees_with_dense(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,20 +78,129 @@ def test_a_question_takes_the_place_of_the_pass_key(folder: Path, capsys: pytest
     assert "pass key" not in out and "answer" in out
 
 
+WRONG: dict[str, tuple[list[str], str]] = {
+    "no pattern": (["--preset", "lserve"], "which heads stream is never guessed"),
+    "field": (["--preset", "streaming", "--page-size", "0"], "SparseConfig.page_size: expected an int of at least 1"),
+    "length": (["--preset", "dense", "--length", "9000"], "--length: expected at most 4091 for this model, got 9000"),
+    "negative length": (["--preset", "dense", "--length", "-5"], "--length: expected at least 1, got -5"),
+    "question": (["--preset", "dense", "--question", "why " * 2000], "--question: expected text, question and new"),
+    "pattern file": (["--preset", "streaming", "--streaming", "no.json"], "expected a file or the name of a shipped"),
+    "pattern folder": (["--preset", "duo", "--streaming", "{tmp}"], "expected a file or the name of a shipped"),
+    "chunk 0": (["--preset", "dense", "--chunk", "0"], "--chunk: expected at least 1, got 0"),
+    "chunk -1": (["--preset", "dense", "--chunk", "-1"], "--chunk: expected at least 1, got -1"),
+    "depth nan": (["--preset", "dense", "--depth", "nan"], "--depth: expected a number from 0 to 1, got nan"),
+    "depth 5": (["--preset", "dense", "--depth", "5"], "--depth: expected a number from 0 to 1, got 5"),
+    "depth -1": (["--preset", "dense", "--depth", "-1"], "--depth: expected a number from 0 to 1, got -1"),
+    "new tokens": (["--preset", "dense", "--new-tokens", "0"], "--new-tokens: expected at least 1, got 0"),
+    "device": (["--preset", "dense", "--device", "cdua"], "--device: expected cpu, or cuda where there is one"),
+    "another device": (["--preset", "dense", "--device", "meta"], "--device: expected cpu or cuda, got 'meta'"),
+    "preset and config": (
+        ["--preset", "dense", "--config", "{tmp}/c.json"],
+        "--config: expected no --preset beside it",
+    ),
+    "config": (["--config", "{tmp}/none.json"], "none.json"),
+    "config folder": (["--config", "{tmp}"], "Is a directory"),
+    "config text": (["--config", "{tmp}/latin.txt"], "expected UTF-8 text in"),
+    "config list": (["--config", "{tmp}/list.json"], "expected a JSON object in"),
+    "config deep": (["--config", "{tmp}/deep.json"], "expected JSON in"),
+    "config field": (["--config", "{tmp}/field.json"], "field.json: SparseConfig: expected the fields"),
+    "config number": (["--config", "{tmp}/huge.json"], "huge.json: SparseConfig.page_size: expected"),
+    "text": (["--preset", "dense", "--text", "{tmp}/none.txt"], "none.txt"),
+    "text folder": (["--preset", "dense", "--text", "{tmp}"], "Is a directory"),
+    "text latin": (["--preset", "dense", "--text", "{tmp}/latin.txt"], "--text: expected UTF-8 text in"),
+    "text empty": (["--preset", "dense", "--text", "{tmp}/empty.txt"], "--text: expected a text, got"),
+    "model": (["--preset", "dense", "--model", "{tmp}/none"], "--model: expected a folder or hub name with a model"),
+    "model empty": (["--preset", "dense", "--model", "{tmp}"], "--model: expected a folder or hub name with a model"),
+    "model file": (["--preset", "dense", "--model", "{tmp}/empty.txt"], "--model: expected a folder or hub name"),
+}
+
+
+@pytest.fixture(scope="module")
+def clutter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files that are something else than what a flag wants."""
+    path = tmp_path_factory.mktemp("clutter")
+    (path / "latin.txt").write_bytes("détail".encode("latin-1") * 100)
+    (path / "empty.txt").write_text(" \n")
+    (path / "list.json").write_text("[1]")
+    (path / "deep.json").write_text('{"a":' * 100_000)
+    (path / "field.json").write_text('{"page": 3}')
+    (path / "huge.json").write_text('{"page_size": ' + "9" * 40 + "}")
+    (path / "c.json").write_text("{}")
+    return path
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_input_ends_with_a_message(
+    what: str, folder: Path, clutter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, message = WRONG[what]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert cli.main(generate(folder, *(argument.replace("{tmp}", str(clutter)) for argument in arguments))) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(generate(folder, "--preset", "dense", "--device", "cuda")) == 2
+    assert "--device: expected cpu, or cuda where there is one, got 'cuda'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--preset", "lserve"], "which heads stream is never guessed"),
-        (["--preset", "streaming", "--page-size", "0"], "SparseConfig.page_size: expected an int of at least 1, got 0"),
-        (["--preset", "dense", "--length", "9000"], "--length: expected at most 4091 for this model, got 9000"),
-        (["--preset", "streaming", "--streaming", "no.json"], "expected a file or the name of a shipped pattern"),
+        (["--fraction", "nan"], "--fraction: expected a number from 0 to 1, got nan"),
+        (["--samples", "0"], "--samples: expected at least 1, got 0"),
+        (["--out", "{tmp}/none/heads.json"], "--out: expected a file in a folder that exists"),
+        (["--out", "{tmp}"], "--out: expected a file in a folder that exists"),
+        (["--length", "9000"], "--length: expected at most 4096 for this model, got 9000"),
+        (["--text", "{tmp}/empty.txt"], "--text: expected a text"),
     ],
 )
-def test_wrong_input_ends_with_a_message(
-    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+def test_calibrate_checks_before_it_works(
+    arguments: list[str], message: str, folder: Path, clutter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(generate(folder, *arguments)) == 2
-    assert message in capsys.readouterr().err
+    arguments = [argument.replace("{tmp}", str(clutter)) for argument in arguments]
+    assert cli.main(["calibrate", "--model", str(folder), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert message in err and "layers" not in err  # no progress bar yet
+
+
+def test_a_budget_as_it_reads(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outs = []
+    for flag in ("--budget", "--budget-tokens"):
+        assert cli.main(generate(folder, "--preset", "quest", flag, "512")) == 0
+        outs.append(cells(capsys.readouterr().out, "attended in decode"))
+    assert outs[0] == outs[1]
+
+
+def test_control_c_ends_with_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_load", lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert cli.main(generate(folder, "--preset", "dense")) == 130
+    assert capsys.readouterr().err == "\nlserve: interrupted\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_nobody_takes() -> None:
+    command = [sys.executable, "-c", "import sys; from lserve_ext.cli import main; sys.exit(main(['doctor']))"]
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "No space left" in done.stderr and "Traceback" not in done.stderr
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_every_flag_has_help() -> None:
+    parser = cli._parser()
+    commands = next(action for action in parser._actions if isinstance(action.choices, dict)).choices
+    for name, command in commands.items():  # type: ignore[union-attr]
+        for action in command._actions:
+            assert action.help and len(action.help) > 5, f"{name} {action.option_strings}"
 
 
 def test_calibrate_writes_a_pattern_that_generate_takes(
@@ -114,7 +227,7 @@ def test_help_explains_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["generate", "--help"])
     out = capsys.readouterr().out
-    assert "--budget-tokens" in out and "what a retrieval head attends in decode" in out
+    assert "--budget-tokens" in out and "what a retrieval head attends in decode" in " ".join(out.split())
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])

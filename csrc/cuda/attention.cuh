@@ -3,7 +3,10 @@
 //
 // A tile is 64 keys and their values. A warp multiplies 16 queries with 16 or 64 of them at a time.
 #pragma once
+#include <cuda_bf16.h>
 #include <cuda_runtime.h>
+
+#include <type_traits>
 
 #include "cuda/convert.cuh"
 #include "cuda/ptx.cuh"
@@ -267,6 +270,11 @@ __device__ __forceinline__ float over_quad(float x, Combine combine) {  // the f
   return combine(x, __shfl_xor_sync(~0u, x, 2));
 }
 
+// Weights are 2^-headroom at most, so that thousands of the largest values have a finite sum before it is divided by that
+// of the weights. float16 needs none, whose values are small, and has no room for it.
+template <typename T>
+constexpr float kHeadroom = std::is_same_v<T, __nv_bfloat16> ? 16.0f : 0.0f;
+
 // Attention of 16 queries over the keys seen so far. A lane holds rows lane / 4 and lane / 4 + 8, in C fragments.
 // Maxima and logits are in units of log2, sums are of this lane's columns.
 template <typename T, int kD>
@@ -307,8 +315,8 @@ struct State {
 #pragma unroll
       for (int n = 0; n < Columns / 8; ++n) largest = fmaxf(largest, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
       largest = over_quad(largest, [](float a, float b) { return fmaxf(a, b); });
-      const float shift = largest == -INFINITY ? 0.0f : largest;  // nothing attended yet: weights of 0, not of NaN
-      const float fade = exp2_approx(max[r] - shift);
+      const float base = largest == -INFINITY ? 0.0f : largest;  // nothing attended yet: weights of 0, not of NaN
+      const float fade = exp2_approx(max[r] - base), shift = base + kHeadroom<T>;
       max[r] = largest, sum[r] *= fade, offset[r] *= fade;
 #pragma unroll
       for (int n = 0; n < kD / 8; ++n) out[n][2 * r] *= fade, out[n][2 * r + 1] *= fade;

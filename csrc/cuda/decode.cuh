@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     float largest;
     const float total = total_of(row, largest);
     partials.lse[(row_of_partials + row) * partials.splits + split] =
-        total == 0 ? -INFINITY : (largest + log2f(total)) * kLn2;
+        total == 0 ? -INFINITY : (largest + kHeadroom<T> + log2f(total)) * kLn2;
   }
 }
 

@@ -7,6 +7,9 @@
 namespace lserve::cuda {
 
 constexpr int kMaxChannels = 256;
+// Values are summed before they are divided by the sum of weights. Scaled down by a power of two, which changes no bit of
+// the result, thousands of the largest values still have a finite sum.
+constexpr float kScaledValue = 0x1p-24f;
 
 template <typename T>
 __device__ __forceinline__ float key_value(const Row& row, int d, int D) {
@@ -62,15 +65,15 @@ __device__ float attend_warp(const Sequence<T>& sequence, const Tokens& tokens, 
       for (int c = 0; c < kMaxChannels / 32; ++c) {
         const int d = c * 32 + lane;
         if (d < D)
-          sums[c] += weight * (coded ? grid_value(reinterpret_cast<const uint8_t*>(v)[d], min, step)
-                                     : static_cast<float>(reinterpret_cast<const T*>(v)[d]));
+          sums[c] += weight * ((coded ? grid_value(reinterpret_cast<const uint8_t*>(v)[d], min, step)
+                                      : static_cast<float>(reinterpret_cast<const T*>(v)[d])) * kScaledValue);
       }
     }
   }
   const float share = total == 0 ? 0.0f : 1 / total;
 #pragma unroll
   for (int c = 0; c < kMaxChannels / 32; ++c)
-    if (c * 32 + lane < D) out(c * 32 + lane, sums[c] * share);
+    if (c * 32 + lane < D) out(c * 32 + lane, sums[c] * share * (1 / kScaledValue));
   return total == 0 ? -INFINITY : (largest == -INFINITY ? 0.0f : largest) + logf(total);
 }
 

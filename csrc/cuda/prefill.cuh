@@ -98,6 +98,40 @@ __device__ __forceinline__ void dequantize(Rows<uint8_t, kD> from_k, Rows<uint8_
   }
 }
 
+// A weight of 0 hides a later token from a query, but not its value if that is infinite: 0 * inf is NaN. Such values
+// become 0 in the tile, after the queries that do attend them have taken them.
+template <typename T, int kD>
+__device__ __forceinline__ void take_infinite_values(Rows<T, kD> v, const KeyTable& table, const QueryTile& tile,
+                                                     State<T, kD>& state) {
+  constexpr int kN = 8;  // channels at a time
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto hidden = [&](int key) { return table.position[key] > tile.position && table.position[key] != kNever; };
+  const auto is_finite = [](T value) { return static_cast<float>(value) - static_cast<float>(value) == 0.0f; };
+  bool found = false;
+  for (int j = threadIdx.x; j < kKeys * kD / kN; j += kThreads) {
+    const int key = j / (kD / kN), d = j % (kD / kN) * kN;
+    if (!hidden(key)) continue;
+#pragma unroll
+    for (int i = 0; i < kN; ++i) found |= !is_finite(*v.at(key, d + i));
+  }
+  if (!__syncthreads_or(found)) return;
+  for (int key = 0; key < kKeys; ++key) {
+    if (!hidden(key)) continue;
+#pragma unroll
+    for (int n = 0; n < kD / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const T value = *v.at(key, n * 8 + lane % 4 * 2 + e % 2);
+        const int query = tile.position + warp * 16 + lane / 4 + e / 2 * 8;
+        if (table.position[key] <= query && !is_finite(value)) state.out[n][e] += static_cast<float>(value);
+      }
+  }
+  __syncthreads();
+  for (int j = threadIdx.x; j < kKeys * kD; j += kThreads)
+    if (hidden(j / kD) && !is_finite(*v.at(j / kD, j % kD))) *v.at(j / kD, j % kD) = T(0.0f);
+  __syncthreads();
+}
+
 template <typename T, int kD>
 struct PrefillRings {
   using Codes = Ring<T, uint8_t, kD, 2>;
@@ -145,6 +179,7 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
         if (masked && table.position[n * 8 + lane % 4 * 2 + e % 2] > query) s[n][e] = -INFINITY;
       }
     state.template soften<kKeys>(s);
+    if (masked) take_infinite_values(source.v, table, tile, state);
     state.template add<kKeys>(s, source, 0);
   };
 
@@ -174,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
       const int d = n * 8 + lane % 4 * 2;
       if (d < D) *reinterpret_cast<uint32_t*>(out + d) = pack<T>(state.out[n][2 * r] * share, state.out[n][2 * r + 1] * share);
     }
-    if (lane % 4 == 0) a.lse[row] = sum == 0 ? -INFINITY : (state.max[r] + log2f(sum)) * kLn2;
+    if (lane % 4 == 0) a.lse[row] = sum == 0 ? -INFINITY : (state.max[r] + kHeadroom<T> + log2f(sum)) * kLn2;
   }
 }
 
