@@ -40,10 +40,10 @@ struct Paged {
   int64_t k_stride, v_stride, stats_stride, scales_stride;  // of a block
   int64_t block_stride0, block_stride1, slot_stride0, slot_stride1;
   int64_t raw_stride0, raw_stride1;  // of raw_k and raw_v
-  int64_t blocks, slots;       // rows of stats; rows of the other pools
-  int64_t B, H, M, P, L, D;    // L = 0 without statistics
-  int64_t scale_rows;          // C; 0 without scales
-  Dtype dtype, kv_dtype;       // of q, k, v, raw and stats; of the pools
+  int64_t blocks, slots;             // rows of stats; rows of the other pools
+  int64_t B, H, M, P, L, D;          // L = 0 without statistics
+  int64_t scale_rows;                // C; 0 without scales
+  Dtype dtype, kv_dtype;             // of q, k, v, raw and stats; of the pools
 };
 
 // Which pages (or tokens) a query attends: sink, list and local, see README "What a head attends".
@@ -52,24 +52,24 @@ struct Rule {
   const int32_t* lists;        // [B, H, K] ascending units, -1 padded, row stride 1; or null
   const int32_t* local_start;  // [B] first local unit of the heads that follow a list; or null
   int64_t list_stride0, list_stride1;
-  bool has_lists;              // a list of width 0 has no data, and yet is one
-  int64_t K;                   // width of a list
-  int64_t sink;                // pages
-  int64_t unit;                // tokens an entry of a list stands for: P or 1
+  bool has_lists;  // a list of width 0 has no data, and yet is one
+  int64_t K;       // width of a list
+  int64_t sink;    // pages
+  int64_t unit;    // tokens an entry of a list stands for: P or 1
 };
 
 struct PageStatsArgs {
-  View k;         // [pages, P, D]
-  void* stats;    // out [pages, P/L, 2, D]
+  View k;       // [pages, P, D]
+  void* stats;  // out [pages, P/L, 2, D]
   int64_t pages, P, L, D;
   Dtype dtype;
 };
 
 struct QuantizeArgs {
-  View k, v;             // [pages, P, D]
-  const void* stats;     // [pages, P/L, 2, D], or null: K on a per-token grid of its own
+  View k, v;                   // [pages, P, D]
+  const void* stats;           // [pages, P/L, 2, D], or null: K on a per-token grid of its own
   uint8_t *k_codes, *v_codes;  // out [pages, P, D]
-  float* scales;         // out [pages, C, P, 2]
+  float* scales;               // out [pages, C, P, 2]
   int64_t pages, P, L, D;
   Dtype dtype;
 };
@@ -92,12 +92,12 @@ struct AppendArgs {
 };
 
 struct PageScoresArgs {
-  View q;                     // [B, Hq, D]
-  const void* stats;          // [blocks, P/L, 2, D]
-  const int32_t* block_table; // [B, H, M]
-  const int32_t* sealed;      // [B]
-  const int32_t* windows;     // [H]: heads other than 0 are skipped (score -inf); or null: none is
-  float* scores;              // out [B, H, M]; -inf where there is no sealed page
+  View q;                      // [B, Hq, D]
+  const void* stats;           // [blocks, P/L, 2, D]
+  const int32_t* block_table;  // [B, H, M]
+  const int32_t* sealed;       // [B]
+  const int32_t* windows;      // [H]: heads other than 0 are skipped (score -inf); or null: none is
+  float* scores;               // out [B, H, M]; -inf where there is no sealed page
   int64_t stats_stride, block_stride0, block_stride1, blocks;
   int64_t B, H, M, G, D, groups;  // groups = P/L
   Dtype dtype;
@@ -111,7 +111,7 @@ struct SelectPagesArgs {
   int32_t* local_start;    // out [B]
   int64_t score_stride0, score_stride1;
   int64_t B, H, M, K, P;
-  int64_t sink, local;     // pages
+  int64_t sink, local;  // pages
 };
 
 struct SelectTokensArgs {
@@ -122,20 +122,20 @@ struct SelectTokensArgs {
   int32_t* local_start;    // out [B] first local token
   int64_t mass_stride0, mass_stride1;
   int64_t B, H, width, K, P;
-  double ratio;            // k = min(K, round(tokens * ratio / 2)) are picked
+  double ratio;  // k = min(K, round(tokens * ratio / 2)) are picked
 };
 
 struct GatherArgs {
-  const void* src;          // [rows, bytes]; CUDA: of the device or pinned host memory, as dst
-  const int32_t* src_ids;   // [count]; a pair with a -1 is passed over
-  void* dst;                // [rows, bytes]
-  const int32_t* dst_ids;   // [count]
+  const void* src;                        // [rows, bytes]; CUDA: of the device or pinned host memory, as dst
+  const int32_t* src_ids;                 // [count]; a pair with a -1 is passed over
+  void* dst;                              // [rows, bytes]
+  const int32_t* dst_ids;                 // [count]
   int64_t src_stride, dst_stride, bytes;  // of a row, in bytes
   int64_t src_rows, dst_rows, count;
 };
 
 struct DecodeArgs {
-  View q;                  // [B, Hq, D]
+  View q;  // [B, Hq, D]
   Paged kv;
   Rule rule;
   const int32_t* lengths;  // [B] tokens held, the query's own included
@@ -147,8 +147,8 @@ struct DecodeArgs {
 };
 
 struct MassArgs {
-  View q;                  // [B, T, Hq, D]: the last T tokens of every sequence
-  const float* lse;        // [B, T, Hq] contiguous; a row of -inf is no query
+  View q;            // [B, T, Hq, D]: the last T tokens of every sequence
+  const float* lse;  // [B, T, Hq] contiguous; a row of -inf is no query
   Paged kv;
   Rule rule;
   const int32_t* lengths;  // [B]
@@ -158,25 +158,25 @@ struct MassArgs {
 };
 
 struct PrefillArgs {
-  View q;                     // [Nq, Hq, D] packed
-  View k, v;                  // [Nk, H, D] packed: the new tokens
-  const int32_t *cu_q, *cu_k; // [B + 1]; queries are the last of their sequence's new tokens
-  const int32_t* lengths;     // [B] tokens held before; or null: none
-  Paged kv;                   // pools null: nothing is held
-  Rule rule;                  // lists: [B, H, R, K], row r for the queries of page r after the first query's
+  View q;                      // [Nq, Hq, D] packed
+  View k, v;                   // [Nk, H, D] packed: the new tokens
+  const int32_t *cu_q, *cu_k;  // [B + 1]; queries are the last of their sequence's new tokens
+  const int32_t* lengths;      // [B] tokens held before; or null: none
+  Paged kv;                    // pools null: nothing is held
+  Rule rule;                   // lists: [B, H, R, K], row r for the queries of page r after the first query's
   int64_t list_stride2;
-  int64_t list_rows;          // R
-  void* out;                  // out [Nq, Hq, D]
-  float* lse;                 // out [Nq, Hq]
+  int64_t list_rows;  // R
+  void* out;          // out [Nq, Hq, D]
+  float* lse;         // out [Nq, Hq]
   int64_t Nq, Nk, G;
   float scale;
 };
 
 struct MergeArgs {
-  const void *out_a, *out_b;     // [rows, D]
-  const float *lse_a, *lse_b;    // [rows]
-  void* out;                     // out [rows, D]
-  float* lse;                    // out [rows]
+  const void *out_a, *out_b;   // [rows, D]
+  const float *lse_a, *lse_b;  // [rows]
+  void* out;                   // out [rows, D]
+  float* lse;                  // out [rows]
   int64_t rows, D;
   Dtype dtype;
 };

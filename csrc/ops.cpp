@@ -32,34 +32,41 @@ STABLE_TORCH_LIBRARY(lserve_ext, m) {
   // Pages: statistics, INT8 codes, the cache's storage
   m.def("page_stats(Tensor k, int group) -> Tensor");
   m.def("quantize_kv(Tensor k, Tensor v, Tensor? stats) -> (Tensor k_codes, Tensor v_codes, Tensor scales)");
-  m.def("dequantize_kv(Tensor k_codes, Tensor v_codes, Tensor? stats, Tensor scales, ScalarType dtype)"
-        " -> (Tensor k, Tensor v)");
-  m.def("append_kv(Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths,"
-        " Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor(c!)? stats, Tensor(d!)? scales,"
-        " Tensor block_table, Tensor slot_table, Tensor(e!) raw_k, Tensor(f!) raw_v, Tensor sealed) -> ()");
+  m.def(
+      "dequantize_kv(Tensor k_codes, Tensor v_codes, Tensor? stats, Tensor scales, ScalarType dtype)"
+      " -> (Tensor k, Tensor v)");
+  m.def(
+      "append_kv(Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths,"
+      " Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor(c!)? stats, Tensor(d!)? scales,"
+      " Tensor block_table, Tensor slot_table, Tensor(e!) raw_k, Tensor(f!) raw_v, Tensor sealed) -> ()");
   m.def("gather_pages(Tensor src, Tensor src_ids, Tensor(a!) dst, Tensor dst_ids) -> ()");
 
   // Selection: which pages or tokens a retrieval head attends
   m.def("page_scores(Tensor q, Tensor stats, Tensor block_table, Tensor sealed, Tensor? windows) -> Tensor");
-  m.def("select_pages(Tensor scores, Tensor lengths, Tensor sealed, int page_size, int sink, int local, int count)"
-        " -> (Tensor pages, Tensor local_start)");
-  m.def("select_tokens(Tensor mass, Tensor lengths, Tensor sealed, int page_size, float ratio, int max_picks)"
-        " -> (Tensor tokens, Tensor local_start)");
+  m.def(
+      "select_pages(Tensor scores, Tensor lengths, Tensor sealed, int page_size, int sink, int local, int count)"
+      " -> (Tensor pages, Tensor local_start)");
+  m.def(
+      "select_tokens(Tensor mass, Tensor lengths, Tensor sealed, int page_size, float ratio, int max_picks)"
+      " -> (Tensor tokens, Tensor local_start)");
 
   // Attention over sink, list and local; each returns what merge_states joins
-  m.def("prefill(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k,"
-        " Tensor? k_pool, Tensor? v_pool, Tensor? stats, Tensor? scales,"
-        " Tensor? block_table, Tensor? slot_table, Tensor? raw_k, Tensor? raw_v, Tensor? sealed,"
-        " Tensor? lengths, Tensor windows, Tensor? lists, int sink, int page_size, float scale)"
-        " -> (Tensor out, Tensor lse)");
-  m.def("decode(Tensor q, Tensor k_pool, Tensor v_pool, Tensor? stats, Tensor? scales,"
-        " Tensor block_table, Tensor slot_table, Tensor? raw_k, Tensor? raw_v, Tensor sealed,"
-        " Tensor lengths, Tensor windows, Tensor? lists, Tensor? local_start, int sink, int unit, float scale)"
-        " -> (Tensor out, Tensor lse)");
-  m.def("attention_mass(Tensor q, Tensor lse, Tensor k_pool, Tensor v_pool, Tensor? stats, Tensor? scales,"
-        " Tensor block_table, Tensor slot_table, Tensor? raw_k, Tensor? raw_v, Tensor sealed,"
-        " Tensor lengths, Tensor windows, Tensor? lists, Tensor? local_start, int sink, int unit, float scale)"
-        " -> Tensor");
+  m.def(
+      "prefill(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k,"
+      " Tensor? k_pool, Tensor? v_pool, Tensor? stats, Tensor? scales,"
+      " Tensor? block_table, Tensor? slot_table, Tensor? raw_k, Tensor? raw_v, Tensor? sealed,"
+      " Tensor? lengths, Tensor windows, Tensor? lists, int sink, int page_size, float scale)"
+      " -> (Tensor out, Tensor lse)");
+  m.def(
+      "decode(Tensor q, Tensor k_pool, Tensor v_pool, Tensor? stats, Tensor? scales,"
+      " Tensor block_table, Tensor slot_table, Tensor? raw_k, Tensor? raw_v, Tensor sealed,"
+      " Tensor lengths, Tensor windows, Tensor? lists, Tensor? local_start, int sink, int unit, float scale)"
+      " -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_mass(Tensor q, Tensor lse, Tensor k_pool, Tensor v_pool, Tensor? stats, Tensor? scales,"
+      " Tensor block_table, Tensor slot_table, Tensor? raw_k, Tensor? raw_v, Tensor sealed,"
+      " Tensor lengths, Tensor windows, Tensor? lists, Tensor? local_start, int sink, int unit, float scale)"
+      " -> Tensor");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
 }
 
@@ -104,7 +111,8 @@ std::string text(const std::vector<int64_t>& dims) {
   s << '[';
   for (size_t i = 0; i < dims.size(); ++i) {
     if (i) s << ", ";
-    if (dims[i] < 0) s << '*'; else s << dims[i];
+    if (dims[i] < 0) s << '*';
+    else s << dims[i];
   }
   s << ']';
   return s.str();
@@ -146,16 +154,15 @@ class Checker {
     int64_t stride = 1;
     for (int64_t i = t.dim() - 1; i >= t.dim() - inner && t.numel() > 0; --i) {
       if (t.size(i) > 1 && t.stride(i) != stride)
-        fail(name, "expected the last ", inner, " dimension(s) of ", letters, " to be contiguous, got stride ",
-             t.stride(i), " in dimension ", i);
+        fail(name, "expected the last ", inner, " dimension(s) of ", letters, " to be contiguous, got stride ", t.stride(i),
+             " in dimension ", i);
       stride *= t.size(i);
     }
     return *this;
   }
 
   const Checker& dtype(const Tensor& t, const char* name, ScalarType want) const {
-    if (t.scalar_type() != want)
-      fail(name, "expected dtype ", dtype_name(want), ", got ", dtype_name(t.scalar_type()));
+    if (t.scalar_type() != want) fail(name, "expected dtype ", dtype_name(want), ", got ", dtype_name(t.scalar_type()));
     return *this;
   }
 
@@ -240,8 +247,7 @@ class Checker {
 };
 
 View view(const Tensor& t) {
-  return {t.const_data_ptr(), t.dim() > 1 ? t.stride(0) : 0, t.dim() > 2 ? t.stride(1) : 0,
-          t.dim() > 3 ? t.stride(2) : 0};
+  return {t.const_data_ptr(), t.dim() > 1 ? t.stride(0) : 0, t.dim() > 2 ? t.stride(1) : 0, t.dim() > 3 ? t.stride(2) : 0};
 }
 
 const int32_t* ints(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
@@ -345,8 +351,8 @@ Paged check_paged(const Checker& check, const PagedTensors& t, ScalarType dtype,
   return kv;
 }
 
-Rule check_rule(const Checker& check, const Tensor& windows, const OptTensor& lists, const OptTensor& local_start,
-                int64_t B, int64_t H, int64_t P, int64_t sink, int64_t unit) {
+Rule check_rule(const Checker& check, const Tensor& windows, const OptTensor& lists, const OptTensor& local_start, int64_t B,
+                int64_t H, int64_t P, int64_t sink, int64_t unit) {
   check.shape(windows, "windows", "[H]", {H}).dtype(windows, "windows", ScalarType::Int);
   check.at_least("sink", sink, 0);
   if (unit != P && unit != 1) check.fail("unit", "expected the page size ", P, " or 1, got ", unit);
@@ -449,11 +455,16 @@ void append_kv(Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths, Tensor k_p
   const int64_t B = lengths.size(0);
   check.shape(cu_seqlens, "cu_seqlens", "[B + 1]", {B + 1}).dtype(cu_seqlens, "cu_seqlens", ScalarType::Int);
   AppendArgs args{};
-  args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, raw_k, raw_v, sealed},
-                        k.scalar_type(), B, H, D);
-  const std::pair<const Tensor*, const char*> all[] = {{&k_pool, "k_pool"}, {&v_pool, "v_pool"}, {&raw_k, "raw_k"},
-      {&raw_v, "raw_v"}, {stats ? &*stats : nullptr, "stats"}, {scales ? &*scales : nullptr, "scales"},
-      {&k, "k"}, {&v, "v"}};
+  args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, raw_k, raw_v, sealed}, k.scalar_type(),
+                        B, H, D);
+  const std::pair<const Tensor*, const char*> all[] = {{&k_pool, "k_pool"},
+                                                       {&v_pool, "v_pool"},
+                                                       {&raw_k, "raw_k"},
+                                                       {&raw_v, "raw_v"},
+                                                       {stats ? &*stats : nullptr, "stats"},
+                                                       {scales ? &*scales : nullptr, "scales"},
+                                                       {&k, "k"},
+                                                       {&v, "v"}};
   for (size_t i = 0; i < 6; ++i)
     if (all[i].first) {
       check.written(*all[i].first, all[i].second);
@@ -535,8 +546,9 @@ std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor lengths, Tensor se
   check.at_least("page_size", page_size, 1).at_least("sink", sink, 0).at_least("local", local, 1).at_least("count", count, 0);
   Tensor pages = check.allocate(scores, "count", {B, H, count}, ScalarType::Int);
   Tensor local_start = torch::stable::new_empty(scores, {B}, ScalarType::Int);
-  launch(scores, SelectPagesArgs{floats(scores), ints(lengths), ints(sealed), out_ints(pages), out_ints(local_start),
-                                 scores.stride(0), scores.stride(1), B, H, M, count, page_size, sink, local},
+  launch(scores,
+         SelectPagesArgs{floats(scores), ints(lengths), ints(sealed), out_ints(pages), out_ints(local_start), scores.stride(0),
+                         scores.stride(1), B, H, M, count, page_size, sink, local},
          LSERVE_KERNELS(select_pages));
   return {pages, local_start};
 }
@@ -552,17 +564,17 @@ std::tuple<Tensor, Tensor> select_tokens(Tensor mass, Tensor lengths, Tensor sea
   if (!(ratio > 0 && ratio <= 2)) check.fail("ratio", "expected a share of the tokens in (0, 2], got ", ratio);
   Tensor tokens = check.allocate(mass, "max_picks", {B, H, max_picks}, ScalarType::Int);
   Tensor local_start = torch::stable::new_empty(mass, {B}, ScalarType::Int);
-  launch(mass, SelectTokensArgs{floats(mass), ints(lengths), ints(sealed), out_ints(tokens), out_ints(local_start),
-                                mass.stride(0), mass.stride(1), B, H, mass.size(2), max_picks, page_size, ratio},
+  launch(mass,
+         SelectTokensArgs{floats(mass), ints(lengths), ints(sealed), out_ints(tokens), out_ints(local_start), mass.stride(0),
+                          mass.stride(1), B, H, mass.size(2), max_picks, page_size, ratio},
          LSERVE_KERNELS(select_tokens));
   return {tokens, local_start};
 }
 
-std::tuple<Tensor, Tensor> prefill(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, OptTensor k_pool,
-                                   OptTensor v_pool, OptTensor stats, OptTensor scales, OptTensor block_table,
-                                   OptTensor slot_table, OptTensor raw_k, OptTensor raw_v, OptTensor sealed,
-                                   OptTensor lengths, Tensor windows, OptTensor lists, int64_t sink, int64_t page_size,
-                                   double scale) {
+std::tuple<Tensor, Tensor> prefill(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, OptTensor k_pool, OptTensor v_pool,
+                                   OptTensor stats, OptTensor scales, OptTensor block_table, OptTensor slot_table,
+                                   OptTensor raw_k, OptTensor raw_v, OptTensor sealed, OptTensor lengths, Tensor windows,
+                                   OptTensor lists, int64_t sink, int64_t page_size, double scale) {
   const Checker check("prefill", q, "q");
   check.shape(q, "q", "[N, Hq, D]", {any, any, any}).floating(q, "q");
   const int64_t N = q.size(0), Hq = q.size(1), D = q.size(2);
@@ -606,10 +618,10 @@ std::tuple<Tensor, Tensor> prefill(Tensor q, Tensor k, Tensor v, Tensor cu_q, Te
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_pool, Tensor v_pool, OptTensor stats, OptTensor scales,
-                                  Tensor block_table, Tensor slot_table, OptTensor raw_k, OptTensor raw_v, Tensor sealed,
-                                  Tensor lengths, Tensor windows, OptTensor lists, OptTensor local_start, int64_t sink,
-                                  int64_t unit, double scale) {
+std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_pool, Tensor v_pool, OptTensor stats, OptTensor scales, Tensor block_table,
+                                  Tensor slot_table, OptTensor raw_k, OptTensor raw_v, Tensor sealed, Tensor lengths,
+                                  Tensor windows, OptTensor lists, OptTensor local_start, int64_t sink, int64_t unit,
+                                  double scale) {
   const Checker check("decode", q, "q");
   check.shape(q, "q", "[B, Hq, D]", {any, any, any}).floating(q, "q");
   const int64_t B = q.size(0), Hq = q.size(1), D = q.size(2);
@@ -618,8 +630,8 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_pool, Tensor v_pool, OptTen
   const int64_t H = block_table.size(1);
   DecodeArgs args{};
   args.G = check.group_heads("q", Hq, H);
-  args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, raw_k, raw_v, sealed},
-                        q.scalar_type(), B, H, D);
+  args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, raw_k, raw_v, sealed}, q.scalar_type(),
+                        B, H, D);
   args.rule = check_rule(check, windows, lists, local_start, B, H, args.kv.P, sink, unit);
   check.shape(lengths, "lengths", "[B]", {B}).dtype(lengths, "lengths", ScalarType::Int);
   Tensor out = torch::stable::new_empty(q, {B, Hq, D});
@@ -637,10 +649,9 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_pool, Tensor v_pool, OptTen
   return {out, lse};
 }
 
-Tensor attention_mass(Tensor q, Tensor lse, Tensor k_pool, Tensor v_pool, OptTensor stats, OptTensor scales,
-                      Tensor block_table, Tensor slot_table, OptTensor raw_k, OptTensor raw_v, Tensor sealed,
-                      Tensor lengths, Tensor windows, OptTensor lists, OptTensor local_start, int64_t sink, int64_t unit,
-                      double scale) {
+Tensor attention_mass(Tensor q, Tensor lse, Tensor k_pool, Tensor v_pool, OptTensor stats, OptTensor scales, Tensor block_table,
+                      Tensor slot_table, OptTensor raw_k, OptTensor raw_v, Tensor sealed, Tensor lengths, Tensor windows,
+                      OptTensor lists, OptTensor local_start, int64_t sink, int64_t unit, double scale) {
   const Checker check("attention_mass", q, "q");
   check.shape(q, "q", "[B, T, Hq, D]", {any, any, any, any}).floating(q, "q");
   const int64_t B = q.size(0), T = q.size(1), Hq = q.size(2), D = q.size(3);
@@ -650,8 +661,8 @@ Tensor attention_mass(Tensor q, Tensor lse, Tensor k_pool, Tensor v_pool, OptTen
   const int64_t H = block_table.size(1);
   MassArgs args{};
   args.G = check.group_heads("q", Hq, H);
-  args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, raw_k, raw_v, sealed},
-                        q.scalar_type(), B, H, D);
+  args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, raw_k, raw_v, sealed}, q.scalar_type(),
+                        B, H, D);
   args.rule = check_rule(check, windows, lists, local_start, B, H, args.kv.P, sink, unit);
   check.shape(lengths, "lengths", "[B]", {B}).dtype(lengths, "lengths", ScalarType::Int);
   Tensor mass = check.allocate(q, "block_table", {B, H, args.kv.M * args.kv.P}, ScalarType::Float);
@@ -681,8 +692,9 @@ std::tuple<Tensor, Tensor> merge_states(Tensor out_a, Tensor lse_a, Tensor out_b
   same(out_b, "out_b", dims, out_a.scalar_type());
   same(lse_b, "lse_b", rows, ScalarType::Float);
   Tensor out = torch::stable::empty_like(out_a), lse = torch::stable::empty_like(lse_a);
-  launch(out_a, MergeArgs{out_a.const_data_ptr(), out_b.const_data_ptr(), floats(lse_a), floats(lse_b),
-                          out.mutable_data_ptr(), out_floats(lse), lse_a.numel(), D, kernel_dtype(out_a.scalar_type())},
+  launch(out_a,
+         MergeArgs{out_a.const_data_ptr(), out_b.const_data_ptr(), floats(lse_a), floats(lse_b), out.mutable_data_ptr(),
+                   out_floats(lse), lse_a.numel(), D, kernel_dtype(out_a.scalar_type())},
          LSERVE_KERNELS(merge_states));
   return {out, lse};
 }

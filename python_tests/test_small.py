@@ -44,6 +44,28 @@ def test_attention(shape: Shape, device: str) -> None:
     assert_attention(ops.prefill(rows, *args, sink=1), reference.prefill, rows, *args, sink=1)
 
 
+def test_more_tiles_than_a_ring_has_stages(device: str) -> None:
+    """What a stage held is overwritten while other threads may still read it: in decode, then in prefill."""
+    for shape in (Shape(256, 16, None, 1, BF16, "auto"), Shape(256, 16, 16, 1, BF16, "int8")):
+        case = build(shape, [330], heads=1, device=device)
+        q, windows = case.queries(), case.windows(DENSE)
+        result = ops.decode(q, case.kv, case.lengths, windows)
+        assert_attention(result, reference.decode, q, case.kv, case.lengths, windows)
+        (k, cu), v = pack([normal(30, 20, 1, 256, dtype=BF16, device=device)]), normal(31, 20, 1, 256, dtype=BF16)
+        args = (k, v.to(device), cu, cu, windows, case.kv, case.lengths)
+        rows = normal(40, 20, 1, 256, dtype=BF16, device=device)
+        assert_attention(ops.prefill(rows, *args), reference.prefill, rows, *args)
+
+
+def test_the_largest_values(device: str) -> None:
+    n, D = 130, 64
+    q, k = (normal(seed, n, 1, D, dtype=BF16, device=device) for seed in (1, 2))
+    v = torch.full((n, 1, D), float(torch.finfo(BF16).max) / 2, dtype=BF16, device=device)
+    cu = ints([0, n], device)
+    out, _ = ops.prefill(q, k, v, cu, cu, ints([DENSE], device))
+    torch.testing.assert_close(out.double(), v.double(), rtol=2e-2, atol=0)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("new", [[1, 1, 1], [40, 0, 70]], ids=["step", "prompt"])
 def test_append(shape: Shape, new: list[int], device: str) -> None:

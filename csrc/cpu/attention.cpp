@@ -89,7 +89,8 @@ LSERVE_INLINE void add_heads(const float* w, int64_t w_stride, const X* const* r
 
 // acc[g] += Σ_i w[g][i] rows[i]
 template <class X>
-LSERVE_CLONES void add_rows(int64_t G, const float* w, int64_t w_stride, const X* const* rows, int64_t count, int64_t D, float* acc) {
+LSERVE_CLONES void add_rows(int64_t G, const float* w, int64_t w_stride, const X* const* rows, int64_t count, int64_t D,
+                            float* acc) {
   for (int64_t g = 0; g < G; g += kHeads) {
     const float* wg = w + g * w_stride;
     float* ag = acc + g * kMaxD;
@@ -115,7 +116,7 @@ struct Chunk {
   };
   std::vector<Span> spans;
   std::vector<int64_t> position;
-  std::vector<const void*> k, v;  // rows [D], and kAhead more to prefetch
+  std::vector<const void*> k, v;     // rows [D], and kAhead more to prefetch
   std::vector<Grid> k_grid, v_grid;  // of codes
 
   int64_t count() const { return static_cast<int64_t>(position.size()); }
@@ -137,7 +138,8 @@ struct Chunk {
     for (int64_t i = 0; i < run.count; ++i) {
       const void* grid = run.stats ? at(run.stats, (run.offset + i) / kv.L * 2 * kv.D, width(kv.dtype)) : nullptr;
       if (run.raw) grid = nullptr;
-      if (spans.empty() || spans.back().raw != run.raw || spans.back().grid != grid) spans.push_back({count(), 0, run.raw, grid});
+      if (spans.empty() || spans.back().raw != run.raw || spans.back().grid != grid)
+        spans.push_back({count(), 0, run.raw, grid});
       ++spans.back().count;
       position.push_back(run.position + i);
       k.push_back(at(run.k, i * run.k_stride, size));
@@ -156,8 +158,13 @@ const X* const* rows_of(const std::vector<const void*>& rows, int64_t first) {
 // What one thread works with: the query group, and the scores of one chunk.
 struct Scratch {
   Scratch(int64_t G, int64_t chunk)
-      : G(G), chunk(chunk), q(new float[G * kMaxD]), folded(new float[G * kMaxD]), base(new float[G]),
-        s(new float[G * chunk]), acc(new float[G * kMaxD]) {}
+      : G(G),
+        chunk(chunk),
+        q(new float[G * kMaxD]),
+        folded(new float[G * kMaxD]),
+        base(new float[G]),
+        s(new float[G * chunk]),
+        acc(new float[G * kMaxD]) {}
   int64_t G, chunk;
   std::unique_ptr<float[]> q;       // [G, kMaxD] query heads, scaled
   std::unique_ptr<float[]> folded;  // [G, kMaxD] times a group's steps
@@ -279,7 +286,8 @@ int64_t chunk_tokens(const Rule& rule) { return chunk_entries(rule) * rule.unit;
 template <class T>
 void decode_chunk(const DecodeArgs& a, const Chunk& rows, int64_t b, int64_t h, Scratch& scratch, float* out, float* lse) {
   const int64_t D = a.kv.D, G = a.G, chunk = scratch.chunk;
-  load_query(static_cast<const T*>(a.q.data) + b * a.q.stride0 + h * G * a.q.stride1, a.q.stride1, G, D, a.scale, scratch.q.get());
+  load_query(static_cast<const T*>(a.q.data) + b * a.q.stride0 + h * G * a.q.stride1, a.q.stride1, G, D, a.scale,
+             scratch.q.get());
   score_chunk<T>(rows, D, scratch);
   float* s = scratch.s.get();
   for (int64_t g = 0; g < G; ++g) {
@@ -365,7 +373,8 @@ void mass_typed(const MassArgs& a) {
                    kv.sealed[b] * (kv.P / a.rule.unit));
   };
   for (int64_t b = 0; b < kv.B; ++b) {
-    if (a.rule.local_start && a.rule.local_start[b] < 0) fail_range("attention_mass: local_start", a.rule.local_start[b], 0, kDense, b);
+    if (a.rule.local_start && a.rule.local_start[b] < 0)
+      fail_range("attention_mass: local_start", a.rule.local_start[b], 0, kDense, b);
     for (int64_t h = 0; h < kv.H; ++h)
       for (int64_t t = std::max<int64_t>(0, a.lengths[b] - a.T); t < a.lengths[b]; ++t)
         check_entries("attention_mass", kv, a.rule, entries_of(b, h, t), b, h);
@@ -381,8 +390,8 @@ void mass_typed(const MassArgs& a) {
         const int64_t t = a.lengths[b] - a.T + row;
         const float* lse = a.lse + ((b * a.T + row) * kv.H + h) * G;
         if (std::all_of(lse, lse + G, [](float x) { return x == -kInf; })) continue;
-        load_query(static_cast<const T*>(a.q.data) + b * a.q.stride0 + row * a.q.stride1 + h * G * a.q.stride2, a.q.stride2, G, D, a.scale,
-                   scratch.q.get());
+        load_query(static_cast<const T*>(a.q.data) + b * a.q.stride0 + row * a.q.stride1 + h * G * a.q.stride2, a.q.stride2, G,
+                   D, a.scale, scratch.q.get());
         const Entries e = entries_of(b, h, t);
         for (int64_t from = 0; from < e.count(); from += per_chunk) {
           rows.load(kv, a.rule, e, b, h, from, std::min(from + per_chunk, e.count()), t);

@@ -15,8 +15,8 @@ template <class... Index>
   const std::string expected = low > high    ? "nothing there"
                                : low == high ? std::to_string(low)
                                              : std::to_string(low) + ".." + std::to_string(high);
-  throw std::runtime_error("lserve_ext::" + std::string(what) + ": expected " + expected + ", got " +
-                           std::to_string(value) + " at [" + at + "]");
+  throw std::runtime_error("lserve_ext::" + std::string(what) + ": expected " + expected + ", got " + std::to_string(value) +
+                           " at [" + at + "]");
 }
 
 template <class... Index>

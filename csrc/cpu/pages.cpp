@@ -116,8 +116,8 @@ LSERVE_CLONES void decode_tokens(const uint8_t* codes, const float* scales, int6
 
 // scales [C, P, 2]: V's, and K's behind them when there are no statistics.
 template <class T>
-void encode_page(Rows<T> k, Rows<T> v, const T* stats, int64_t P, int64_t L, int64_t D, uint8_t* k_codes,
-                 uint8_t* v_codes, float* scales) {
+void encode_page(Rows<T> k, Rows<T> v, const T* stats, int64_t P, int64_t L, int64_t D, uint8_t* k_codes, uint8_t* v_codes,
+                 float* scales) {
   encode_tokens(v, P, D, v_codes, scales);
   if (stats) encode_channels(k, stats, P, L, D, k_codes);
   else encode_tokens(k, P, D, k_codes, scales + 2 * P);
@@ -218,8 +218,7 @@ void write_raw(const AppendArgs& a, const Span& s, int64_t b, int64_t h) {
   const int64_t raw = b * kv.raw_stride0 + h * kv.raw_stride1;
   const auto write = [&](void* raw_x, const View& x, int64_t t) {
     std::memcpy(static_cast<T*>(raw_x) + raw + t % (2 * kv.P) * kv.D,
-                static_cast<const T*>(x.data) + (s.first_row + t - s.before) * x.stride0 + h * x.stride1,
-                kv.D * sizeof(T));
+                static_cast<const T*>(x.data) + (s.first_row + t - s.before) * x.stride0 + h * x.stride1, kv.D * sizeof(T));
   };
   for (int64_t t = std::max(s.before, s.unsealed * kv.P); t < s.after; ++t) {
     write(kv.raw_k, a.k, t);
@@ -267,8 +266,8 @@ void quantize_kv(const QuantizeArgs& a) {
     const int64_t rows = a.stats ? 1 : 2;  // C
     for_pages(a.pages, [&](int64_t page) {
       const T* stats = a.stats ? static_cast<const T*>(a.stats) + page * (a.P / a.L) * 2 * a.D : nullptr;
-      encode_page(page_rows<T>(a.k, page), page_rows<T>(a.v, page), stats, a.P, a.L, a.D,
-                  a.k_codes + page * a.P * a.D, a.v_codes + page * a.P * a.D, a.scales + page * rows * a.P * 2);
+      encode_page(page_rows<T>(a.k, page), page_rows<T>(a.v, page), stats, a.P, a.L, a.D, a.k_codes + page * a.P * a.D,
+                  a.v_codes + page * a.P * a.D, a.scales + page * rows * a.P * 2);
     });
   });
 }
@@ -299,8 +298,8 @@ void append_kv(const AppendArgs& a) {
   dispatch(kv.dtype, [&](auto zero) {
     using T = decltype(zero);
     for_pages(units, [&](int64_t unit) {
-      const auto after = std::upper_bound(spans.begin(), spans.end(), unit,
-                                          [](int64_t u, const Span& s) { return u < s.first_unit; });
+      const auto after =
+          std::upper_bound(spans.begin(), spans.end(), unit, [](int64_t u, const Span& s) { return u < s.first_unit; });
       const Span& s = *(after - 1);
       const int64_t i = unit - s.first_unit;  // heads first: their rows lie side by side
       seal_page<T>(a, s, &s - spans.data(), i % kv.H, s.seal + i / kv.H);

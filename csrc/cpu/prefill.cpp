@@ -45,18 +45,19 @@ LSERVE_INLINE void multiply_blocks(int64_t rows, int64_t columns, int64_t inner,
   constexpr int64_t lanes = sizeof(V) / sizeof(float);
   for (int64_t r = 0; r < rows; r += Rows) {
     int64_t n = 0;
-    for (; n + 2 * lanes <= columns; n += 2 * lanes) multiply_block<V, Rows, 2>(a + r * lda, lda, b + n, ldb, inner, c + r * ldc + n, ldc, add);
+    for (; n + 2 * lanes <= columns; n += 2 * lanes)
+      multiply_block<V, Rows, 2>(a + r * lda, lda, b + n, ldb, inner, c + r * ldc + n, ldc, add);
     for (; n < columns; n += lanes) multiply_block<V, Rows, 1>(a + r * lda, lda, b + n, ldb, inner, c + r * ldc + n, ldc, add);
   }
 }
 
-LSERVE_CLONES void multiply_16(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b, int64_t ldb,
-                               float* c, int64_t ldc, bool add) {
+LSERVE_CLONES void multiply_16(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b,
+                               int64_t ldb, float* c, int64_t ldc, bool add) {
   multiply_blocks<floats, kRows / 2>(rows, columns, inner, a, lda, b, ldb, c, ldc, add);  // 8 sums of 16 registers
 }
 #ifdef LSERVE_AVX512
-LSERVE_AVX512 void multiply_32(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b, int64_t ldb,
-                               float* c, int64_t ldc, bool add) {
+LSERVE_AVX512 void multiply_32(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b,
+                               int64_t ldb, float* c, int64_t ldc, bool add) {
   typedef float wide __attribute__((vector_size(64)));
   multiply_blocks<wide, kRows>(rows, columns, inner, a, lda, b, ldb, c, ldc, add);  // 16 sums of 32 registers
 }
@@ -139,8 +140,16 @@ struct Tile {
 
 struct Scratch {
   explicit Scratch(int64_t G, int64_t D)
-      : q(new float[G * kQueries * D]), out(new float[G * kQueries * D]), k(new float[kKeys * D]), v(new float[kKeys * D]), rows(new float[16 * D]),
-        s(new float[kQueries * kKeys]), row(new float[kRows * kKeys]), row_out(new float[kRows * D]), max(new float[G * kQueries]), sum(new float[G * kQueries]) {}
+      : q(new float[G * kQueries * D]),
+        out(new float[G * kQueries * D]),
+        k(new float[kKeys * D]),
+        v(new float[kKeys * D]),
+        rows(new float[16 * D]),
+        s(new float[kQueries * kKeys]),
+        row(new float[kRows * kKeys]),
+        row_out(new float[kRows * D]),
+        max(new float[G * kQueries]),
+        sum(new float[G * kQueries]) {}
   std::unique_ptr<float[]> q, out;    // [G, kQueries, D]
   std::unique_ptr<float[]> k;         // [D, kKeys]
   std::unique_ptr<float[]> v;         // [kKeys, D]
@@ -247,7 +256,8 @@ class Prefill {
       for (int64_t i = 0; i < tile.count; ++i) {
         const int64_t row = (a_.cu_q[tile.b] + tile.first + i) * kv_.H * G + tile.h * G + g;
         const float total = scratch.sum[g * kQueries + i];
-        store_row(scratch.out.get() + (g * kQueries + i) * D_, D_, total == 0 ? 0.0f : 1.0f / total, static_cast<T*>(a_.out) + row * D_);
+        store_row(scratch.out.get() + (g * kQueries + i) * D_, D_, total == 0 ? 0.0f : 1.0f / total,
+                  static_cast<T*>(a_.out) + row * D_);
         a_.lse[row] = total == 0 ? -kInf : scratch.max[g * kQueries + i] + std::log(total);
       }
   }

@@ -10,12 +10,12 @@ namespace lserve::cpu {
 // Tokens that lie one after another in one page: `count` rows from `position` on.
 struct Run {
   int64_t position, count;
-  bool raw;                // in the model's dtype, from the raw buffer or the new tokens
-  const void *k, *v;       // [count, D]
+  bool raw;           // in the model's dtype, from the raw buffer or the new tokens
+  const void *k, *v;  // [count, D]
   int64_t k_stride, v_stride;
-  const void* stats;       // [P/L, 2, D] of the page, if its codes lie on that grid
+  const void* stats;                 // [P/L, 2, D] of the page, if its codes lie on that grid
   const float *k_scales, *v_scales;  // (step, min) of the first token; k_scales null with stats
-  int64_t offset;          // of the first token in its page
+  int64_t offset;                    // of the first token in its page
 };
 
 inline int64_t width(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::u8 ? 1 : 2; }
@@ -60,8 +60,7 @@ inline Run cached_run(const Paged& kv, int64_t b, int64_t h, int64_t position, i
 inline void check_lengths(const std::string& op, const Paged& kv, const int32_t* lengths) {
   const int64_t raw = kv.raw_k ? 2 * kv.P : 0;
   for (int64_t b = 0; b < kv.B; ++b) {
-    if (lengths[b] < 0 || lengths[b] > kv.M * kv.P)
-      fail_range((op + ": lengths").c_str(), lengths[b], 0, kv.M * kv.P, b);
+    if (lengths[b] < 0 || lengths[b] > kv.M * kv.P) fail_range((op + ": lengths").c_str(), lengths[b], 0, kv.M * kv.P, b);
     const int64_t least = std::max<int64_t>(0, (lengths[b] - raw + kv.P - 1) / kv.P);  // all but the raw buffer's
     if (kv.sealed[b] < least || kv.sealed[b] > kv.M) fail_range((op + ": sealed").c_str(), kv.sealed[b], least, kv.M, b);
   }

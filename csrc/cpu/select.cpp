@@ -100,8 +100,8 @@ void page_scores(const PageScoresArgs& a) {
     check_range("page_scores: sealed", a.sealed[b], 0, a.M, b);
     for (int64_t h = 0; h < a.H; ++h)
       for (int64_t p = 0; scored(h) && p < a.sealed[b]; ++p)
-        check_range("page_scores: block_table", a.block_table[b * a.block_stride0 + h * a.block_stride1 + p], -1,
-                    a.blocks - 1, b, h, p);
+        check_range("page_scores: block_table", a.block_table[b * a.block_stride0 + h * a.block_stride1 + p], -1, a.blocks - 1,
+                    b, h, p);
   }
   const int64_t units = (a.M + kUnit - 1) / kUnit;  // of a row of scores
   dispatch(a.dtype, [&](auto zero) {

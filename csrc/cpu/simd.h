@@ -116,7 +116,9 @@ LSERVE_INLINE T from_float(float x) {
 
 LSERVE_INLINE uint32_t code(uint8_t x) { return x; }
 template <class T>
-LSERVE_INLINE uint32_t code(T x) { return x.bits; }
+LSERVE_INLINE uint32_t code(T x) {
+  return x.bits;
+}
 
 // Lane by lane, which compilers turn into one widening load.
 template <class T>
@@ -189,9 +191,13 @@ LSERVE_INLINE f32x16 min(f32x16 a, f32x16 b) {
 
 // As torch.amax and torch.amin do it: NaN, if either is NaN.
 template <class F>
-LSERVE_INLINE F max_nan(F a, F b) { return ((b > a) | (b != b)) ? b : a; }
+LSERVE_INLINE F max_nan(F a, F b) {
+  return ((b > a) | (b != b)) ? b : a;
+}
 template <class F>
-LSERVE_INLINE F min_nan(F a, F b) { return ((b < a) | (b != b)) ? b : a; }
+LSERVE_INLINE F min_nan(F a, F b) {
+  return ((b < a) | (b != b)) ? b : a;
+}
 LSERVE_INLINE f32x16 max_nan(f32x16 a, f32x16 b) {
   return map([](floats x, floats y) LSERVE_LAMBDA { return max_nan(x, y); }, a, b);
 }
@@ -214,16 +220,26 @@ LSERVE_INLINE float fold(f32x16 x, Fold f) {
     for (int i = 0; i < n; ++i) x.part[i] = f(x.part[i], x.part[i + n]);
   return fold(x.part[0], f);
 }
-LSERVE_INLINE float sum(floats x) { return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return a + b; }); }
-LSERVE_INLINE float sum(f32x16 x) { return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return a + b; }); }
-LSERVE_INLINE float max(f32x16 x) { return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return a > b ? a : b; }); }
-LSERVE_INLINE float max_nan(f32x16 x) { return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return max_nan(a, b); }); }
-LSERVE_INLINE float min_nan(f32x16 x) { return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return min_nan(a, b); }); }
+LSERVE_INLINE float sum(floats x) {
+  return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return a + b; });
+}
+LSERVE_INLINE float sum(f32x16 x) {
+  return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return a + b; });
+}
+LSERVE_INLINE float max(f32x16 x) {
+  return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return a > b ? a : b; });
+}
+LSERVE_INLINE float max_nan(f32x16 x) {
+  return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return max_nan(a, b); });
+}
+LSERVE_INLINE float min_nan(f32x16 x) {
+  return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return min_nan(a, b); });
+}
 
 // e^x to about 1 ulp from -87.3 to 88.3; 0 below and infinity above, NaN at NaN.
 LSERVE_INLINE floats exp_part(floats x) {
   const floats low = floats{} - 88.0f, high = floats{} + 89.0f;  // where n is -127 and 128
-  x = x < low ? low : x;                                          // a comparison with NaN keeps x
+  x = x < low ? low : x;                                         // a comparison with NaN keeps x
   x = x > high ? high : x;
   const floats shifted = x * 1.44269504f + 0x1.8p23f;  // n = round(x / ln 2), in the low bits
   const floats n = shifted - 0x1.8p23f;
@@ -236,7 +252,9 @@ LSERVE_INLINE floats exp_part(floats x) {
   y = y * (r * r) + r + 1.0f;
   return y * bit_cast<floats>((bit_cast<words>(shifted) + 127u) << 23);  // 2^n: bits 0 at -127, infinity at 128
 }
-LSERVE_INLINE f32x16 exp(f32x16 x) { return map([](floats p) LSERVE_LAMBDA { return exp_part(p); }, x); }
+LSERVE_INLINE f32x16 exp(f32x16 x) {
+  return map([](floats p) LSERVE_LAMBDA { return exp_part(p); }, x);
+}
 
 // ---- from a Dtype to a type: f is called with a value of it
 

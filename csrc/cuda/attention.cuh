@@ -14,8 +14,8 @@
 
 namespace lserve::cuda {
 
-constexpr int kKeys = 64;      // of a tile
-constexpr int kThreads = 128;  // of a block: four warps
+constexpr int kKeys = 64;           // of a tile
+constexpr int kThreads = 128;       // of a block: four warps
 constexpr int kNever = 0x7fffffff;  // the position of a key that nobody attends
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
 
@@ -23,9 +23,9 @@ constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
 
 // Key and value of one token. k is null if its page is not held any more.
 struct Row {
-  const void *k, *v;     // [D] T or codes
-  const void* stats;     // [2, D] T: minimum and maximum of the key's group, if its codes lie on that grid
-  float2 k_grid, v_grid; // (step, min) of codes
+  const void *k, *v;      // [D] T or codes
+  const void* stats;      // [2, D] T: minimum and maximum of the key's group, if its codes lie on that grid
+  float2 k_grid, v_grid;  // (step, min) of codes
   bool coded;
 };
 
@@ -130,9 +130,9 @@ struct Ring {
   static constexpr int kTile = kKeys * Tile::kStride;  // elements
   static constexpr int kBytes = 2 * kStages * kTile * sizeof(X);
   static constexpr int kGrids = kStages * kKeys / 16 * 2 * kD;  // elements
-  X* data;            // [kStages, K and V, kTile]
-  KeyTable* table;    // [kStages + 1]
-  T* grids = nullptr; // [kStages, 4, 2, kD]: the grid of every 16 keys, if they have one; else null
+  X* data;                                                      // [kStages, K and V, kTile]
+  KeyTable* table;                                              // [kStages + 1]
+  T* grids = nullptr;  // [kStages, 4, 2, kD]: the grid of every 16 keys, if they have one; else null
 
   struct View {
     Tile k, v;
@@ -157,17 +157,19 @@ struct Ring {
       cp_async_commit();
       if (i + kStages < tiles) look_up(sequence, tokens, first + (i + kStages) * kKeys, last, i + kStages);
       X* const stage = data + i % kStages * 2 * kTile;
-      body(View{{stage}, {stage + kTile}, grids + i % kStages * (kGrids / kStages), table[i % (kStages + 1)]});
+      body(View{{stage}, {stage + kTile}, grids + i % kStages * (kGrids / kStages), table_at(i)});
     }
     cp_async_wait<0>();
     __syncthreads();
   }
 
  private:
-  __device__ __forceinline__ void look_up(const Sequence<T>& sequence, const Tokens& tokens, int first, int last,
-                                          int i) const {
+  // A table more than stages: tile i + kStages is looked up while tile i is in use.
+  __device__ __forceinline__ KeyTable& table_at(int i) const { return table[i % (kStages + 1)]; }
+
+  __device__ __forceinline__ void look_up(const Sequence<T>& sequence, const Tokens& tokens, int first, int last, int i) const {
     if (threadIdx.x >= kKeys) return;
-    KeyTable& t = table[i % (kStages + 1)];
+    KeyTable& t = table_at(i);
     const int key = threadIdx.x, token = first + key;
     int position = kNever;
     if (token < last) {
@@ -191,7 +193,7 @@ struct Ring {
   // Zeros where there is no key, and beyond channel D.
   __device__ __forceinline__ void copy(int i, int D) const {
     constexpr int kChunks = kD / Tile::kChunk;
-    const KeyTable& t = table[i % (kStages + 1)];
+    const KeyTable& t = table_at(i);
     X* const stage = data + i % kStages * 2 * kTile;
     const Tile k{stage}, v{stage + kTile};
 #pragma unroll
@@ -207,8 +209,8 @@ struct Ring {
       const int row = j / (kD / 8), element = j % (kD / 8) * 8;  // minimum or maximum of 16 keys
       const T* from = static_cast<const T*>(t.stats[row / 2 * 16]);
       const bool read = from && element < D;
-      cp_async_16(grids + i % kStages * (kGrids / kStages) + row * kD + element,
-                  read ? from + row % 2 * D + element : from, read);
+      cp_async_16(grids + i % kStages * (kGrids / kStages) + row * kD + element, read ? from + row % 2 * D + element : from,
+                  read);
     }
   }
 };
@@ -291,8 +293,7 @@ struct State {
     for (int pair = 0; pair < kD / 32; ++pair) {
       uint32_t a[2][4];
 #pragma unroll
-      for (int step = 0; step < 2; ++step)
-        ldmatrix_x4(a[step], q.at(row + lane % 16, 32 * pair + 16 * step + lane / 16 * 8));
+      for (int step = 0; step < 2; ++step) ldmatrix_x4(a[step], q.at(row + lane % 16, 32 * pair + 16 * step + lane / 16 * 8));
 #pragma unroll
       for (int n = 0; n < Columns / 8; n += 2) {
         uint32_t b[2][4];

@@ -36,7 +36,8 @@ __device__ __forceinline__ Tokens decode_tokens(const DecodeArgs& a, int b, int 
   Entries e;
   if (t >= 0) {
     e = entries(rule, rule.windows[h], rule.lists ? rule.lists + b * rule.list_stride0 + h * rule.list_stride1 : nullptr,
-                rule.local_start ? rule.local_start[b] : 0, t, a.kv.P, sealed * (static_cast<int>(a.kv.P) / static_cast<int>(rule.unit)));
+                rule.local_start ? rule.local_start[b] : 0, t, a.kv.P,
+                sealed * (static_cast<int>(a.kv.P) / static_cast<int>(rule.unit)));
   }
   return Tokens(e, rule, a.kv.P, sealed, t);
 }
@@ -82,8 +83,8 @@ struct Coded {
   __device__ __forceinline__ void values(uint32_t (&b)[2][4], int key, int pair) const {
     const int lane = threadIdx.x % 32;
     uint32_t codes[4];  // bytes: two neighbouring channels of one key, then of the next key
-    ldmatrix_x4_trans(codes, reinterpret_cast<const uint16_t*>(
-                                 v.at(key + lane / 8 % 2 * 8 + lane % 8, 32 * pair + lane / 16 * 16)));
+    ldmatrix_x4_trans(codes,
+                      reinterpret_cast<const uint16_t*>(v.at(key + lane / 8 % 2 * 8 + lane % 8, 32 * pair + lane / 16 * 16)));
 #pragma unroll
     for (int block = 0; block < 2; ++block)
 #pragma unroll
@@ -202,10 +203,9 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
         for (float& x : total) x = over_quad(x, [](float a, float b) { return a + b; });
       }
       ring.run(sequence, tokens, first, raw, D, [&](const auto& tile) {
-        attend(Coded<T, kD, kGroups>{tile.k, tile.v, tile.grids + warp * 2 * kD}, tile.table,
-               [&](float s, int key, int r) {
-                 return kGroups ? s : fmaf(tile.table.k_grid[key].x, s, tile.table.k_grid[key].y * total[r]);
-               });
+        attend(Coded<T, kD, kGroups>{tile.k, tile.v, tile.grids + warp * 2 * kD}, tile.table, [&](float s, int key, int r) {
+          return kGroups ? s : fmaf(tile.table.k_grid[key].x, s, tile.table.k_grid[key].y * total[r]);
+        });
       });
       natural_order(state);
     }
@@ -213,9 +213,8 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   if (raw < last) {
     load_queries<kGroup, false>(q, D, query);
     const typename Rings::Values ring{reinterpret_cast<T*>(data), tables};
-    ring.run(sequence, tokens, raw, last, D, [&](const auto& tile) {
-      attend(Plain<T, kD>{tile.k, tile.v}, tile.table, [](float s, int, int) { return s; });
-    });
+    ring.run(sequence, tokens, raw, last, D,
+             [&](const auto& tile) { attend(Plain<T, kD>{tile.k, tile.v}, tile.table, [](float s, int, int) { return s; }); });
   }
 
   // The four warps' states, of equal keys in equal order, become one.
@@ -266,8 +265,8 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
 
 // The same without tensor cores: a warp for each query head.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 4) general_decode_kernel(const __grid_constant__ DecodeArgs a,
-                                                                  const Partials partials) {
+__global__ void __launch_bounds__(kThreads, 4)
+    general_decode_kernel(const __grid_constant__ DecodeArgs a, const Partials partials) {
   const int heads = static_cast<int>(a.kv.H * a.G), head = blockIdx.y * (kThreads / 32) + threadIdx.x / 32;
   const int b = blockIdx.z, h = head / static_cast<int>(a.G), split = blockIdx.x, D = static_cast<int>(a.kv.D);
   if (head >= heads) return;

@@ -66,7 +66,8 @@ __device__ float attend_warp(const Sequence<T>& sequence, const Tokens& tokens, 
         const int d = c * 32 + lane;
         if (d < D)
           sums[c] += weight * ((coded ? grid_value(reinterpret_cast<const uint8_t*>(v)[d], min, step)
-                                      : static_cast<float>(reinterpret_cast<const T*>(v)[d])) * kScaledValue);
+                                      : static_cast<float>(reinterpret_cast<const T*>(v)[d])) *
+                               kScaledValue);
       }
     }
   }

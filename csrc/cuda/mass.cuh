@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads) mass_kernel(const __grid_constant__ 
   }
 
   SharedMemory shared;
-  const int stride = D + 1;                               // every key in another bank
+  const int stride = D + 1;  // every key in another bank
   float* const keys = shared.take<float>(kKeys * stride);
   float* const queries = shared.take<float>(kMassQueries * kMaxChannels);
   float* const sums = shared.take<float>(kThreads);
@@ -87,8 +87,7 @@ __global__ void __launch_bounds__(kThreads) mass_kernel(const __grid_constant__ 
   }
   sums[threadIdx.x] = sum;
   __syncthreads();
-  if (half == 0 && position < tokens)
-    a.mass[(b * a.kv.H + h) * tokens + position] = sums[key] + sums[kKeys + key];
+  if (half == 0 && position < tokens) a.mass[(b * a.kv.H + h) * tokens + position] = sums[key] + sums[kKeys + key];
 }
 
 }  // namespace lserve::cuda

@@ -59,9 +59,8 @@ void dequantize_kv(const DequantizeArgs& a, void* stream) {
     using T = decltype(zero);
     const bool aligned = rows_aligned(a.k_codes, 1, {}) && rows_aligned(a.v_codes, 1, {}) &&
                          rows_aligned(a.stats, sizeof(T), {}) && rows_aligned(a.k, 1, {}) && rows_aligned(a.v, 1, {});
-    with_vectors<T>(aligned, [&](auto N) {
-      launch("dequantize_kv", dequantize_kernel<T, N>, a.pages, kPageThreads, stream, a);
-    });
+    with_vectors<T>(aligned,
+                    [&](auto N) { launch("dequantize_kv", dequantize_kernel<T, N>, a.pages, kPageThreads, stream, a); });
   });
 }
 
@@ -70,9 +69,8 @@ void append_kv(const AppendArgs& a, void* stream) {
   const int64_t blocks = append_blocks_before(a.kv.B, a.N, static_cast<int>(a.kv.P));
   with_dtype("append_kv", a.kv.dtype, [&](auto zero) {
     using T = decltype(zero);
-    with_vectors<T>(rows_aligned<T>(a.k) && rows_aligned<T>(a.v) && rows_aligned<T>(a.kv), [&](auto N) {
-      launch("append_kv", append_kernel<T, N>, dim3(blocks, a.kv.H), kPageThreads, stream, a);
-    });
+    with_vectors<T>(rows_aligned<T>(a.k) && rows_aligned<T>(a.v) && rows_aligned<T>(a.kv),
+                    [&](auto N) { launch("append_kv", append_kernel<T, N>, dim3(blocks, a.kv.H), kPageThreads, stream, a); });
   });
 }
 

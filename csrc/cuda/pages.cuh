@@ -72,7 +72,7 @@ __device__ __forceinline__ Bounds token_bounds(const T* row, int D) {
 // Where a page goes. Either codes and scales, or k and v; stats or null.
 template <typename T>
 struct PageOut {
-  T* stats;  // [P/L, 2, D]
+  T* stats;                    // [P/L, 2, D]
   uint8_t *k_codes, *v_codes;  // [P, D]
   float* scales;               // [C, P, 2]: V's (step, min), and K's behind them without statistics
   T *k, *v;                    // [P, D]
@@ -183,7 +183,8 @@ __global__ void __launch_bounds__(kPageThreads, 4) quantize_kernel(const __grid_
     const T* const first = static_cast<const T*>(x.data) + page * x.stride0;
     return PageRows<T>{first, first, x.stride1, 0, D};
   };
-  PageOut<T> out{nullptr, a.k_codes + codes, a.v_codes + codes, a.scales + page * (a.stats ? 2 : 4) * P, nullptr, nullptr, P, L, D};
+  PageOut<T> out{nullptr, a.k_codes + codes, a.v_codes + codes, a.scales + page * (a.stats ? 2 : 4) * P, nullptr, nullptr, P, L,
+                 D};
   if (a.stats) out.stats = const_cast<T*>(static_cast<const T*>(a.stats)) + page * (P / L) * 2 * D;  // only read
   seal_page<N, true>(rows(a.k), rows(a.v), out);
 }
@@ -214,8 +215,7 @@ __global__ void __launch_bounds__(kPageThreads, 4) dequantize_kernel(const __gri
       for (int j = 0; j < N; ++j) k.value[j] = static_cast<T>(grid_value(k_codes.value[j], min, step));
     }
 #pragma unroll
-    for (int j = 0; j < N; ++j)
-      v.value[j] = static_cast<T>(grid_value(v_codes.value[j], scales[2 * row + 1], scales[2 * row]));
+    for (int j = 0; j < N; ++j) v.value[j] = static_cast<T>(grid_value(v_codes.value[j], scales[2 * row + 1], scales[2 * row]));
     store_vector(static_cast<T*>(a.k) + at, k);
     store_vector(static_cast<T*>(a.v) + at, v);
   }

@@ -15,7 +15,9 @@ struct QueryTile {
 };
 
 // Queries of a head with a window or a list share a tile only within one page; those of a dense head, anywhere.
-__host__ __device__ inline int tile_span(int32_t window, int64_t P) { return window == kDense ? kQueries : static_cast<int>(P); }
+__host__ __device__ inline int tile_span(int32_t window, int64_t P) {
+  return window == kDense ? kQueries : static_cast<int>(P);
+}
 __host__ __device__ inline int tiles_of_span(int span) { return (span + kQueries - 1) / kQueries; }
 
 // Tiles before sequence b, of which `queries` belong to earlier sequences: an upper bound that follows from shapes.
@@ -58,9 +60,14 @@ __device__ __forceinline__ Tokens prefill_tokens(const PrefillArgs& a, const Que
 
 template <typename T>
 __device__ __forceinline__ Sequence<T> prefill_sequence(const PrefillArgs& a, int b, int h) {
-  return {a.kv, b, h, held_tokens(a, b),
+  return {a.kv,
+          b,
+          h,
+          held_tokens(a, b),
           static_cast<const T*>(a.k.data) + a.cu_k[b] * a.k.stride0 + h * a.k.stride1,
-          static_cast<const T*>(a.v.data) + a.cu_k[b] * a.v.stride0 + h * a.v.stride1, a.k.stride0, a.v.stride0};
+          static_cast<const T*>(a.v.data) + a.cu_k[b] * a.v.stride0 + h * a.v.stride1,
+          a.k.stride0,
+          a.v.stride0};
 }
 
 // Dequantises a tile of codes, once for the four warps.
@@ -81,7 +88,8 @@ __device__ __forceinline__ void dequantize(Rows<uint8_t, kD> from_k, Rows<uint8_
       float x[2], y[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float k_code = code_value(k.value[(i + e) / 4], (i + e) % 4), v_code = code_value(v.value[(i + e) / 4], (i + e) % 4);
+        const float k_code = code_value(k.value[(i + e) / 4], (i + e) % 4),
+                    v_code = code_value(v.value[(i + e) / 4], (i + e) % 4);
         float min = table.k_grid[key].y, step = table.k_grid[key].x;
         if (stats) {
           min = static_cast<float>(low.value[i + e]);
@@ -166,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
   const float scale = a.scale * kLog2e;
   State<T, kD> state;
 
-  const auto attend = [&](const Plain<T, kD>& source, const KeyTable& table) {
+  const auto attend = [&](const Plain<T, kD>& source, const KeyTable& table, auto newest) {
     float s[kKeys / 8][4] = {};
     state.template multiply<kKeys>(s, q, warp * 16, source, 0);
     const bool masked = max(table.newest[0], table.newest[1]) > tile.position;
@@ -179,7 +187,8 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
         if (masked && table.position[n * 8 + lane % 4 * 2 + e % 2] > query) s[n][e] = -INFINITY;
       }
     state.template soften<kKeys>(s);
-    if (masked) take_infinite_values(source.v, table, tile, state);
+    if constexpr (newest.value)
+      if (masked) take_infinite_values(source.v, table, tile, state);
     state.template add<kKeys>(s, source, 0);
   };
 
@@ -191,11 +200,12 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
     ring.run(sequence, tokens, 0, raw, D, [&](const auto& codes) {
       dequantize(codes.k, codes.v, codes.table, D, k, v);
       __syncthreads();
-      attend({k, v}, codes.table);
+      attend({k, v}, codes.table, std::false_type{});  // sealed: older than all queries
     });
   }
   const typename Rings::Values ring{reinterpret_cast<T*>(data), tables};
-  ring.run(sequence, tokens, raw, tokens.count, D, [&](const auto& values) { attend({values.k, values.v}, values.table); });
+  ring.run(sequence, tokens, raw, tokens.count, D,
+           [&](const auto& values) { attend({values.k, values.v}, values.table, std::true_type{}); });
 
 #pragma unroll
   for (int r = 0; r < 2; ++r) {

@@ -16,9 +16,7 @@ __device__ __forceinline__ uint32_t ordered(float x) {
   const uint32_t bits = __float_as_uint(x);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
-__device__ __forceinline__ float from_ordered(uint32_t key) {
-  return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
-}
+__device__ __forceinline__ float from_ordered(uint32_t key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
 
 // ---- scores of pages
 //
@@ -89,11 +87,10 @@ struct SignedQueries {
 
 // Raises the best score of every page to those of up to 16 query heads over its groups.
 template <typename T, int kD>
-__device__ __forceinline__ void score_groups(const PageScoresArgs& a,
-                                             const T* q, int heads,  // [heads, D]
-                                             const int32_t* blocks,  // [pages], shared
-                                             uint32_t* best,         // [pages], shared, ordered
-                                             Channels* ring,         // [kScoreStages, kD / 32, 2, kScoreThreads], shared
+__device__ __forceinline__ void score_groups(const PageScoresArgs& a, const T* q, int heads,  // [heads, D]
+                                             const int32_t* blocks,                           // [pages], shared
+                                             uint32_t* best,                                  // [pages], shared, ordered
+                                             Channels* ring,  // [kScoreStages, kD / 32, 2, kScoreThreads], shared
                                              int pages) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, channel = lane % 4 * 8, D = static_cast<int>(a.D);
   const int groups_per_page = static_cast<int>(a.groups), groups = pages * groups_per_page;
@@ -136,7 +133,7 @@ __device__ __forceinline__ void score_groups(const PageScoresArgs& a,
     cp_async_commit();
 
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {  // a lane's two columns, over all rows
+    for (int i = 0; i < 2; ++i) {                                               // a lane's two columns, over all rows
       const auto key = [](float x) { return ordered(x != x ? fabsf(x) : x); };  // a NaN stays
       uint32_t score = max(key(scores[i]), key(scores[i + 2]));
 #pragma unroll
@@ -152,8 +149,7 @@ __device__ __forceinline__ void score_groups(const PageScoresArgs& a,
 // A block of threads takes `pages` pages of one (sequence, kv head), whose groups its warps share. An infinite bound may
 // make a page's score NaN, as 0 * inf is.
 template <typename T, int kD>
-__global__ void __launch_bounds__(kScoreThreads)
-    page_scores_kernel(const __grid_constant__ PageScoresArgs a, int pages) {
+__global__ void __launch_bounds__(kScoreThreads) page_scores_kernel(const __grid_constant__ PageScoresArgs a, int pages) {
   const PageTile tile(a, pages);
   SharedMemory shared;
   int32_t* const blocks = shared.take<int32_t>(kScoreGroups);  // -1: nothing to score
@@ -319,8 +315,12 @@ __device__ __forceinline__ void write_picks(const Choice& c, const Cut& cut, Sha
 __device__ __forceinline__ Choice choice(const SelectPagesArgs& a, int64_t b, int64_t h) {
   const int page = (a.lengths[b] - 1) / static_cast<int>(a.P), K = static_cast<int>(a.K);  // page: the query's
   const int end = max(min(page - static_cast<int>(a.local) + 1, a.sealed[b]), 0);
-  return {a.scores + b * a.score_stride0 + h * a.score_stride1, static_cast<int>(min(a.sink, static_cast<int64_t>(end))), end,
-          K, a.pages + (b * a.H + h) * K, K};
+  return {a.scores + b * a.score_stride0 + h * a.score_stride1,
+          static_cast<int>(min(a.sink, static_cast<int64_t>(end))),
+          end,
+          K,
+          a.pages + (b * a.H + h) * K,
+          K};
 }
 
 // Half of the budget of tokens goes to those with the greatest mass, the other half to local ones; unsealed tokens are

@@ -9,21 +9,21 @@
 namespace lserve::cuda {
 
 struct Input {
-  uint16_t rows[32][8];            // of 16 bytes, for copies and ldmatrix
-  uint16_t a[2][16][16];           // in half, in bfloat16
+  uint16_t rows[32][8];   // of 16 bytes, for copies and ldmatrix
+  uint16_t a[2][16][16];  // in half, in bfloat16
   uint16_t b[2][16][8];
   float c[16][8];
   float x[32];
 };
 
 struct Output {
-  uint32_t misaligned;             // addresses of shared arrays that do not start at multiples of 128
-  uint16_t copied[2][32][8];       // all rows; even rows, zeros between them
+  uint32_t misaligned;        // addresses of shared arrays that do not start at multiples of 128
+  uint16_t copied[2][32][8];  // all rows; even rows, zeros between them
   uint32_t matrices[32][4], transposed[32][4];
   float d[2][16][8];
-  float power[32];                 // 2^x
-  float codes[32][4];              // the bytes of a word
-  uint32_t packed[2][32];          // x and -x, in half, in bfloat16
+  float power[32];         // 2^x
+  float codes[32][4];      // the bytes of a word
+  uint32_t packed[2][32];  // x and -x, in half, in bfloat16
   float unpacked[2][32][2];
   float butterfly[32], up[32], down[32], broadcast[32];
   uint32_t ballot, any, all;
@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(32) instructions_kernel(const Input* in, Outpu
   const int lane = threadIdx.x;
   SharedMemory shared;
   uint8_t* const odd = shared.take<uint8_t>(5);
-  uint16_t(*const rows)[8] = reinterpret_cast<uint16_t(*)[8]>(shared.take<uint16_t>(32 * 8));
-  uint16_t(*const even)[8] = reinterpret_cast<uint16_t(*)[8]>(shared.take<uint16_t>(32 * 8));
+  uint16_t (*const rows)[8] = reinterpret_cast<uint16_t (*)[8]>(shared.take<uint16_t>(32 * 8));
+  uint16_t (*const even)[8] = reinterpret_cast<uint16_t (*)[8]>(shared.take<uint16_t>(32 * 8));
   if (lane == 0)
     out->misaligned = (reinterpret_cast<uintptr_t>(odd) % 128 != 0) + (reinterpret_cast<uintptr_t>(rows) % 128 != 0) +
                       (reinterpret_cast<uintptr_t>(even) % 128 != 0);
