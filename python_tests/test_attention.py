@@ -593,3 +593,19 @@ def test_the_largest_values_have_a_finite_mean(dtype: torch.dtype) -> None:
     cu, windows = ints([0, n]), ints([DENSE, 2])
     out, _ = ops.prefill(q, k, v, cu, cu, windows, page_size=16)
     torch.testing.assert_close(out.double(), v.double(), rtol=1e-2 if dtype == BF16 else 1e-5, atol=0)
+
+
+def test_one_huge_channel_does_not_blur_the_others() -> None:
+    """INT8 without statistics: decode is as near to the dequantised keys as plain attention over these is."""
+    shape = Shape(64, 16, None, 4, F32, "int8")
+
+    def huge(seed: int, *dims: int, **options: Any) -> Tensor:
+        x = normal(seed, *dims, **options)
+        x[..., 5] = -1e5
+        return x
+
+    case = build(shape, [160], heads=1, make=huge)
+    q = case.queries()
+    q[..., 5] = 0  # what is left are the others
+    got = ops.decode(q, case.kv, case.lengths, case.windows(DENSE))
+    assert_attention(got, reference.decode, q, case.kv, case.lengths, case.windows(DENSE))

@@ -164,13 +164,15 @@ struct Scratch {
         folded(new float[G * kMaxD]),
         base(new float[G]),
         s(new float[G * chunk]),
-        acc(new float[G * kMaxD]) {}
+        acc(new float[G * kMaxD]),
+        k(new float[kAhead * kMaxD]) {}
   int64_t G, chunk;
   std::unique_ptr<float[]> q;       // [G, kMaxD] query heads, scaled
   std::unique_ptr<float[]> folded;  // [G, kMaxD] times a group's steps
   std::unique_ptr<float[]> base;    // [G] the grid's constant part
   std::unique_ptr<float[]> s;       // [G, chunk] scores, then weights
   std::unique_ptr<float[]> acc;     // [G, kMaxD]
+  std::unique_ptr<float[]> k;       // [kAhead, kMaxD] keys, where a grid a token is not folded into the query
 };
 
 template <class T>
@@ -193,12 +195,8 @@ LSERVE_CLONES void fold_grid(const T* stats, int64_t G, int64_t D, const float* 
   }
 }
 
-LSERVE_CLONES void sum_query(int64_t G, int64_t D, const float* q, float* sums) {
-  for (int64_t g = 0; g < G; ++g) {
-    f32x16 total = {};
-    for (int64_t d = 0; d < D; d += 16) total += load(q + g * kMaxD + d);
-    sums[g] = sum(total);
-  }
+LSERVE_CLONES void load_codes(const uint8_t* codes, float step, float min, int64_t D, float* to) {
+  for (int64_t d = 0; d < D; ++d) to[d] = grid_value(codes[d], min, step);
 }
 
 // Scores of a chunk against the query group, into scratch.s.
@@ -216,11 +214,17 @@ void score_chunk(const Chunk& rows, int64_t D, const Scratch& scratch) {
       for (int64_t g = 0; g < G; ++g)
         for (int64_t i = 0; i < span.count; ++i) s[g * chunk + i] += base[g];
     } else {
-      dots(G, q, rows_of<uint8_t>(rows.k, span.first), span.count, D, s, chunk);
-      sum_query(G, D, q, base);
+      // Min and step are not folded into q here: with one huge channel q·min and step * (q·code) would cancel.
       const Chunk::Grid* grid = rows.k_grid.data() + span.first;
-      for (int64_t g = 0; g < G; ++g)
-        for (int64_t i = 0; i < span.count; ++i) s[g * chunk + i] = grid[i].min * base[g] + grid[i].step * s[g * chunk + i];
+      for (int64_t i = 0; i < span.count; i += kAhead) {
+        const int64_t some = std::min(kAhead, span.count - i);
+        const float* block[3 * kAhead];  // and what dots prefetches
+        for (int64_t r = 0; r < 3 * kAhead; ++r) block[r] = scratch.k.get() + std::min(r, some - 1) * kMaxD;
+        for (int64_t r = 0; r < some; ++r)
+          load_codes(rows_of<uint8_t>(rows.k, span.first)[i + r], grid[i + r].step, grid[i + r].min, D,
+                     scratch.k.get() + r * kMaxD);
+        dots(G, q, block, some, D, s + i, chunk);
+      }
     }
   }
 }

@@ -217,6 +217,7 @@ class Prefill {
           // The newest P to 2P - 1 tokens before a query are unsealed when it is decoded, so always attended.
           const int64_t unsealed = window == 0 ? page : std::max<int64_t>(0, page - 1);
           const Entries pages = entries(a_.rule, window, list, page, position + size - 1, P, window == kDense ? 0 : unsealed);
+          check_list("prefill", a_.rule, pages, b, h);
           if (a_.lengths) check_entries("prefill", kv_, a_.rule, pages, b, h);
           tiles_.push_back({b, h, first, size, position, pages});
         }

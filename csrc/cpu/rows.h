@@ -66,13 +66,18 @@ inline void check_lengths(const std::string& op, const Paged& kv, const int32_t*
   }
 }
 
-inline void check_entries(const std::string& op, const Paged& kv, const Rule& rule, const Entries& e, int64_t b, int64_t h) {
-  const bool streaming = rule.windows[h] > 0 && rule.windows[h] < kDense;
-  for (int64_t i = e.listed; e.list && i < rule.K; ++i)  // -1 is padding: nothing may follow it
-    if (e.list[i] != -1) fail_range((op + ": lists").c_str(), e.list[i], -1, -1, b, h, i);
+// Ascending, between sink and local, and nothing behind the first -1.
+inline void check_list(const std::string& op, const Rule& rule, const Entries& e, int64_t b, int64_t h) {
   for (int64_t i = 0, last = e.sink - 1; i < e.listed; last = e.list[i++])
-    if (e.list[i] <= last || e.list[i] >= e.local)  // ascending, between sink and local
+    if (e.list[i] <= last || e.list[i] >= e.local)
       fail_range((op + ": lists").c_str(), e.list[i], last + 1, e.local - 1, b, h, i);
+  for (int64_t i = e.listed; e.list && i < rule.K; ++i)
+    if (e.list[i] != -1) fail_range((op + ": lists").c_str(), e.list[i], -1, -1, b, h, i);
+}
+
+inline void check_entries(const std::string& op, const Paged& kv, const Rule& rule, const Entries& e, int64_t b, int64_t h) {
+  check_list(op, rule, e, b, h);
+  const bool streaming = rule.windows[h] > 0 && rule.windows[h] < kDense;
   for (int64_t i = 0, checked = -1; i < e.count(); ++i) {
     const int64_t page = e[i] * rule.unit / kv.P;
     if (page >= kv.sealed[b]) break;
