@@ -180,6 +180,16 @@ class SparseLayer(CacheLayerMixin):
         self.config, self.model_config, self.pattern, self.index = config, model_config, pattern, index
         self.kv: LayerCache | None = None
 
+    def _no_tensor(self) -> NoReturn:
+        raise RuntimeError(
+            f"SparseCache: {type(self.model_config).__name__}'s model reads the keys of layer {self.index} from the cache "
+            "itself, as cross attention does, which is not supported"
+        )
+
+    # transformers' constructor sets both to None.
+    keys = property(lambda self: self._no_tensor(), lambda self, value: None)
+    values = property(lambda self: self._no_tensor(), lambda self, value: None)
+
     @property
     def seen(self) -> int:
         """Columns of the padded batch, which is what transformers counts."""
@@ -508,11 +518,14 @@ class SparseCache(Cache):
         self.layers = layers
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns that the layers hold. During a forward, and after an interrupted one: those from before it."""
+        """Columns that the layers hold, or one layer but the first: 0 if no forward has come to it. During a forward,
+        and after an interrupted one: those from before it."""
         forward = self._forward
-        if forward is not None and not self._is_whole(forward):
-            return forward.columns
-        return max(layer.seen for layer in self.ours)
+        layers = self.layers if forward is None or self._is_whole(forward) else forward.before
+        layer = layers[layer_idx]
+        if layer_idx and isinstance(layer, SparseLayer):
+            return layer.seen
+        return max(layer.seen for layer in layers if isinstance(layer, SparseLayer))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Keys that a layer will have, and the column of the first of them."""

@@ -320,6 +320,42 @@ def test_patterns_skip_the_layers_that_are_not_ours() -> None:
         SparseCache(model.config, sparse.replace(streaming=HeadPattern([[], [0.0, 1.0], [0.0, 1.0], []])))
 
 
+def test_encoders_of_a_vision_language_model_keep_sdpa() -> None:
+    text = make("llama").config
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=95, image_token_id=95)
+    ids, pixels = torch.tensor([[1, *[95] * 4, *range(5, 30)]]), torch.randn(1, 3, 16, 16)
+    outs = []
+    for implementation in ("sdpa", "lserve", {"text_config": "lserve", "vision_config": "sdpa"}):
+        torch.manual_seed(0)
+        cls = transformers.LlavaForConditionalGeneration
+        model = cls._from_config(config, attn_implementation=implementation).eval()
+        dense = SparseConfig.dense(page_size=8, stats_group=4)
+        cache = DynamicCache(config=model.config) if implementation == "sdpa" else SparseCache(model.config, dense)
+        options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        with torch.no_grad():
+            outs.append(model.generate(ids, pixel_values=pixels, **options, **cache_argument(model, cache)))
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_cross_attention_that_reads_the_cache_is_refused() -> None:
+    from transformers.models.mllama.configuration_mllama import MllamaTextConfig
+    from transformers.models.mllama.modeling_mllama import MllamaForCausalLM
+
+    fields = {field: SMALL[field] for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+              "num_attention_heads",
+              "num_key_value_heads", "bos_token_id", "eos_token_id", "pad_token_id")}  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    config = MllamaTextConfig(**fields, cross_attention_layers=[1], rope_parameters=rope)
+    model = MllamaForCausalLM._from_config(config, attn_implementation="lserve").eval()
+    cache = SparseCache(config)
+    with pytest.raises(RuntimeError, match="reads the keys of layer 0 from the cache itself"):
+        for count in (20, 1):
+            step(model, cache, prompt()["input_ids"][:1, :count])
+
+
 # ---- the table
 
 HEAD = f"""# Models
