@@ -182,8 +182,8 @@ class SparseLayer(CacheLayerMixin):
 
     def _no_tensor(self) -> NoReturn:
         raise RuntimeError(
-            f"SparseCache: {type(self.model_config).__name__}'s model reads the keys of layer {self.index} from the cache "
-            "itself, as cross attention does, which is not supported"
+            f"SparseCache: the model of {type(self.model_config).__name__} reads the keys of layer {self.index} from "
+            "the cache itself, as cross attention does, which is not supported"
         )
 
     # transformers' constructor sets both to None.

@@ -351,9 +351,10 @@ def test_cross_attention_that_reads_the_cache_is_refused() -> None:
     config = MllamaTextConfig(**fields, cross_attention_layers=[1], rope_parameters=rope)
     model = MllamaForCausalLM._from_config(config, attn_implementation="lserve").eval()
     cache = SparseCache(config)
-    with pytest.raises(RuntimeError, match="reads the keys of layer 0 from the cache itself"):
-        for count in (20, 1):
-            step(model, cache, prompt()["input_ids"][:1, :count])
+    ids = prompt()["input_ids"][:1]
+    step(model, cache, ids)
+    with pytest.raises(RuntimeError, match=r"reads the keys of layer \d from the cache itself"):
+        step(model, cache, ids[:, :1])
 
 
 # ---- the table
