@@ -26,6 +26,7 @@ from lserve_ext import HeadPattern, SparseCache, SparseConfig
 from lserve_ext.hf import cache_argument
 
 MARGIN = 1e-4  # of the two best logits: below it, either token is right
+OLDER = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24)
 VOCABULARY, PROMPT, PADDING, NEW = 96, 35, 11, 20
 
 # Whatever of these a family's config has. Windows and chunks are shorter than the prompt.
@@ -188,9 +189,12 @@ def known(name: str) -> None:
 def test_a_family_gives_the_tokens_of_sdpa(name: str) -> None:
     known(name)
     kind, details = outcome(name)
+    if OLDER and "this model has its own attention" in details:
+        pytest.skip(details)
     assert kind == "equal", details
 
 
+@pytest.mark.skipif(OLDER, reason="the texts are those of today's transformers")
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_family_is_refused_by_name(name: str) -> None:
     known(name)
@@ -340,6 +344,7 @@ def test_encoders_of_a_vision_language_model_keep_sdpa() -> None:
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
+@pytest.mark.skipif(OLDER, reason="cross attention reads the cache in another way there")
 def test_cross_attention_that_reads_the_cache_is_refused() -> None:
     from transformers.models.mllama.configuration_mllama import MllamaTextConfig
     from transformers.models.mllama.modeling_mllama import MllamaForCausalLM
