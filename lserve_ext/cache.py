@@ -61,7 +61,7 @@ class BlockPool:
         self._tables: weakref.WeakSet[BlockTable] = weakref.WeakSet()
         self._references = np.zeros(0, np.int64)
         self._free: list[int] = []
-        self._unsettled = False
+        self._counted = 0  # tables that the counts include; another number than that of tables: count anew
         self.peak = 0
         self._grow(capacity)
 
@@ -78,7 +78,7 @@ class BlockPool:
     def table(self, ids: np.ndarray, wanted: np.ndarray | None = None) -> BlockTable:
         """A table of these blocks (-1: none), with free ones where `wanted`."""
         self.settle()
-        self._unsettled = True
+        self._counted = -1
         ids = ids.astype(np.int32)
         if wanted is not None and wanted.any():
             ids[wanted] = self._take(int(wanted.sum()))
@@ -87,21 +87,20 @@ class BlockPool:
         table = BlockTable(self, ids, torch.from_numpy(ids).to(self.tensors["k"].device))
         self._tables.add(table)
         self.peak = max(self.peak, self.capacity - len(self._free))
-        self._unsettled = False
+        self._counted = len(self._tables)
         return table
 
     def release(self, table: BlockTable) -> None:
         """Called by a table that nobody has any more; blocks without any table are free again."""
-        unsettled, self._unsettled = self._unsettled, True
         held = table.ids[table.ids >= 0]
         np.subtract.at(self._references, held, 1)
         free = np.unique(held[self._references[held] == 0])
         self._free.extend(free[::-1].tolist())
-        self._unsettled = unsettled
+        self._counted -= self._counted > 0
 
     def settle(self) -> None:
         """Counts anew if a change was interrupted."""
-        if not self._unsettled:
+        if self._counted == len(self._tables):
             return
         capacity = min(len(tensor) for tensor in self.tensors.values())
         self.tensors = {name: tensor[:capacity] for name, tensor in self.tensors.items()}
@@ -110,7 +109,7 @@ class BlockPool:
             np.add.at(counts, table.ids[table.ids >= 0], 1)
         self._references = counts
         self._free = np.flatnonzero(counts == 0)[::-1].tolist()
-        self._unsettled = False
+        self._counted = len(self._tables)
 
     def _take(self, count: int) -> list[int]:
         if count > len(self._free):

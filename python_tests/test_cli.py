@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import _tiny
 import pytest
@@ -183,14 +184,20 @@ def test_control_c_ends_with_one_line(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_output_that_nobody_takes() -> None:
+def test_output_that_nobody_takes(tmp_path: Path) -> None:
+    elsewhere: dict[str, Any] = {
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "cwd": tmp_path,
+        "env": os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])},
+    }
     command = [sys.executable, "-c", "import sys; from lserve_ext.cli import main; sys.exit(main(['doctor']))"]
     with open("/dev/full", "w") as full:  # noqa: PTH123
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, stdout=full, **elsewhere)
     assert done.returncode == 1 and "No space left" in done.stderr and "Traceback" not in done.stderr
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=write, **elsewhere)
     os.close(write)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "Exception" not in done.stderr
 
