@@ -310,7 +310,7 @@ class LayerCache:
         windows, sink = self._prefill_windows, self.config.prefill_sink_pages
         out, lse = ops.prefill(q_new, k_new, v_new, bounds, bounds, windows, self._paged(s), s.device_lengths,
                                sink=sink, scale=scale)  # fmt: skip
-        out, lse = _with_sinks(out, lse, sinks)
+        out, lse = with_sinks(out, lse, sinks)
         own_buffer = dataclasses.replace(s, raw_k=s.raw_k.clone(), raw_v=s.raw_v.clone())
         s = self._appended(own_buffer, k_new, v_new, bounds, new, T)
         if columns is not None:
@@ -341,7 +341,7 @@ class LayerCache:
             unit = self._selector.unit
         rule = (s.device_lengths, self._decode_windows, selection.lists, selection.local_start)
         sink = self.config.sink_pages
-        out, lse = _with_sinks(*ops.decode(q, kv, *rule, sink=sink, unit=unit, scale=scale), sinks)
+        out, lse = with_sinks(*ops.decode(q, kv, *rule, sink=sink, unit=unit, scale=scale), sinks)
         if self._selector is not None and self._selector.observes:
             mass = ops.attention_mass(q[:, None], lse[:, None], kv, *rule, sink=sink, unit=unit, scale=scale)
             selection = self._selector.observe(selection, mass, s.device_lengths, 1)
@@ -597,7 +597,7 @@ class LayerCache:
             finite("selection.mass", mass)
 
 
-def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Attention whose softmax has one more term in its denominator: out [..., Hq, D], lse [..., Hq], sinks [Hq]."""
     if sinks is None:
         return out, lse

@@ -262,6 +262,7 @@ class _Meter:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         from . import hf, ops
+        from .cache import with_sinks
 
         full, _ = hf.attention(module, query, key, value, attention_mask, scaling, **kwargs)  # [1, T, Hq, D]
         self._progress()
@@ -274,7 +275,8 @@ class _Meter:
         cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32, device=q.device) for n in (T - first, T))
         windows = torch.full((H,), self._window, dtype=torch.int32, device=q.device)
         rule: dict[str, Any] = {"sink": self._sink, "page_size": _PAGE, "scale": scaling}
-        streaming, _ = ops.prefill(q[first:], k, v, cu_q, cu_k, windows, **rule)
+        sinks = next((kwargs[name] for name in hf.SINKS if kwargs.get(name) is not None), None)
+        streaming, _ = with_sinks(*ops.prefill(q[first:], k, v, cu_q, cu_k, windows, **rule), sinks)
         exact = full[0, rows].reshape(len(rows), H, -1).double()
         change = streaming[rows - first].reshape(len(rows), H, -1).double() - exact
         norms = [x.square().sum((0, 2)).sqrt() for x in (change, exact)]

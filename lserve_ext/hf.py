@@ -48,7 +48,7 @@ _WHO = f"attn_implementation={NAME!r}"
 
 # Keywords that change what is attended. Others that reach an attention function do not.
 _UNSUPPORTED = ("softcap", "head_mask", "position_bias", "indices")
-_SINKS = ("s_aux", "sinks")  # a learned logit a head in the denominator of the softmax (GPT-OSS)
+SINKS = ("s_aux", "sinks")  # a learned logit a head in the denominator of the softmax (GPT-OSS)
 
 
 class Handle:
@@ -244,7 +244,8 @@ class SparseLayer(CacheLayerMixin):
         assert self.kv is not None
         T = k.shape[2]
         padding = np.zeros(k.shape[0], np.int64) if starts is None else starts
-        if starts is not None and self.kv.lengths != np.maximum(self.seen - padding, 0).tolist():
+        same_batch = len(padding) == self.kv.batch_size  # else the cache says so
+        if same_batch and self.kv.lengths != np.maximum(self.seen - padding, 0).tolist():
             raise ValueError(
                 f"attention_mask: expected the padding of earlier calls, after which the sequences hold "
                 f"{self.kv.lengths} of {self.seen} tokens, got {padding.tolist()} tokens of padding"
@@ -766,7 +767,7 @@ def attention(
         raise RuntimeError(f"{_WHO} has no gradient: call the model under torch.no_grad()")
     causal = getattr(module, "is_causal", True) is not False and kwargs.get("is_causal") is not False
     extra = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
-    sinks = next((kwargs[name] for name in _SINKS if kwargs.get(name) is not None), None)
+    sinks = next((kwargs[name] for name in SINKS if kwargs.get(name) is not None), None)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     starts: np.ndarray | None = None
     if isinstance(key, PendingKV):

@@ -30,6 +30,7 @@ PRESETS = {
     **{name: config for name, config in CONFIGS.items() if name not in ("half", "pages")},
     "pages": CONFIGS["pages"].replace(reuse_interval=3),
     "half": CONFIGS["half"].replace(streaming=HeadPattern([[0.0, 1.0], [1.0, 0.0], [0.2, 0.8]])),
+    "duo": SparseConfig.duo(streaming=HeadPattern([[0.0, 1.0], [1.0, 0.0], [0.2, 0.8]]), **SMALL),
     "quest": SparseConfig.quest(budget_tokens=48, dense_layers=1),
 }
 
@@ -160,7 +161,7 @@ def test_an_interrupt_at_any_line_leaves_the_cache_as_before_or_as_after(
 
     next_before, next_after = follow(copy.deepcopy(start)), follow(copy.deepcopy(after_cache))
     while not done:
-        count += 1 if action not in ("step", "chunk") else 3  # a sample of lines where there are thousands
+        count += 1
         cache = copy.deepcopy(start)
         try:
             with warnings.catch_warnings(), interrupted_at(count):
@@ -324,7 +325,7 @@ def run_program(model: Any, name: str, seed: int, tmp_path: Path) -> None:
     assert torch.equal(together, alone), program.log
 
 
-@pytest.mark.parametrize("seed", range(22))
+@pytest.mark.parametrize("seed", range(23))
 @pytest.mark.parametrize("name", PRESETS)
 def test_random_programs(model: Any, name: str, seed: int, tmp_path: Path) -> None:
     run_program(model, name, seed, tmp_path)
@@ -333,7 +334,7 @@ def test_random_programs(model: Any, name: str, seed: int, tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_more_random_programs(model: Any, name: str, tmp_path: Path) -> None:
-    for seed in range(1000, 1225):
+    for seed in range(1000, 1223):
         run_program(model, name, seed, tmp_path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -271,3 +272,11 @@ def test_demo_finds_the_pass_key_in_a_smaller_cache(capsys: pytest.CaptureFixtur
         int(cell.split("(")[1].rstrip("%)")) for cell in cells(out, "attended in decode")
     )
     assert dense_share == 100 and lserve_share < 30 and alisa_share <= 50
+
+
+def test_a_source_tree_that_is_not_built_says_so(tmp_path: Path) -> None:
+    package = Path(cli.__file__).parent
+    shutil.copytree(package, tmp_path / "lserve_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    command = [sys.executable, "-c", "import lserve_ext"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True)
+    assert done.returncode == 1 and "python setup.py build_ext --inplace" in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import _tiny
 import pytest
@@ -172,3 +173,61 @@ def test_calibration_wants_a_text_of_that_length() -> None:
         calibrate(_tiny.llama(), _tiny.tokenizer(), samples=0)
     with pytest.raises(ValueError, match=r"length: expected .* tokens with this text, got 3000"):
         calibrate(_tiny.llama(), _tiny.tokenizer(), text="short", length=3000, samples=1)
+
+
+BAD_FILES = {
+    "null metadata": ('{"scores": [[1.0]], "metadata": null}', TypeError, "metadata: expected a mapping"),
+    "deep": ('{"scores": ' + "[" * 100_000, ValueError, "expected JSON in"),
+    "huge": ('{"scores": [[' + "9" * 400 + "]]}", TypeError, "scores: expected rows of numbers"),
+    "rows": ('{"scores": [[1.0], [1.0, 2.0]]}', ValueError, "scores: expected rows of one length"),
+    "null": ('{"scores": null}', TypeError, "scores: expected rows of numbers"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_FILES)
+def test_a_malformed_pattern_names_file_and_field(what: str, tmp_path: Path) -> None:
+    text, kind, message = BAD_FILES[what]
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(kind, match=message) as caught:
+        HeadPattern.load(tmp_path / "bad.json")
+    assert "bad.json" in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_matter(tmp_path: Path) -> None:
+    pattern = HeadPattern(((0.0, 1.0),))
+    pattern.save(tmp_path / "heads.json")
+    (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "heads.json").read_bytes())
+    assert HeadPattern.load(tmp_path / "bom.json") == pattern
+
+
+def test_a_full_disk_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "heads.json"
+    HeadPattern(((0.0, 1.0),)).save(path)
+    before = path.read_bytes()
+
+    def full(self: Path, text: str, **_: Any) -> int:
+        self.write_bytes(text[:10].encode())
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            HeadPattern(((1.0, 0.0),)).save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_calibration_skips_the_layers_that_are_not_ours() -> None:
+    """A hybrid model with sinks: windows in every other layer, which stay transformers'."""
+    import transformers
+
+    fields = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "head_dim": 16, "vocab_size": 258, "num_hidden_layers": 4, "max_position_embeddings": 4096,
+              "sliding_window": 64, "num_local_experts": 2, "num_experts_per_tok": 1}  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(**fields, bos_token_id=0, eos_token_id=None)
+    ).eval()
+    pattern = calibrate(model, _tiny.tokenizer(), text=_tiny.text(800), length=2500, samples=1)
+    assert [len(row) for row in pattern.scores] == [0, 2, 0, 2]
+    assert all(score > 0 for row in pattern.scores for score in row)
+    assert sum(map(sum, map(pattern.streaming, range(4)))) == 2
