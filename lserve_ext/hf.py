@@ -457,7 +457,7 @@ class SparseCache(Cache):
     def _touch(self, index: int, kind: str) -> None:
         """Notes that a forward has come to a layer, and begins a new one where layers begin anew."""
         forward = self._forward
-        if forward is None or index < max(forward.touched) or kind in forward.touched.get(index, ()):
+        if forward is None or index < max(forward.touched, default=0) or kind in forward.touched.get(index, ()):
             self._settle()
             forward = self._forward = _Forward([_copied(layer) for layer in self.layers])
         layer = self.layers[index]
