@@ -195,19 +195,33 @@ class Checker {
     return *this;
   }
 
-  // Two tensors of which one is written must not share memory.
-  const Checker& apart(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) const {
-    const auto [a_begin, a_end] = range(a, 0);
-    const auto [b_begin, b_end] = range(b, 0);
-    if (a_begin >= b_end || b_begin >= a_end) return *this;
-    const int64_t a_stride = a.stride(0) * static_cast<int64_t>(a.element_size());
-    const int64_t b_stride = b.stride(0) * static_cast<int64_t>(b.element_size());
-    const int64_t after = a_stride > 0 ? ((b_begin - a_begin) % a_stride + a_stride) % a_stride : 0;
-    const auto [a_row, a_row_end] = range(a, 1);
-    const auto [b_row, b_row_end] = range(b, 1);
-    // Rows of the one may lie between those of the other, as K and V of a block do in [blocks, 2, P, D].
-    if (a_stride != b_stride || after < a_row_end - a_row || a_stride - after < b_row_end - b_row)
-      fail(a_name, "expected memory of its own, got some of ", b_name, "'s, and one of the two is written");
+  struct Named {
+    const Tensor* tensor;  // null: not given
+    const char* name;
+  };
+
+  // Each tensor that is written has rows of its own, and shares memory neither with another one nor with what is read.
+  const Checker& written_apart(std::initializer_list<Named> written_ones, std::initializer_list<Named> read_ones) const {
+    struct Range {
+      Named named;
+      const char *begin, *end;
+    };
+    std::vector<Range> seen;
+    const auto add = [&](const Named& named, size_t others) {
+      const auto [begin, end] = range(*named.tensor, 0);
+      for (size_t i = 0; i < others; ++i)
+        if (begin < seen[i].end && seen[i].begin < end && !interleaved(*seen[i].named.tensor, *named.tensor))
+          fail(named.name, "expected memory of its own, got some of ", seen[i].named.name, "'s, and one of the two is written");
+      seen.push_back({named, begin, end});
+    };
+    for (const Named& named : written_ones)
+      if (named.tensor) {
+        written(*named.tensor, named.name);
+        add(named, seen.size());
+      }
+    const size_t count = seen.size();
+    for (const Named& named : read_ones)
+      if (named.tensor) add(named, count);
     return *this;
   }
 
@@ -231,6 +245,16 @@ class Checker {
   }
 
  private:
+  // Whether rows of the one lie between those of the other, as K and V of a block do in [blocks, 2, P, D].
+  static bool interleaved(const Tensor& a, const Tensor& b) {
+    const int64_t stride = a.stride(0) * static_cast<int64_t>(a.element_size());
+    if (stride <= 0 || stride != b.stride(0) * static_cast<int64_t>(b.element_size())) return false;
+    const auto [a_row, a_end] = range(a, 1);
+    const auto [b_row, b_end] = range(b, 1);
+    const int64_t after = ((b_row - a_row) % stride + stride) % stride;
+    return after >= a_end - a_row && stride - after >= b_end - b_row;
+  }
+
   // Where a tensor begins and ends, or its first row if `first` is 1.
   static std::pair<const char*, const char*> range(const Tensor& t, int64_t first) {
     const char* begin = static_cast<const char*>(t.const_data_ptr());
@@ -457,20 +481,14 @@ void append_kv(Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths, Tensor k_p
   AppendArgs args{};
   args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, raw_k, raw_v, sealed}, k.scalar_type(),
                         B, H, D);
-  const std::pair<const Tensor*, const char*> all[] = {{&k_pool, "k_pool"},
-                                                       {&v_pool, "v_pool"},
-                                                       {&raw_k, "raw_k"},
-                                                       {&raw_v, "raw_v"},
-                                                       {stats ? &*stats : nullptr, "stats"},
-                                                       {scales ? &*scales : nullptr, "scales"},
-                                                       {&k, "k"},
-                                                       {&v, "v"}};
-  for (size_t i = 0; i < 6; ++i)
-    if (all[i].first) {
-      check.written(*all[i].first, all[i].second);
-      for (size_t j = i + 1; j < std::size(all); ++j)
-        if (all[j].first) check.apart(*all[j].first, all[j].second, *all[i].first, all[i].second);
-    }
+  const Tensor *const own_stats = stats ? &*stats : nullptr, *const own_scales = scales ? &*scales : nullptr;
+  check.written_apart({{&k_pool, "k_pool"},
+                       {&v_pool, "v_pool"},
+                       {&raw_k, "raw_k"},
+                       {&raw_v, "raw_v"},
+                       {own_stats, "stats"},
+                       {own_scales, "scales"}},
+                      {{&k, "k"}, {&v, "v"}});
   args.k = view(k), args.v = view(v), args.N = N;
   args.cu_seqlens = ints(cu_seqlens), args.lengths = ints(lengths);
   launch(k, args, LSERVE_KERNELS(append_kv));

@@ -12,7 +12,7 @@ import dataclasses
 import sys
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -138,8 +138,7 @@ class BlockTable:
             self.pool.release(self)
 
 
-@dataclasses.dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """All that a layer holds of a batch at one moment. A step makes another one and then takes it in one assignment, so
     an exception anywhere leaves the layer as it was.
 
@@ -311,7 +310,7 @@ class LayerCache:
         out, lse = ops.prefill(q_new, k_new, v_new, bounds, bounds, windows, self._paged(s), s.device_lengths,
                                sink=sink, scale=scale)  # fmt: skip
         out, lse = with_sinks(out, lse, sinks)
-        own_buffer = dataclasses.replace(s, raw_k=s.raw_k.clone(), raw_v=s.raw_v.clone())
+        own_buffer = s._replace(raw_k=s.raw_k.clone(), raw_v=s.raw_v.clone())
         s = self._appended(own_buffer, k_new, v_new, bounds, new, T)
         if columns is not None:
             out = out.new_zeros(B, T, Hq, D).index_put_((columns,), out)
@@ -322,7 +321,7 @@ class LayerCache:
             lse_tail = lse.reshape(B, T, Hq)[:, -PREFILL_QUERIES:].contiguous()
             mass = ops.attention_mass(tail, lse_tail, self._paged(s), s.device_lengths, windows, sink=sink, scale=scale)
             selection = self._selector.observe(selection, mass, s.device_lengths, T)
-        return out.reshape(B, T, Hq, D), dataclasses.replace(s, selection=selection)
+        return out.reshape(B, T, Hq, D), s._replace(selection=selection)
 
     def _decode(
         self, q: Tensor, k: Tensor, v: Tensor, pads: np.ndarray, scale: float, sinks: Tensor | None
@@ -331,7 +330,7 @@ class LayerCache:
         if pads.any():  # a left-padded chunk of one token: those sequences are still empty
             rows = torch.from_numpy(pads == 0).to(self.device)
             k, v = k[rows], v[rows]
-        s = dataclasses.replace(self._state, window=self.config.local_pages)
+        s = self._state._replace(window=self.config.local_pages)
         sealed = s.device_sealed  # a step reads the pages as they lay when it began
         bounds = self._ints(np.concatenate([[0], np.cumsum(1 - pads)]))
         s = self._appended(s, k, v, bounds, 1 - pads, 1)
@@ -345,7 +344,7 @@ class LayerCache:
         if self._selector is not None and self._selector.observes:
             mass = ops.attention_mass(q[:, None], lse[:, None], kv, *rule, sink=sink, unit=unit, scale=scale)
             selection = self._selector.observe(selection, mass, s.device_lengths, 1)
-        return out[:, None], dataclasses.replace(s, selection=selection)
+        return out[:, None], s._replace(selection=selection)
 
     def _appended(self, s: State, k: Tensor, v: Tensor, bounds: Tensor, new: np.ndarray, columns: int) -> State:
         """s with these tokens."""
@@ -365,7 +364,7 @@ class LayerCache:
             due = (page >= s.sealed[:, None]) & (page < sealed[:, None])
             blocks = self._pool.table(ids, due[:, None] & (~self._streaming[:, None] | kept[:, None]))
         # The pages that are due are sealed by this call: it finds them below `after // P - 1`.
-        ops.append_kv(k, v, bounds, s.device_lengths, self._paged(dataclasses.replace(s, blocks=blocks)))
+        ops.append_kv(k, v, bounds, s.device_lengths, self._paged(s._replace(blocks=blocks)))
         return self._make_state(lengths, sealed, blocks=blocks, freed=freed, window=s.window, raw_k=s.raw_k,
                                 raw_v=s.raw_v, columns=s.columns + columns, selection=s.selection)  # fmt: skip
 
@@ -403,7 +402,7 @@ class LayerCache:
             raw_v=raw_v,
             selection=s.selection,
         )
-        self._state = dataclasses.replace(state, selection=s.selection.without_lists(state.device_lengths))
+        self._state = state._replace(selection=s.selection.without_lists(state.device_lengths))
 
     def _check_crop(self, tokens: int, lengths: np.ndarray) -> None:
         s, P = self._state, self.config.page_size
@@ -455,7 +454,7 @@ class LayerCache:
     def fork(self) -> LayerCache:
         """A copy that shares the sealed blocks."""
         twin = copy.copy(self)
-        twin._state = dataclasses.replace(self._state, raw_k=self._state.raw_k.clone(), raw_v=self._state.raw_v.clone())
+        twin._state = self._state._replace(raw_k=self._state.raw_k.clone(), raw_v=self._state.raw_v.clone())
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerCache:

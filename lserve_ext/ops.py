@@ -436,18 +436,15 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
 # No op has a gradient. Saying so at the call is kinder than a wrong or missing gradient later.
 
 
-def _has_tangent(x: Tensor) -> bool:
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
-
-
 def _refuse_grad(name: str) -> Any:
     op = getattr(_ops, name).default
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        for x in (*args, *kwargs.values()):
-            if isinstance(x, Tensor) and torch.is_grad_enabled() and x.requires_grad:
+        grad, dual = torch.is_grad_enabled(), forward_ad._current_level >= 0
+        for x in (*args, *kwargs.values()) if grad or dual else ():
+            if grad and isinstance(x, Tensor) and x.requires_grad:
                 raise RuntimeError(f"lserve_ext::{name} has no gradient: call it under torch.no_grad()")
-            if isinstance(x, Tensor) and _has_tangent(x):
+            if dual and isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
                 raise RuntimeError(f"lserve_ext::{name} has no gradient, in forward mode neither: got a dual tensor")
         return op.redispatch(keys & torch._C._after_autograd_keyset, *args, **kwargs)
 

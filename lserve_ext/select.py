@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +15,7 @@ PREFILL_QUERIES = 64
 """How many of the last queries of a prefill put their attention mass on tokens."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """What a selector knows of a batch between two steps. Never changed in place: a step that fails leaves the one from
     before it."""
 
@@ -75,7 +73,7 @@ class PageSelector:
 
     def select(self, before: Selection, q: Tensor, kv: PagedKV, lengths: Tensor, windows: Tensor) -> Selection:
         if before.lists is not None and before.age < self._interval:
-            return dataclasses.replace(before, age=before.age + 1)
+            return before._replace(age=before.age + 1)
         assert kv.stats is not None
         scores = self._scores(q, kv.stats, kv.block_table, kv.sealed, windows)
         chosen = ops.select_pages(scores, lengths, kv.sealed, self.unit, self._sink, self._local, self._count)
@@ -99,7 +97,7 @@ class TokenSelector:
 
     def select(self, before: Selection, q: Tensor, kv: PagedKV, lengths: Tensor, windows: Tensor) -> Selection:
         if before.lists is not None and before.age < self._interval:
-            return dataclasses.replace(before, age=before.age + 1)
+            return before._replace(age=before.age + 1)
         B, H, M = kv.block_table.shape
         mass = _padded(before.mass, B, 1 if self._decays else H, M * self._page_size, q.device)
         # Without a budget the list grows with the sequences; M bounds it without asking the device.
@@ -118,7 +116,7 @@ class TokenSelector:
                 window = (lengths * (self._ratio / 2)).clamp(1.0, self._picks)  # k
                 earlier = earlier * ((1 - 1 / window) ** steps)[:, None, None]
             mass = earlier + mass
-        return dataclasses.replace(before, mass=mass)
+        return before._replace(mass=mass)
 
 
 def _padded(mass: Tensor | None, B: int, H: int, tokens: int, device: torch.device) -> Tensor:
