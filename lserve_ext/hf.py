@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
@@ -64,8 +65,8 @@ class Handle:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        flat = [*args, *(kwargs or {}).values()]
-        next(x for x in flat if isinstance(x, Handle))._refuse(getattr(func, "__name__", str(func)))
+        touched = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Handle))  # in a list, of torch.cat
+        touched._refuse(getattr(func, "__name__", str(func)))
 
 
 def _refused(name: str) -> Any:

@@ -296,6 +296,23 @@ def test_our_cache_under_another_attention(llama: Any) -> None:
             llama(prompts(1)[0], **cached(SparseCache(llama.config)))
 
 
+@pytest.mark.parametrize(
+    "touch",
+    [lambda x: x + 1, lambda x: 1 - x, lambda x: x[0], lambda x: x.shape, lambda x: torch.zeros(2) * x,
+     lambda x: torch.cat([torch.zeros(2), x]), lambda x: torch.stack(tensors=(x, x)), bool, len, list, lambda x: ~x,
+     lambda x: x == 0],
+)  # fmt: skip
+def test_whoever_touches_a_handle_gets_its_text(llama: Any, touch: Callable[[Any], Any]) -> None:
+    from lserve_ext.hf import mask
+
+    llama.set_attn_implementation("lserve")
+    key, _ = SparseCache(llama.config).update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
+    with pytest.raises(RuntimeError, match="changes keys between cache and attention"):
+        touch(key)
+    with pytest.raises(RuntimeError, match="uses the attention mask itself"):
+        touch(mask(1, 3, 3, config=llama.config))
+
+
 def test_padding_on_the_right_is_refused(llama: Any) -> None:
     ids, mask = prompts()
     llama.set_attn_implementation("lserve")
