@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lserve_ext import HeadPattern, SparseCache, SparseConfig, __version__, demo
-from lserve_ext.hf import cache_argument
+from lserve_ext import HeadPattern, SparseCache, SparseConfig, __version__, models
+from lserve_ext.eval import generate, tasks
+from lserve_ext.eval.metrics import compare
 
 
 def configs(layers: int, kv_heads: int) -> dict[str, SparseConfig]:
@@ -49,30 +50,13 @@ def read(
 ) -> tuple[Tensor, dict[str, float]]:
     """Logits [positions, vocabulary] of the tokens after the prefix, one decode step each."""
     cache = SparseCache(model.config, sparse)
-    for part in ids[:, :prefix].split(512, 1):
-        model(part, **cache_argument(model, cache), logits_to_keep=1)
+    generate.prefill(model, ids[:, :prefix], cache)
     start = time.perf_counter()
-    steps = tqdm(ids[0, prefix:].tolist(), desc=name, unit=" tokens")
-    rows = [model(torch.tensor([[token]]), **cache_argument(model, cache)).logits[0, -1] for token in steps]
-    cost = {"tokens_per_second": len(rows) / (time.perf_counter() - start)}
+    logits = generate.follow(model, tqdm(ids[0, prefix:].tolist(), desc=name, unit=" tokens"), cache)
+    cost = {"tokens_per_second": len(logits) / (time.perf_counter() - start)}
     attended, held = cache.attended()
     cost |= {"attended": attended / held, "kv_bytes": cache.memory()["device"].used}
-    return torch.stack(rows), cost
-
-
-def compare(dense: Tensor, other: Tensor) -> dict[str, float]:
-    """Means over positions. A flip counts as clear where dense's two best logits are more than 0.1 apart."""
-    p, q = dense.log_softmax(-1), other.log_softmax(-1)
-    best = dense.topk(2, -1).values
-    flipped = dense.argmax(-1) != other.argmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1).double().clamp_min(0)
-    return {
-        "kl": float(kl.mean()),
-        "kl_median": float(kl.median()),
-        "kl_first_half": float(kl[: len(kl) // 2].mean()),
-        "top1": float((~flipped).double().mean()),
-        "clear_flips": int((flipped & (best[:, 0] - best[:, 1] > 0.1)).sum()),
-    }
+    return logits, cost
 
 
 def main() -> None:
@@ -84,9 +68,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "accuracy.json")
     options = parser.parse_args()
 
-    model, tokenizer = demo.load_model()
+    model, tokenizer = models.load_model()
     end = options.start + options.prefix + options.positions
-    ids = torch.tensor([demo.encode(tokenizer, demo.long_text())[options.start : end]])
+    ids = torch.tensor([tasks.encode(tokenizer, tasks.long_text())[options.start : end]])
     dense, cost = read(model, ids, options.prefix, SparseConfig.dense(), "dense")
     results = {"dense": cost}
     for name, sparse in configs(model.config.num_hidden_layers, model.config.num_key_value_heads).items():

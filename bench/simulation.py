@@ -13,12 +13,13 @@ import argparse
 from typing import Any
 
 import torch
-from accuracy import compare
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lserve_ext import SparseConfig, demo
+from lserve_ext import SparseConfig, models
+from lserve_ext.eval import tasks
+from lserve_ext.eval.metrics import compare
 
 
 class Simulation:
@@ -74,9 +75,9 @@ def main() -> None:
     simulation = Simulation(options.prefix)
     AttentionInterface.register("simulation", simulation)
     AttentionMaskInterface.register("simulation", lambda *_, **__: None)
-    model, tokenizer = demo.load_model(attn_implementation="simulation")
+    model, tokenizer = models.load_model(attn_implementation="simulation")
     end = options.start + options.prefix + options.positions
-    ids = torch.tensor([demo.encode(tokenizer, demo.long_text())[options.start : end]])
+    ids = torch.tensor([tasks.encode(tokenizer, tasks.long_text())[options.start : end]])
     logits = []
     for sparse in (None, SparseConfig.lserve(streaming=None, budget_tokens=options.budget_tokens)):
         simulation.sparse = sparse

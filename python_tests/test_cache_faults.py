@@ -19,12 +19,13 @@ from _tiny import cached, llama
 from test_cache import CONFIGS, SMALL, audit
 from torch import Tensor
 
+import lserve_ext
 from lserve_ext import HeadPattern, LayerCache, SparseCache, SparseConfig, hf, ops
 
 pytest.importorskip("transformers")
 
-FILES = {str(Path(sys.modules[LayerCache.__module__].__file__ or "").with_name(f"{name}.py")) for name in
-         ("cache", "hf", "select")}  # fmt: skip
+PACKAGE = Path(lserve_ext.__file__).parent
+FILES = {str(PACKAGE / name) for name in ("cache.py", "select.py", "hf/cache.py", "hf/interface.py")}
 LAYERS, KV_HEADS, VOCABULARY = 3, 2, 258
 PRESETS = {
     **{name: config for name, config in CONFIGS.items() if name not in ("half", "pages")},

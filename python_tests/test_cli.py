@@ -16,7 +16,7 @@ import torch
 
 from lserve_ext import HeadPattern, SparseConfig, __version__, cli
 from lserve_ext.config import PRESETS
-from lserve_ext.demo import passkey_prompt, passkey_recital
+from lserve_ext.eval.tasks import passkey_prompt, passkey_recital
 
 pytest.importorskip("transformers")
 

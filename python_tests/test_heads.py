@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lserve_ext import HeadPattern
-from lserve_ext.heads import calibrate, resolve, shipped
+from lserve_ext.calibrate import calibrate
+from lserve_ext.heads import of_rank, resolve, shipped
 
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 6))
 
@@ -67,19 +68,16 @@ def test_duo_attentions_published_tables_load_as_they_are(tmp_path: Path) -> Non
 
 
 @given(pattern=patterns(), world=st.integers(1, 6))
-def test_slices_of_the_ranks_put_together_are_the_whole(pattern: HeadPattern, world: int) -> None:
+def test_parts_of_the_ranks_put_together_are_the_whole(pattern: HeadPattern, world: int) -> None:
+    rows = [pattern.streaming(layer) for layer in range(pattern.num_layers)]
     if pattern.num_heads % world:
-        with pytest.raises(ValueError, match=f"expected a world that divides {pattern.num_heads} heads, got {world}"):
-            pattern.slice(0, world)
+        with pytest.raises(ValueError, match=f"expected {pattern.num_heads} kv heads or an equal share of them"):
+            of_rank(rows[0], pattern.num_heads + 1, 0)
         return
-    parts = [pattern.slice(rank, world) for rank in range(world)]
-    for layer in range(pattern.num_layers):
-        assert sum((part.streaming(layer) for part in parts), ()) == pattern.streaming(layer)
-
-
-def test_slice_wants_a_rank_of_the_world() -> None:
-    with pytest.raises(ValueError, match="expected a rank from 0 to 1, got 2"):
-        HeadPattern(((0.0, 1.0),)).slice(2, 2)
+    for row in rows:
+        parts = [of_rank(row, pattern.num_heads // world, rank) for rank in range(world)]
+        assert sum(map(tuple, parts), ()) == row
+    assert of_rank(True, 3, 1) == [True] * 3
 
 
 def test_resolve() -> None:

