@@ -28,7 +28,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import cycle, product
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from lserve_ext import __version__, ops
+from lserve_ext.machine import Machine
 from lserve_ext.ops import DENSE, PagedKV
 
 SHAPES = {"llama3-8b": (32, 8, 128), "llama2-7b": (32, 32, 128), "mha": (32, 32, 64), "smollm2": (9, 3, 64)}  # Hq, H, D
@@ -318,52 +319,27 @@ def merge_states(layer: Layer) -> Work:
     return Work(partial(ops.merge_states, a, lse_a, b, lse_b), size(a, b, lse_a, lse_b), size(a, lse_a))
 
 
-class Machine:
-    """A clock, and what is the best that can be done: sums and copies of cold memory, and matmuls."""
-
-    def __init__(self, cold: int, device: str):
-        self.cuda, self.device = device == "cuda", device
-        self.clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-        self.parts = cycle(torch.ones(4, cold // 8, 2, device=device).transpose(1, 2).contiguous().unbind())
-
-    def seconds(self, call: Call) -> float:
-        if self.cuda:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            return float(begin.elapsed_time(end)) / 1e3
-        start = self.clock()
-        _result = call()  # kept, because giving its memory back is not the op's time
-        return self.clock() - start
-
-    def bandwidth(self, copy: bool) -> float:
-        """Bytes a second; afterwards no cache holds anything else."""
-        part = next(self.parts)
-        return size(part) / self.seconds(lambda: part[0].copy_(part[1]) if copy else part.sum())
-
-    def measure(self, work: Work, dtype: torch.dtype, rounds: int, limit: float) -> dict[str, Any]:
-        """Medians of interleaved rounds after a warm-up: at least three, no more once `limit` seconds are over."""
-        calls, copy, side = {"op": work.call, **work.peers}, 3 * work.writes > work.reads, 8192 if self.cuda else 1024
-        squares = [torch.randn(side, side, device=self.device).to(d) for d in {dtype, torch.float32}]
-        times, rates, begin = defaultdict[str, list[float]](list), list[float](), time.perf_counter()
-        while len(times["op"]) <= 3 or (len(times["op"]) <= rounds and time.perf_counter() - begin < limit):
-            for name, call in calls.items():
-                rates.append(self.bandwidth(copy))
-                times[name].append(self.seconds(call))
-            if work.flops:
-                times["matmul"].append(min(self.seconds(lambda a=a: a @ a) for a in squares))
-        middle = {name: median(t[1:]) for name, t in times.items()}
-        took, unit, amount, ceiling = middle.pop("op"), "GB/s", work.reads + work.writes, median(rates[len(calls) :])
-        roofs = {"bandwidth": ceiling / 1e9}  # GB/s, GFLOP/s
+def measure(machine: Machine, work: Work, dtype: torch.dtype, rounds: int, limit: float) -> dict[str, Any]:
+    """Medians of interleaved rounds after a warm-up: at least three, no more once `limit` seconds are over."""
+    calls, copy = {"op": work.call, **work.peers}, 3 * work.writes > work.reads
+    times, rates, matmuls = defaultdict[str, list[float]](list), list[float](), list[float]()
+    begin = time.perf_counter()
+    while len(times["op"]) <= 3 or (len(times["op"]) <= rounds and time.perf_counter() - begin < limit):
+        for name, call in calls.items():
+            rates.append(machine.bandwidth(copy))
+            times[name].append(machine.seconds(call))
         if work.flops:
-            roofs["matmul"] = 2 * side**3 / middle.pop("matmul") / 1e9
-            if work.flops / roofs["matmul"] > amount / roofs["bandwidth"]:
-                unit, amount, ceiling = "GFLOP/s", work.flops, roofs["matmul"] * 1e9
-        result = {"us": took * 1e6, "rate": amount / took / 1e9, "unit": unit, "ceiling": ceiling / 1e9}
-        result |= {"share": amount / ceiling / took, "bytes": work.reads + work.writes, "flops": work.flops}
-        return result | roofs | {"peers_us": {name: middle[name] * 1e6 for name in work.peers}}
+            matmuls.append(machine.matmul(*{dtype, torch.float32}))
+    middle = {name: median(t[1:]) for name, t in times.items()}
+    took, unit, amount, ceiling = middle.pop("op"), "GB/s", work.reads + work.writes, median(rates[len(calls) :])
+    roofs = {"bandwidth": ceiling / 1e9}  # GB/s, GFLOP/s
+    if work.flops:
+        roofs["matmul"] = median(matmuls[1:]) / 1e9
+        if work.flops / roofs["matmul"] > amount / roofs["bandwidth"]:
+            unit, amount, ceiling = "GFLOP/s", work.flops, roofs["matmul"] * 1e9
+    result = {"us": took * 1e6, "rate": amount / took / 1e9, "unit": unit, "ceiling": ceiling / 1e9}
+    result |= {"share": amount / ceiling / took, "bytes": work.reads + work.writes, "flops": work.flops}
+    return result | roofs | {"peers_us": {name: middle[name] * 1e6 for name in work.peers}}
 
 
 def positive(text: str) -> int:
@@ -456,7 +432,7 @@ def main() -> None:
             pools = kv if c.startswith(READS_POOLS) else ""
             line = f"{c:22}{shape:11}{tokens:>6} x {batch}  {dtype:9}{pools}"
             try:
-                result = machine.measure(CASES[c](layer), layer.dtype, options.rounds, options.limit)
+                result = measure(machine, CASES[c](layer), layer.dtype, options.rounds, options.limit)
             except NotImplementedError:
                 print(f"{line:60} no kernel for {options.device}")
                 continue
