@@ -28,16 +28,18 @@ from lserve_ext.eval.metrics import compare
 def configs(layers: int, kv_heads: int) -> dict[str, SparseConfig]:
     calibrated = HeadPattern.load("smollm2-135m-instruct")
     rng = random.Random(0)
-    lserve = {"budget_tokens": 2048, "streaming": None, "reuse_interval": 1}
+    lserve = {"budget_tokens": 2048, "streaming_heads": None, "reuse_interval": 1}
     table = {
         "int8, all heads dense": SparseConfig.dense(kv_dtype="int8"),
         "lserve, budget 2048, no streaming, reuse 1": SparseConfig.lserve(**lserve),
         "lserve, budget 2048, no streaming, reuse 4": SparseConfig.lserve(**lserve | {"reuse_interval": 4}),
-        "lserve, budget 2048, calibrated half streaming": SparseConfig.lserve(budget_tokens=2048, streaming=calibrated),
+        "lserve, budget 2048, calibrated half streaming": SparseConfig.lserve(
+            budget_tokens=2048, streaming_heads=calibrated
+        ),
     }
     for draw in range(3):
         scores = [[rng.random() for _ in range(kv_heads)] for _ in range(layers)]
-        half = SparseConfig.lserve(budget_tokens=2048, streaming=HeadPattern(scores))
+        half = SparseConfig.lserve(budget_tokens=2048, streaming_heads=HeadPattern(scores))
         table[f"lserve, budget 2048, random half streaming {draw}"] = half
     table["quest, budget 1024"] = SparseConfig.quest(budget_tokens=1024)
     table["alisa, 80% sparsity"] = SparseConfig.alisa()

@@ -39,7 +39,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from lserve_ext import __version__, ops
 from lserve_ext.machine import Machine
-from lserve_ext.ops import DENSE, PagedKV
+from lserve_ext.ops import DENSE, Mask, PagedKV
 
 SHAPES = {"llama3-8b": (32, 8, 128), "llama2-7b": (32, 32, 128), "mha": (32, 32, 64), "smollm2": (9, 3, 64)}  # Hq, H, D
 P, L = 64, 16  # tokens a page, and a group of statistics
@@ -85,7 +85,7 @@ class Layer:
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.int8, self.device = kv == "int8", device
         self.k, self.v = (self.normal(batch, self.H, tokens, self.D) for _ in "kv")
-        self.raw_k, self.raw_v = (self.normal(batch, self.H, 2 * P, self.D) for _ in "kv")
+        self.residual_k, self.residual_v = (self.normal(batch, self.H, 2 * P, self.D) for _ in "kv")
         self.k_pages, self.v_pages = self.k.view(-1, P, self.D), self.v.view(-1, P, self.D)
         heads = torch.arange(batch * self.H).view(batch, self.H, 1)
         self.table = self.ints(heads * self.M + torch.rand(batch, self.H, self.M).argsort(-1))
@@ -110,7 +110,7 @@ class Layer:
         k, v, grid, scales = self.k_pages, self.v_pages, self.stats if stats else None, None
         if self.int8:
             k, v, scales = ops.quantize_kv(k, v, grid)
-        return PagedKV(k, v, grid, scales, self.table, self.table, self.raw_k, self.raw_v, self.sealed)
+        return PagedKV(k, v, grid, scales, self.table, self.table, self.residual_k, self.residual_v, self.sealed)
 
     def read(self, kv: PagedKV, tokens: int, values: bool = True) -> int:
         """Bytes that attention of every head over the raw page and `tokens - P` older tokens reads."""
@@ -121,7 +121,7 @@ class Layer:
         return self.B * self.H * ((tokens - P) * token + raw + 8 * (tokens // P))
 
     def packed(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k and v of n new tokens a sequence, and cu_seqlens."""
+        """q, k and v of n new tokens a sequence, and cu_seqlens_k."""
         q, k, v = (self.normal(self.B * n, heads, self.D) for heads in (self.Hq, self.H, self.H))
         return q, k, v, self.ints(torch.arange(self.B + 1) * n)
 
@@ -215,8 +215,8 @@ def select_pages(layer: Layer) -> Work:
 @case()
 def select_tokens(layer: Layer) -> Work:
     mass, count = torch.rand(layer.B, layer.H, layer.n, device=layer.device), layer.n // 10
-    older = mass[..., : layer.n - count]
-    call = partial(ops.select_tokens, mass, layer.lengths, layer.sealed, P, 0.2, count)
+    older, counts = mass[..., : layer.n - count], layer.ints([count] * layer.B)
+    call = partial(ops.select_tokens, mass, layer.lengths, layer.sealed, counts, P, count)
     return Work(call, size(older), 4 * layer.B * layer.H * count, peers={"topk": lambda: older.topk(count)})
 
 
@@ -263,10 +263,11 @@ def decode(layer: Layer, variant: str) -> Work:
     elif variant == "tokens":  # ALISA's: a tenth local, a tenth anywhere before
         window, read, start, sink, unit = 0, layer.n // 10 * 2, layer.n - layer.n // 10, 0, 1
         lists = layer.draw(0, start, layer.n // 10)
-    rule = layer.ints([window] * layer.H), lists, None if lists is None else layer.ints([start] * layer.B)
+    local_start = None if lists is None else layer.ints([start] * layer.B)
+    mask = Mask(layer.ints([window] * layer.H), lists, local_start, sink, unit)
     k, v = layer.k[:, :, :read], layer.v[:, :, :read]
     return Work(
-        partial(ops.decode, q, kv, layer.lengths, *rule, sink=sink, unit=unit),
+        partial(ops.decode, q, mask, kv, layer.lengths),
         reads=layer.read(kv, read) + size(q, lists),
         writes=size(q),
         flops=4 * read * q.numel(),
@@ -283,7 +284,7 @@ def attention_mass(layer: Layer, variant: str) -> Work:
     """Of a decode step, or of the last queries of a prompt; all heads dense."""
     q = layer.normal(layer.B, 1 if variant == "step" else TAIL, layer.Hq, layer.D)
     kv, lse = layer.kv(stats=False), torch.full(q.shape[:-1], 8.0, device=layer.device)
-    call = partial(ops.attention_mass, q, lse, kv, layer.lengths, layer.ints([DENSE] * layer.H))
+    call = partial(ops.attention_mass, q, lse, Mask(layer.ints([DENSE] * layer.H)), kv, layer.lengths)
     reads = layer.read(kv, layer.n, values=False) + size(q, lse)
     return Work(call, reads, 4 * layer.B * layer.H * layer.n, 2 * layer.n * q.numel())
 
@@ -304,7 +305,9 @@ def prefill(layer: Layer, variant: str) -> Work:
         peers["SDPA causal"] = lambda: sdpa(qs, ks, vs, is_causal=True, enable_gqa=True)
         peers |= installed_peers(layer, qs, ks, vs, causal=True)
     return Work(
-        partial(ops.prefill, q, k, v, cu, cu, layer.ints([window] * layer.H), kv, lengths, sink=sink, page_size=P),
+        partial(
+            ops.prefill, q, k, v, cu, cu, Mask(layer.ints([window] * layer.H), sink=sink), kv, lengths, page_size=P
+        ),
         reads=size(q, k, v) + (layer.read(kv, held) if kv else 0),
         writes=size(q),
         flops=4 * attended * q.numel() // n,

@@ -79,7 +79,7 @@ def main() -> None:
     end = options.start + options.prefix + options.positions
     ids = torch.tensor([tasks.encode(tokenizer, tasks.long_text())[options.start : end]])
     logits = []
-    for sparse in (None, SparseConfig.lserve(streaming=None, budget_tokens=options.budget_tokens)):
+    for sparse in (None, SparseConfig.lserve(streaming_heads=None, budget_tokens=options.budget_tokens)):
         simulation.sparse = sparse
         logits.append(model(ids, use_cache=False, logits_to_keep=options.positions).logits[0])
     print("  ".join(f"{name} {value:.4g}" for name, value in compare(*logits).items()))

@@ -26,7 +26,7 @@ struct View {
 };
 
 // What a layer holds. Page p of (sequence b, kv head h) is read from the pools if p < sealed[b],
-// else from the raw buffer, at half p % 2.
+// else from the residual buffer, at half p % 2.
 struct Paged {
   void* k_pool;                // [blocks, P, D] dtype, or uint8 codes
   void* v_pool;                // [blocks, P, D]
@@ -34,16 +34,16 @@ struct Paged {
   float* scales;               // [blocks, C, P, 2] (step, min) a token: V's; with C = 2 also K's. Null if not uint8
   const int32_t* block_table;  // [B, H, M] block of the statistics; -1: the page is not held any more
   const int32_t* slot_table;   // [B, H, M] block of codes and scales; -1: not resident
-  void* raw_k;                 // [B, H, 2P, D] dtype: token t of a sequence lies in row t % 2P; or null
-  void* raw_v;                 // [B, H, 2P, D]
+  void* residual_k;            // [B, H, 2P, D] dtype: token t of a sequence lies in row t % 2P; or null
+  void* residual_v;            // [B, H, 2P, D]
   const int32_t* sealed;       // [B] pages in the pools
   int64_t k_stride, v_stride, stats_stride, scales_stride;  // of a block
   int64_t block_stride0, block_stride1, slot_stride0, slot_stride1;
-  int64_t raw_stride0, raw_stride1;  // of raw_k and raw_v
-  int64_t blocks, slots;             // rows of stats; rows of the other pools
-  int64_t B, H, M, P, L, D;          // L = 0 without statistics
-  int64_t scale_rows;                // C; 0 without scales
-  Dtype dtype, kv_dtype;             // of q, k, v, raw and stats; of the pools
+  int64_t residual_stride0, residual_stride1;  // of residual_k and residual_v
+  int64_t blocks, slots;                       // rows of stats; rows of the other pools
+  int64_t B, H, M, P, L, D;                    // L = 0 without statistics
+  int64_t scale_rows;                          // C; 0 without scales
+  Dtype dtype, kv_dtype;                       // of q, k, v, the residual buffer and stats; of the pools
 };
 
 // Which pages (or tokens) a query attends: sink, list and local, see README "What a head attends".
@@ -84,9 +84,9 @@ struct DequantizeArgs {
 };
 
 struct AppendArgs {
-  View k, v;                  // [N, H, D] packed
-  const int32_t* cu_seqlens;  // [B + 1]
-  const int32_t* lengths;     // [B] tokens held before
+  View k, v;                    // [N, H, D] packed
+  const int32_t* cu_seqlens_k;  // [B + 1]
+  const int32_t* context_lens;  // [B] tokens held before
   Paged kv;
   int64_t N;
 };
@@ -104,25 +104,25 @@ struct PageScoresArgs {
 };
 
 struct SelectPagesArgs {
-  const float* scores;     // [B, H, M], row stride 1
-  const int32_t* lengths;  // [B] tokens held, the query's own included
-  const int32_t* sealed;   // [B]
-  int32_t* pages;          // out [B, H, K]
-  int32_t* local_start;    // out [B]
+  const float* scores;      // [B, H, M], row stride 1
+  const int32_t* seq_lens;  // [B] tokens held, the query's own included
+  const int32_t* sealed;    // [B]
+  int32_t* pages;           // out [B, H, K]
+  int32_t* local_start;     // out [B]
   int64_t score_stride0, score_stride1;
   int64_t B, H, M, K, P;
   int64_t sink, local;  // pages
 };
 
 struct SelectTokensArgs {
-  const float* mass;       // [B, H, tokens], row stride 1
-  const int32_t* lengths;  // [B] tokens held, the query's own included
-  const int32_t* sealed;   // [B]
-  int32_t* tokens;         // out [B, H, K]
-  int32_t* local_start;    // out [B] first local token
+  const float* mass;        // [B, H, tokens], row stride 1
+  const int32_t* seq_lens;  // [B] tokens held, the query's own included
+  const int32_t* sealed;    // [B]
+  const int32_t* counts;    // [B]: min(K, counts[b]) are picked, and at least as many are local
+  int32_t* tokens;          // out [B, H, K]
+  int32_t* local_start;     // out [B] first local token
   int64_t mass_stride0, mass_stride1;
   int64_t B, H, width, K, P;
-  double ratio;  // k = min(K, round(tokens * ratio / 2)) are picked
 };
 
 struct GatherArgs {
@@ -138,10 +138,10 @@ struct DecodeArgs {
   View q;  // [B, Hq, D]
   Paged kv;
   Rule rule;
-  const int32_t* lengths;  // [B] tokens held, the query's own included
-  void* out;               // out [B, Hq, D]
-  float* lse;              // out [B, Hq]
-  float* workspace;        // CUDA: partial results, see decode_workspace; null on the CPU
+  const int32_t* seq_lens;  // [B] tokens held, the query's own included
+  void* out;                // out [B, Hq, D]
+  float* lse;               // out [B, Hq]
+  float* workspace;         // CUDA: partial results, see decode_workspace; null on the CPU
   int64_t G;
   float scale;
 };
@@ -151,19 +151,19 @@ struct MassArgs {
   const float* lse;  // [B, T, Hq] contiguous; a row of -inf is no query
   Paged kv;
   Rule rule;
-  const int32_t* lengths;  // [B]
-  float* mass;             // out [B, H, M * P]
+  const int32_t* seq_lens;  // [B]
+  float* mass;              // out [B, H, M * P]
   int64_t T, G;
   float scale;
 };
 
 struct PrefillArgs {
-  View q;                      // [Nq, Hq, D] packed
-  View k, v;                   // [Nk, H, D] packed: the new tokens
-  const int32_t *cu_q, *cu_k;  // [B + 1]; queries are the last of their sequence's new tokens
-  const int32_t* lengths;      // [B] tokens held before; or null: none
-  Paged kv;                    // pools null: nothing is held
-  Rule rule;                   // lists: [B, H, R, K], row r for the queries of page r after the first query's
+  View q;                                      // [Nq, Hq, D] packed
+  View k, v;                                   // [Nk, H, D] packed: the new tokens
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [B + 1]; queries are the last of their sequence's new tokens
+  const int32_t* context_lens;                 // [B] tokens held before; or null: none
+  Paged kv;                                    // pools null: nothing is held
+  Rule rule;                                   // lists: [B, H, R, K], row r for the queries of page r after the first query's
   int64_t list_stride2;
   int64_t list_rows;  // R
   void* out;          // out [Nq, Hq, D]

@@ -36,36 +36,39 @@ STABLE_TORCH_LIBRARY(lserve_ext, m) {
       "dequantize_kv(Tensor k_codes, Tensor v_codes, Tensor? stats, Tensor scales, ScalarType dtype)"
       " -> (Tensor k, Tensor v)");
   m.def(
-      "append_kv(Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths,"
+      "append_kv(Tensor k, Tensor v, Tensor cu_seqlens_k, Tensor context_lens,"
       " Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor(c!)? stats, Tensor(d!)? scales,"
-      " Tensor block_table, Tensor slot_table, Tensor(e!) raw_k, Tensor(f!) raw_v, Tensor sealed) -> ()");
+      " Tensor block_table, Tensor slot_table, Tensor(e!) residual_k, Tensor(f!) residual_v, Tensor sealed) -> ()");
   m.def("gather_pages(Tensor src, Tensor src_ids, Tensor(a!) dst, Tensor dst_ids) -> ()");
 
   // Selection: which pages or tokens a retrieval head attends
   m.def("page_scores(Tensor q, Tensor stats, Tensor block_table, Tensor sealed, Tensor? windows) -> Tensor");
   m.def(
-      "select_pages(Tensor scores, Tensor lengths, Tensor sealed, int page_size, int sink, int local, int count)"
+      "select_pages(Tensor scores, Tensor seq_lens, Tensor sealed, int page_size, int sink, int local, int count)"
       " -> (Tensor pages, Tensor local_start)");
   m.def(
-      "select_tokens(Tensor mass, Tensor lengths, Tensor sealed, int page_size, float ratio, int max_picks)"
+      "select_tokens(Tensor mass, Tensor seq_lens, Tensor sealed, Tensor counts, int page_size, int max_picks)"
       " -> (Tensor tokens, Tensor local_start)");
 
   // Attention over sink, list and local; each returns what merge_states joins
   m.def(
-      "prefill(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k,"
+      "prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
+      " Tensor windows, Tensor? lists, int sink,"
       " Tensor? k_pool, Tensor? v_pool, Tensor? stats, Tensor? scales,"
-      " Tensor? block_table, Tensor? slot_table, Tensor? raw_k, Tensor? raw_v, Tensor? sealed,"
-      " Tensor? lengths, Tensor windows, Tensor? lists, int sink, int page_size, float scale)"
+      " Tensor? block_table, Tensor? slot_table, Tensor? residual_k, Tensor? residual_v, Tensor? sealed,"
+      " Tensor? context_lens, int page_size, float scale)"
       " -> (Tensor out, Tensor lse)");
   m.def(
-      "decode(Tensor q, Tensor k_pool, Tensor v_pool, Tensor? stats, Tensor? scales,"
-      " Tensor block_table, Tensor slot_table, Tensor? raw_k, Tensor? raw_v, Tensor sealed,"
-      " Tensor lengths, Tensor windows, Tensor? lists, Tensor? local_start, int sink, int unit, float scale)"
+      "decode(Tensor q, Tensor windows, Tensor? lists, Tensor? local_start, int sink, int unit,"
+      " Tensor k_pool, Tensor v_pool, Tensor? stats, Tensor? scales,"
+      " Tensor block_table, Tensor slot_table, Tensor? residual_k, Tensor? residual_v, Tensor sealed,"
+      " Tensor seq_lens, float scale)"
       " -> (Tensor out, Tensor lse)");
   m.def(
-      "attention_mass(Tensor q, Tensor lse, Tensor k_pool, Tensor v_pool, Tensor? stats, Tensor? scales,"
-      " Tensor block_table, Tensor slot_table, Tensor? raw_k, Tensor? raw_v, Tensor sealed,"
-      " Tensor lengths, Tensor windows, Tensor? lists, Tensor? local_start, int sink, int unit, float scale)"
+      "attention_mass(Tensor q, Tensor lse, Tensor windows, Tensor? lists, Tensor? local_start, int sink, int unit,"
+      " Tensor k_pool, Tensor v_pool, Tensor? stats, Tensor? scales,"
+      " Tensor block_table, Tensor slot_table, Tensor? residual_k, Tensor? residual_v, Tensor sealed,"
+      " Tensor seq_lens, float scale)"
       " -> Tensor");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
 }
@@ -306,7 +309,7 @@ struct PagedTensors {
   Tensor k_pool, v_pool;
   OptTensor stats, scales;
   Tensor block_table, slot_table;
-  OptTensor raw_k, raw_v;
+  OptTensor residual_k, residual_v;
   Tensor sealed;
 };
 
@@ -346,16 +349,17 @@ Paged check_paged(const Checker& check, const PagedTensors& t, ScalarType dtype,
     check.fail("block_table", "expected M * P up to ", INT32_MAX, ", which is what positions may reach, got M = ", kv.M);
   check.shape(t.slot_table, "slot_table", "[B, H, M]", {B, H, kv.M}).dtype(t.slot_table, "slot_table", ScalarType::Int);
   check.shape(t.sealed, "sealed", "[B]", {B}).dtype(t.sealed, "sealed", ScalarType::Int);
-  if (t.raw_k.has_value() != t.raw_v.has_value()) check.fail("raw_v", "expected raw_k and raw_v, or neither, got one");
-  if (t.raw_k) {
-    check.shape(*t.raw_k, "raw_k", "[B, H, 2P, D]", {B, H, 2 * P, D}, 2).dtype(*t.raw_k, "raw_k", dtype);
-    check.shape(*t.raw_v, "raw_v", "[B, H, 2P, D]", {B, H, 2 * P, D}, 2).dtype(*t.raw_v, "raw_v", dtype);
-    if (t.raw_k->stride(0) != t.raw_v->stride(0) || t.raw_k->stride(1) != t.raw_v->stride(1))
-      check.fail("raw_v", "expected the strides of raw_k, got others");
-    kv.raw_k = t.raw_k->data_ptr();
-    kv.raw_v = t.raw_v->data_ptr();
-    kv.raw_stride0 = t.raw_k->stride(0);
-    kv.raw_stride1 = t.raw_k->stride(1);
+  if (t.residual_k.has_value() != t.residual_v.has_value())
+    check.fail("residual_v", "expected residual_k and residual_v, or neither, got one");
+  if (t.residual_k) {
+    check.shape(*t.residual_k, "residual_k", "[B, H, 2P, D]", {B, H, 2 * P, D}, 2).dtype(*t.residual_k, "residual_k", dtype);
+    check.shape(*t.residual_v, "residual_v", "[B, H, 2P, D]", {B, H, 2 * P, D}, 2).dtype(*t.residual_v, "residual_v", dtype);
+    if (t.residual_k->stride(0) != t.residual_v->stride(0) || t.residual_k->stride(1) != t.residual_v->stride(1))
+      check.fail("residual_v", "expected the strides of residual_k, got others");
+    kv.residual_k = t.residual_k->data_ptr();
+    kv.residual_v = t.residual_v->data_ptr();
+    kv.residual_stride0 = t.residual_k->stride(0);
+    kv.residual_stride1 = t.residual_k->stride(1);
   }
   kv.k_pool = t.k_pool.data_ptr();
   kv.v_pool = t.v_pool.data_ptr();
@@ -468,29 +472,29 @@ std::tuple<Tensor, Tensor> dequantize_kv(Tensor k_codes, Tensor v_codes, OptTens
   return {k, v};
 }
 
-void append_kv(Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths, Tensor k_pool, Tensor v_pool, OptTensor stats,
-               OptTensor scales, Tensor block_table, Tensor slot_table, Tensor raw_k, Tensor raw_v, Tensor sealed) {
+void append_kv(Tensor k, Tensor v, Tensor cu_seqlens_k, Tensor context_lens, Tensor k_pool, Tensor v_pool, OptTensor stats,
+               OptTensor scales, Tensor block_table, Tensor slot_table, Tensor residual_k, Tensor residual_v, Tensor sealed) {
   const Checker check("append_kv", k, "k");
   check.shape(k, "k", "[N, H, D]", {any, any, any}).floating(k, "k");
   const int64_t N = k.size(0), H = k.size(1), D = k.size(2);
   check.head_dim("k", D);
   check.shape(v, "v", "[N, H, D]", {N, H, D}).dtype(v, "v", k.scalar_type());
-  check.shape(lengths, "lengths", "[B]", {any}).dtype(lengths, "lengths", ScalarType::Int);
-  const int64_t B = lengths.size(0);
-  check.shape(cu_seqlens, "cu_seqlens", "[B + 1]", {B + 1}).dtype(cu_seqlens, "cu_seqlens", ScalarType::Int);
+  check.shape(context_lens, "context_lens", "[B]", {any}).dtype(context_lens, "context_lens", ScalarType::Int);
+  const int64_t B = context_lens.size(0);
+  check.shape(cu_seqlens_k, "cu_seqlens_k", "[B + 1]", {B + 1}).dtype(cu_seqlens_k, "cu_seqlens_k", ScalarType::Int);
   AppendArgs args{};
-  args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, raw_k, raw_v, sealed}, k.scalar_type(),
-                        B, H, D);
+  args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, residual_k, residual_v, sealed},
+                        k.scalar_type(), B, H, D);
   const Tensor *const own_stats = stats ? &*stats : nullptr, *const own_scales = scales ? &*scales : nullptr;
   check.written_apart({{&k_pool, "k_pool"},
                        {&v_pool, "v_pool"},
-                       {&raw_k, "raw_k"},
-                       {&raw_v, "raw_v"},
+                       {&residual_k, "residual_k"},
+                       {&residual_v, "residual_v"},
                        {own_stats, "stats"},
                        {own_scales, "scales"}},
                       {{&k, "k"}, {&v, "v"}});
   args.k = view(k), args.v = view(v), args.N = N;
-  args.cu_seqlens = ints(cu_seqlens), args.lengths = ints(lengths);
+  args.cu_seqlens_k = ints(cu_seqlens_k), args.context_lens = ints(context_lens);
   launch(k, args, LSERVE_KERNELS(append_kv));
 }
 
@@ -554,45 +558,57 @@ Tensor page_scores(Tensor q, Tensor stats, Tensor block_table, Tensor sealed, Op
   return scores;
 }
 
-std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor lengths, Tensor sealed, int64_t page_size, int64_t sink,
+std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor seq_lens, Tensor sealed, int64_t page_size, int64_t sink,
                                         int64_t local, int64_t count) {
   const Checker check("select_pages", scores, "scores");
   check.shape(scores, "scores", "[B, H, M]", {any, any, any}).dtype(scores, "scores", ScalarType::Float);
   const int64_t B = scores.size(0), H = scores.size(1), M = scores.size(2);
-  check.shape(lengths, "lengths", "[B]", {B}).dtype(lengths, "lengths", ScalarType::Int);
+  check.shape(seq_lens, "seq_lens", "[B]", {B}).dtype(seq_lens, "seq_lens", ScalarType::Int);
   check.shape(sealed, "sealed", "[B]", {B}).dtype(sealed, "sealed", ScalarType::Int);
   check.at_least("page_size", page_size, 1).at_least("sink", sink, 0).at_least("local", local, 1).at_least("count", count, 0);
   Tensor pages = check.allocate(scores, "count", {B, H, count}, ScalarType::Int);
   Tensor local_start = torch::stable::new_empty(scores, {B}, ScalarType::Int);
   launch(scores,
-         SelectPagesArgs{floats(scores), ints(lengths), ints(sealed), out_ints(pages), out_ints(local_start), scores.stride(0),
+         SelectPagesArgs{floats(scores), ints(seq_lens), ints(sealed), out_ints(pages), out_ints(local_start), scores.stride(0),
                          scores.stride(1), B, H, M, count, page_size, sink, local},
          LSERVE_KERNELS(select_pages));
   return {pages, local_start};
 }
 
-std::tuple<Tensor, Tensor> select_tokens(Tensor mass, Tensor lengths, Tensor sealed, int64_t page_size, double ratio,
+std::tuple<Tensor, Tensor> select_tokens(Tensor mass, Tensor seq_lens, Tensor sealed, Tensor counts, int64_t page_size,
                                          int64_t max_picks) {
   const Checker check("select_tokens", mass, "mass");
   check.shape(mass, "mass", "[B, H, tokens]", {any, any, any}).dtype(mass, "mass", ScalarType::Float);
   const int64_t B = mass.size(0), H = mass.size(1);
-  check.shape(lengths, "lengths", "[B]", {B}).dtype(lengths, "lengths", ScalarType::Int);
+  check.shape(seq_lens, "seq_lens", "[B]", {B}).dtype(seq_lens, "seq_lens", ScalarType::Int);
   check.shape(sealed, "sealed", "[B]", {B}).dtype(sealed, "sealed", ScalarType::Int);
+  check.shape(counts, "counts", "[B]", {B}).dtype(counts, "counts", ScalarType::Int);
   check.at_least("page_size", page_size, 1).at_least("max_picks", max_picks, 0);
-  if (!(ratio > 0 && ratio <= 2)) check.fail("ratio", "expected a share of the tokens in (0, 2], got ", ratio);
   Tensor tokens = check.allocate(mass, "max_picks", {B, H, max_picks}, ScalarType::Int);
   Tensor local_start = torch::stable::new_empty(mass, {B}, ScalarType::Int);
-  launch(mass,
-         SelectTokensArgs{floats(mass), ints(lengths), ints(sealed), out_ints(tokens), out_ints(local_start), mass.stride(0),
-                          mass.stride(1), B, H, mass.size(2), max_picks, page_size, ratio},
-         LSERVE_KERNELS(select_tokens));
+  SelectTokensArgs args{};
+  args.mass = floats(mass);
+  args.seq_lens = ints(seq_lens);
+  args.sealed = ints(sealed);
+  args.counts = ints(counts);
+  args.tokens = out_ints(tokens);
+  args.local_start = out_ints(local_start);
+  args.mass_stride0 = mass.stride(0);
+  args.mass_stride1 = mass.stride(1);
+  args.B = B;
+  args.H = H;
+  args.width = mass.size(2);
+  args.K = max_picks;
+  args.P = page_size;
+  launch(mass, args, LSERVE_KERNELS(select_tokens));
   return {tokens, local_start};
 }
 
-std::tuple<Tensor, Tensor> prefill(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, OptTensor k_pool, OptTensor v_pool,
-                                   OptTensor stats, OptTensor scales, OptTensor block_table, OptTensor slot_table,
-                                   OptTensor raw_k, OptTensor raw_v, OptTensor sealed, OptTensor lengths, Tensor windows,
-                                   OptTensor lists, int64_t sink, int64_t page_size, double scale) {
+std::tuple<Tensor, Tensor> prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor windows,
+                                   OptTensor lists, int64_t sink, OptTensor k_pool, OptTensor v_pool, OptTensor stats,
+                                   OptTensor scales, OptTensor block_table, OptTensor slot_table, OptTensor residual_k,
+                                   OptTensor residual_v, OptTensor sealed, OptTensor context_lens, int64_t page_size,
+                                   double scale) {
   const Checker check("prefill", q, "q");
   check.shape(q, "q", "[N, Hq, D]", {any, any, any}).floating(q, "q");
   const int64_t N = q.size(0), Hq = q.size(1), D = q.size(2);
@@ -600,22 +616,22 @@ std::tuple<Tensor, Tensor> prefill(Tensor q, Tensor k, Tensor v, Tensor cu_q, Te
   check.shape(k, "k", "[N, H, D]", {any, any, D}).dtype(k, "k", q.scalar_type());
   const int64_t H = k.size(1), G = check.group_heads("q", Hq, H);
   check.shape(v, "v", "[N, H, D]", {k.size(0), H, D}).dtype(v, "v", q.scalar_type());
-  check.shape(cu_q, "cu_q", "[B + 1]", {any}).dtype(cu_q, "cu_q", ScalarType::Int);
-  const int64_t B = cu_q.size(0) - 1;
-  if (B < 0) check.fail("cu_q", "expected [B + 1], got [0]");
-  check.shape(cu_k, "cu_k", "[B + 1]", {B + 1}).dtype(cu_k, "cu_k", ScalarType::Int);
+  check.shape(cu_seqlens_q, "cu_seqlens_q", "[B + 1]", {any}).dtype(cu_seqlens_q, "cu_seqlens_q", ScalarType::Int);
+  const int64_t B = cu_seqlens_q.size(0) - 1;
+  if (B < 0) check.fail("cu_seqlens_q", "expected [B + 1], got [0]");
+  check.shape(cu_seqlens_k, "cu_seqlens_k", "[B + 1]", {B + 1}).dtype(cu_seqlens_k, "cu_seqlens_k", ScalarType::Int);
 
   PrefillArgs args{};
-  if (lengths) {
-    check.shape(*lengths, "lengths", "[B]", {B}).dtype(*lengths, "lengths", ScalarType::Int);
+  if (context_lens) {
+    check.shape(*context_lens, "context_lens", "[B]", {B}).dtype(*context_lens, "context_lens", ScalarType::Int);
     if (!k_pool || !v_pool || !block_table || !slot_table || !sealed)
-      check.fail("k_pool", "expected pools, tables and sealed, because lengths are given, got None");
-    args.kv = check_paged(check, {*k_pool, *v_pool, stats, scales, *block_table, *slot_table, raw_k, raw_v, *sealed},
+      check.fail("k_pool", "expected pools, tables and sealed, because context_lens are given, got None");
+    args.kv = check_paged(check, {*k_pool, *v_pool, stats, scales, *block_table, *slot_table, residual_k, residual_v, *sealed},
                           q.scalar_type(), B, H, D);
     if (args.kv.P != page_size) check.fail("page_size", "expected that of the pools, ", args.kv.P, ", got ", page_size);
-    args.lengths = ints(*lengths);
+    args.context_lens = ints(*context_lens);
   } else {
-    if (k_pool) check.fail("lengths", "expected the tokens held per sequence, because pools are given, got None");
+    if (k_pool) check.fail("context_lens", "expected the tokens held per sequence, because pools are given, got None");
     args.kv.B = B, args.kv.H = H, args.kv.D = D, args.kv.P = page_size;
     args.kv.dtype = args.kv.kv_dtype = kernel_dtype(q.scalar_type());
   }
@@ -629,16 +645,17 @@ std::tuple<Tensor, Tensor> prefill(Tensor q, Tensor k, Tensor v, Tensor cu_q, Te
   }
   Tensor out = torch::stable::new_empty(q, {N, Hq, D});
   Tensor lse = torch::stable::new_empty(q, {N, Hq}, ScalarType::Float);
-  args.q = view(q), args.k = view(k), args.v = view(v), args.cu_q = ints(cu_q), args.cu_k = ints(cu_k);
+  args.q = view(q), args.k = view(k), args.v = view(v), args.cu_seqlens_q = ints(cu_seqlens_q),
+  args.cu_seqlens_k = ints(cu_seqlens_k);
   args.out = out.mutable_data_ptr(), args.lse = out_floats(lse);
   args.Nq = N, args.Nk = k.size(0), args.G = G, args.scale = static_cast<float>(scale);
   launch(q, args, LSERVE_KERNELS(prefill));
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_pool, Tensor v_pool, OptTensor stats, OptTensor scales, Tensor block_table,
-                                  Tensor slot_table, OptTensor raw_k, OptTensor raw_v, Tensor sealed, Tensor lengths,
-                                  Tensor windows, OptTensor lists, OptTensor local_start, int64_t sink, int64_t unit,
+std::tuple<Tensor, Tensor> decode(Tensor q, Tensor windows, OptTensor lists, OptTensor local_start, int64_t sink, int64_t unit,
+                                  Tensor k_pool, Tensor v_pool, OptTensor stats, OptTensor scales, Tensor block_table,
+                                  Tensor slot_table, OptTensor residual_k, OptTensor residual_v, Tensor sealed, Tensor seq_lens,
                                   double scale) {
   const Checker check("decode", q, "q");
   check.shape(q, "q", "[B, Hq, D]", {any, any, any}).floating(q, "q");
@@ -648,13 +665,13 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_pool, Tensor v_pool, OptTen
   const int64_t H = block_table.size(1);
   DecodeArgs args{};
   args.G = check.group_heads("q", Hq, H);
-  args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, raw_k, raw_v, sealed}, q.scalar_type(),
-                        B, H, D);
+  args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, residual_k, residual_v, sealed},
+                        q.scalar_type(), B, H, D);
   args.rule = check_rule(check, windows, lists, local_start, B, H, args.kv.P, sink, unit);
-  check.shape(lengths, "lengths", "[B]", {B}).dtype(lengths, "lengths", ScalarType::Int);
+  check.shape(seq_lens, "seq_lens", "[B]", {B}).dtype(seq_lens, "seq_lens", ScalarType::Int);
   Tensor out = torch::stable::new_empty(q, {B, Hq, D});
   Tensor lse = torch::stable::new_empty(q, {B, Hq}, ScalarType::Float);
-  args.q = view(q), args.lengths = ints(lengths), args.scale = static_cast<float>(scale);
+  args.q = view(q), args.seq_lens = ints(seq_lens), args.scale = static_cast<float>(scale);
   args.out = out.mutable_data_ptr(), args.lse = out_floats(lse);
 #ifdef LSERVE_CUDA
   std::optional<Tensor> workspace;
@@ -667,9 +684,9 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_pool, Tensor v_pool, OptTen
   return {out, lse};
 }
 
-Tensor attention_mass(Tensor q, Tensor lse, Tensor k_pool, Tensor v_pool, OptTensor stats, OptTensor scales, Tensor block_table,
-                      Tensor slot_table, OptTensor raw_k, OptTensor raw_v, Tensor sealed, Tensor lengths, Tensor windows,
-                      OptTensor lists, OptTensor local_start, int64_t sink, int64_t unit, double scale) {
+Tensor attention_mass(Tensor q, Tensor lse, Tensor windows, OptTensor lists, OptTensor local_start, int64_t sink, int64_t unit,
+                      Tensor k_pool, Tensor v_pool, OptTensor stats, OptTensor scales, Tensor block_table, Tensor slot_table,
+                      OptTensor residual_k, OptTensor residual_v, Tensor sealed, Tensor seq_lens, double scale) {
   const Checker check("attention_mass", q, "q");
   check.shape(q, "q", "[B, T, Hq, D]", {any, any, any, any}).floating(q, "q");
   const int64_t B = q.size(0), T = q.size(1), Hq = q.size(2), D = q.size(3);
@@ -679,12 +696,12 @@ Tensor attention_mass(Tensor q, Tensor lse, Tensor k_pool, Tensor v_pool, OptTen
   const int64_t H = block_table.size(1);
   MassArgs args{};
   args.G = check.group_heads("q", Hq, H);
-  args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, raw_k, raw_v, sealed}, q.scalar_type(),
-                        B, H, D);
+  args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, residual_k, residual_v, sealed},
+                        q.scalar_type(), B, H, D);
   args.rule = check_rule(check, windows, lists, local_start, B, H, args.kv.P, sink, unit);
-  check.shape(lengths, "lengths", "[B]", {B}).dtype(lengths, "lengths", ScalarType::Int);
+  check.shape(seq_lens, "seq_lens", "[B]", {B}).dtype(seq_lens, "seq_lens", ScalarType::Int);
   Tensor mass = check.allocate(q, "block_table", {B, H, args.kv.M * args.kv.P}, ScalarType::Float);
-  args.q = view(q), args.lse = floats(lse), args.lengths = ints(lengths), args.mass = out_floats(mass);
+  args.q = view(q), args.lse = floats(lse), args.seq_lens = ints(seq_lens), args.mass = out_floats(mass);
   args.T = T, args.scale = static_cast<float>(scale);
   launch(q, args, LSERVE_KERNELS(attention_mass));
   return mass;

@@ -1,16 +1,13 @@
-"""The paged KV of one attention layer: a pool of reference-counted blocks, tables, the raw buffer of the newest
+"""The paged KV of one attention layer: a pool of reference-counted blocks, tables, the residual buffer of the newest
 tokens. It knows ops and policies, but no model: `hf` puts it under transformers.
 
 A page is sealed once P further tokens follow it, and is never written again. So sequences share blocks (beams, forks),
-and a crop within the raw buffer is exact.
+and a crop within the residual buffer is exact.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import sys
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,123 +16,10 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .blocks import BlockTable, Memory, Pool
 from .config import SparseConfig
-from .ops import DENSE, PagedKV
+from .ops import DENSE, LISTED, Mask, PagedKV
 from .select import PREFILL_QUERIES, Selection, make_selector
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes of a tier: in use now, reserved from the allocator, and the most that ever were in use."""
-
-    used: int = 0
-    reserved: int = 0
-    peak: int = 0
-
-    def __add__(self, other: Memory) -> Memory:
-        return Memory(self.used + other.used, self.reserved + other.reserved, self.peak + other.peak)
-
-
-class BlockPool:
-    """Blocks of one layer on one device: the pools of `PagedKV`, grown on demand.
-
-    A block is in use as long as a `BlockTable` names it. The counts of who names what are kept as tables come and go;
-    whatever interrupts that, even between two lines, is mended from the tables themselves at the next call.
-    """
-
-    GROWTH = 1.5
-
-    def __init__(self, config: SparseConfig, like: Tensor, capacity: int) -> None:
-        P, D, dtype = config.page_size, like.shape[-1], like.dtype
-        int8 = config.kv_dtype == "int8"
-        rows: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "k": ((P, D), torch.uint8 if int8 else dtype),
-            "v": ((P, D), torch.uint8 if int8 else dtype),
-        }
-        if config.needs_stats:
-            rows["stats"] = ((P // config.stats_group, 2, D), dtype)
-        if int8:
-            rows["scales"] = ((1 if config.needs_stats else 2, P, 2), torch.float32)
-        self.tensors = {name: like.new_empty((0, *shape), dtype=kind) for name, (shape, kind) in rows.items()}
-        self.block_bytes = sum(t.element_size() * t.shape[1:].numel() for t in self.tensors.values())
-        self._tables: weakref.WeakSet[BlockTable] = weakref.WeakSet()
-        self._references = np.zeros(0, np.int64)
-        self._free: list[int] = []
-        self._counted = 0  # tables that the counts include; another number than that of tables: count anew
-        self.peak = 0
-        self._grow(capacity)
-
-    @property
-    def capacity(self) -> int:
-        return len(self._references)
-
-    @property
-    def used(self) -> int:
-        """Blocks that a table names."""
-        self.settle()
-        return self.capacity - len(self._free)
-
-    def table(self, ids: np.ndarray, wanted: np.ndarray | None = None) -> BlockTable:
-        """A table of these blocks (-1: none), with free ones where `wanted`."""
-        self.settle()
-        self._counted = -1
-        ids = ids.astype(np.int32)
-        if wanted is not None and wanted.any():
-            ids[wanted] = self._take(int(wanted.sum()))
-        held = ids[ids >= 0]
-        np.add.at(self._references, held, 1)
-        table = BlockTable(self, ids, torch.from_numpy(ids).to(self.tensors["k"].device))
-        self._tables.add(table)
-        self.peak = max(self.peak, self.capacity - len(self._free))
-        self._counted = len(self._tables)
-        return table
-
-    def release(self, table: BlockTable) -> None:
-        """Called by a table that nobody has any more; blocks without any table are free again."""
-        held = table.ids[table.ids >= 0]
-        np.subtract.at(self._references, held, 1)
-        free = np.unique(held[self._references[held] == 0])
-        self._free.extend(free[::-1].tolist())
-        self._counted -= self._counted > 0
-
-    def settle(self) -> None:
-        """Counts anew if a change was interrupted."""
-        if self._counted == len(self._tables):
-            return
-        capacity = min(len(tensor) for tensor in self.tensors.values())
-        self.tensors = {name: tensor[:capacity] for name, tensor in self.tensors.items()}
-        counts = np.zeros(capacity, np.int64)
-        for table in self._tables:
-            np.add.at(counts, table.ids[table.ids >= 0], 1)
-        self._references = counts
-        self._free = np.flatnonzero(counts == 0)[::-1].tolist()
-        self._counted = len(self._tables)
-
-    def _take(self, count: int) -> list[int]:
-        if count > len(self._free):
-            used = self.capacity - len(self._free)
-            self._grow(max(used + count, int(self.capacity * self.GROWTH)))
-        return [self._free.pop() for _ in range(count)]
-
-    def _grow(self, capacity: int) -> None:
-        old = self.capacity
-        for name, tensor in self.tensors.items():  # one at a time: the peak is one copy, not all
-            grown = tensor.new_empty((capacity, *tensor.shape[1:]))
-            grown[:old] = tensor[:old]
-            self.tensors[name] = grown
-        self._references = np.concatenate([self._references, np.zeros(capacity - old, np.int64)])
-        self._free[:0] = range(capacity - 1, old - 1, -1)
-
-
-class BlockTable:
-    """[B, H, M] blocks of a pool, on the host and on the device; never changed. While it lives, they are in use."""
-
-    def __init__(self, pool: BlockPool, ids: np.ndarray, device_ids: Tensor) -> None:
-        self.pool, self.ids, self.device_ids = pool, ids, device_ids
-
-    def __del__(self) -> None:
-        if hasattr(self, "device_ids") and not sys.is_finalizing():
-            self.pool.release(self)
 
 
 class State(NamedTuple):
@@ -147,6 +31,8 @@ class State(NamedTuple):
     """
 
     blocks: BlockTable
+    block_table: Tensor
+    """[B, H, M] the same on the device."""
     lengths: np.ndarray
     """[B] tokens held, without padding."""
     sealed: np.ndarray
@@ -157,9 +43,9 @@ class State(NamedTuple):
     """Pages that streaming heads keep: until the first decode step those of the longer window."""
     columns: int
     """Columns of the padded batch that have been fed."""
-    raw_k: Tensor
+    residual_k: Tensor
     """[B, H, 2P, D], as in `PagedKV`."""
-    raw_v: Tensor
+    residual_v: Tensor
     device_lengths: Tensor
     device_sealed: Tensor
     selection: Selection
@@ -170,7 +56,7 @@ class LayerCache:
 
     Args:
         config: what is attended and how it is stored.
-        streaming: which kv heads stream, [H].
+        streaming_heads: which kv heads stream, [H].
         dense: heads that do not stream attend everything in decode too.
         like: [B, H, T, D] keys whose shape, dtype and device the layer takes.
 
@@ -178,23 +64,23 @@ class LayerCache:
     a KeyboardInterrupt between two lines, it is as before the call or as after it.
     """
 
-    def __init__(self, config: SparseConfig, streaming: Sequence[bool], dense: bool, like: Tensor) -> None:
+    def __init__(self, config: SparseConfig, streaming_heads: Sequence[bool], dense: bool, like: Tensor) -> None:
         B, H, _, D = like.shape
-        if len(streaming) != H:
-            raise ValueError(f"streaming: expected {H} kv heads, got {len(streaming)}")
+        if len(streaming_heads) != H:
+            raise ValueError(f"streaming_heads: expected {H} kv heads, got {len(streaming_heads)}")
         self.config, self.dtype, self.device = config, like.dtype, like.device
         self.heads, self.head_dim = H, D
         P = config.page_size
-        self._streaming = np.array(streaming, bool)
+        self._streaming = np.array(streaming_heads, bool)
         self._sink = max(config.sink_pages, config.prefill_sink_pages)
         self._dense = dense
         self._selector = None if dense or self._streaming.all() else make_selector(config)
         with torch.inference_mode(False):
-            listed = DENSE if self._selector is None else 0
+            listed = DENSE if self._selector is None else LISTED
             self._decode_windows = self._ints(np.where(self._streaming, config.local_pages, listed))
             self._prefill_windows = self._ints(np.where(self._streaming, config.prefill_local_pages, DENSE))
             pages = -(-config.max_tokens // P) if config.max_tokens else 4
-            self._pool = BlockPool(config, like, B * H * pages if config.max_tokens else 0)
+            self._pool = Pool(config, like, B * H * pages if config.max_tokens else 0)
             raw = [like.new_zeros(B, H, 2 * P, D) for _ in "kv"]  # files hold rows that no token has filled
             self._state = self._make_state(
                 blocks=self._pool.table(np.full((B, H, pages), -1, np.int32)),
@@ -203,8 +89,8 @@ class LayerCache:
                 freed=np.full(B, self._sink, np.int64),
                 window=self._longest_window,
                 columns=0,
-                raw_k=raw[0],
-                raw_v=raw[1],
+                residual_k=raw[0],
+                residual_v=raw[1],
                 selection=Selection(),
             )
 
@@ -229,9 +115,9 @@ class LayerCache:
         return self._paged(self._state)
 
     def _paged(self, s: State) -> PagedKV:
-        tensors, table = self._pool.tensors, s.blocks.device_ids
-        return PagedKV(tensors["k"], tensors["v"], tensors.get("stats"), tensors.get("scales"), table, table, s.raw_k,
-                       s.raw_v, s.device_sealed)  # fmt: skip
+        tensors = self._pool.tensors
+        return PagedKV(tensors["k"], tensors["v"], tensors.get("stats"), tensors.get("scales"), s.block_table,
+                       s.block_table, s.residual_k, s.residual_v, s.device_sealed)  # fmt: skip
 
     @property
     def _longest_window(self) -> int:
@@ -240,16 +126,15 @@ class LayerCache:
     def _ints(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.int32)).to(self.device)
 
-    def _make_state(self, lengths: np.ndarray, sealed: np.ndarray, **fields: Any) -> State:
+    def _make_state(self, lengths: np.ndarray, sealed: np.ndarray, blocks: BlockTable, **fields: Any) -> State:
         """A state whose tensors on the device follow from its arrays."""
-        return State(lengths=lengths, sealed=sealed, device_lengths=self._ints(lengths),
-                     device_sealed=self._ints(sealed), **fields)  # fmt: skip
+        return State(lengths=lengths, sealed=sealed, device_lengths=self._ints(lengths), blocks=blocks,
+                     device_sealed=self._ints(sealed), block_table=self._ints(blocks.ids), **fields)  # fmt: skip
 
     def memory(self) -> Memory:
         """Bytes of KV on the device. Blocks that forks share are counted in each of them."""
-        raw = 2 * self._state.raw_k.nbytes
-        pool = self._pool
-        return Memory(*(blocks * pool.block_bytes + raw for blocks in (pool.used, pool.capacity, pool.peak)))
+        raw = 2 * self._state.residual_k.nbytes
+        return self._pool.memory + Memory(raw, raw, raw)
 
     def attended(self) -> tuple[int, int]:
         """Tokens that a decode step of this moment attends, and those of a dense one, over kv heads and sequences."""
@@ -259,7 +144,7 @@ class LayerCache:
         for b, n in enumerate(s.lengths):
             for h, window in enumerate(self._decode_windows.tolist()):
                 local, listed = max(0, (n - 1) // P - window + 1) * P, 0
-                if window == 0:
+                if window == LISTED:
                     local = 0
                     if lists is not None:  # else: as the next step will see it, before it selects
                         assert self._selector is not None and local_start is not None
@@ -306,11 +191,10 @@ class LayerCache:
             columns = None
             q_new, k_new, v_new = (x.transpose(1, 2).reshape(B * T, x.shape[1], D) for x in (q, k, v))
         bounds = self._ints(np.concatenate([[0], np.cumsum(new)]))
-        windows, sink = self._prefill_windows, self.config.prefill_sink_pages
-        out, lse = ops.prefill(q_new, k_new, v_new, bounds, bounds, windows, self._paged(s), s.device_lengths,
-                               sink=sink, scale=scale)  # fmt: skip
+        mask = Mask(self._prefill_windows, sink=self.config.prefill_sink_pages)
+        out, lse = ops.prefill(q_new, k_new, v_new, bounds, bounds, mask, self._paged(s), s.device_lengths, scale=scale)
         out, lse = with_sinks(out, lse, sinks)
-        own_buffer = s._replace(raw_k=s.raw_k.clone(), raw_v=s.raw_v.clone())
+        own_buffer = s._replace(residual_k=s.residual_k.clone(), residual_v=s.residual_v.clone())
         s = self._appended(own_buffer, k_new, v_new, bounds, new, T)
         if columns is not None:
             out = out.new_zeros(B, T, Hq, D).index_put_((columns,), out)
@@ -319,7 +203,7 @@ class LayerCache:
         if self._selector is not None and self._selector.observes:
             tail = q.transpose(1, 2)[:, -PREFILL_QUERIES:]
             lse_tail = lse.reshape(B, T, Hq)[:, -PREFILL_QUERIES:].contiguous()
-            mass = ops.attention_mass(tail, lse_tail, self._paged(s), s.device_lengths, windows, sink=sink, scale=scale)
+            mass = ops.attention_mass(tail, lse_tail, mask, self._paged(s), s.device_lengths, scale=scale)
             selection = self._selector.observe(selection, mass, s.device_lengths, T)
         return out.reshape(B, T, Hq, D), s._replace(selection=selection)
 
@@ -338,11 +222,10 @@ class LayerCache:
         if self._selector is not None:
             selection = self._selector.select(selection, q, kv, s.device_lengths, self._decode_windows)
             unit = self._selector.unit
-        rule = (s.device_lengths, self._decode_windows, selection.lists, selection.local_start)
-        sink = self.config.sink_pages
-        out, lse = with_sinks(*ops.decode(q, kv, *rule, sink=sink, unit=unit, scale=scale), sinks)
+        mask = Mask(self._decode_windows, selection.lists, selection.local_start, self.config.sink_pages, unit)
+        out, lse = with_sinks(*ops.decode(q, mask, kv, s.device_lengths, scale=scale), sinks)
         if self._selector is not None and self._selector.observes:
-            mass = ops.attention_mass(q[:, None], lse[:, None], kv, *rule, sink=sink, unit=unit, scale=scale)
+            mass = ops.attention_mass(q[:, None], lse[:, None], mask, kv, s.device_lengths, scale=scale)
             selection = self._selector.observe(selection, mass, s.device_lengths, 1)
         return out[:, None], s._replace(selection=selection)
 
@@ -353,20 +236,22 @@ class LayerCache:
         sealed = np.maximum(s.sealed, lengths // P - 1)
         # Streaming heads keep one page more than their window, for exact crops.
         freed = np.maximum(s.freed, lengths // P - s.window) if self._streaming.any() else s.freed
-        blocks, held = s.blocks, s.blocks.ids.shape[2]
+        blocks, table, held = s.blocks, s.block_table, s.blocks.ids.shape[2]
         needed = -(-int(lengths.max(initial=0)) // P)
         if needed > held or (sealed > s.sealed).any() or (freed > s.freed).any():
-            needed = max(needed, int(held * BlockPool.GROWTH)) if needed > held else held
+            needed = max(needed, int(held * Pool.GROWTH)) if needed > held else held
             ids = np.pad(s.blocks.ids, ((0, 0), (0, 0), (0, needed - held)), constant_values=-1)
             page = np.arange(needed)
             kept = (page < self._sink) | (page >= freed[:, None])  # [B, M]
             ids[(self._streaming[:, None] & ~kept[:, None]) & np.ones_like(ids, bool)] = -1
             due = (page >= s.sealed[:, None]) & (page < sealed[:, None])
             blocks = self._pool.table(ids, due[:, None] & (~self._streaming[:, None] | kept[:, None]))
+            table = self._ints(blocks.ids)
         # The pages that are due are sealed by this call: it finds them below `after // P - 1`.
-        ops.append_kv(k, v, bounds, s.device_lengths, self._paged(s._replace(blocks=blocks)))
-        return self._make_state(lengths, sealed, blocks=blocks, freed=freed, window=s.window, raw_k=s.raw_k,
-                                raw_v=s.raw_v, columns=s.columns + columns, selection=s.selection)  # fmt: skip
+        ops.append_kv(k, v, bounds, s.device_lengths, self._paged(s._replace(block_table=table)))
+        return s._replace(lengths=lengths, sealed=sealed, blocks=blocks, block_table=table, freed=freed,
+                          device_lengths=self._ints(lengths), device_sealed=self._ints(sealed),
+                          columns=s.columns + columns)  # fmt: skip
 
     # ---- crop, batch operations, forks ------------------------------------------------------------------------------
     @torch.inference_mode(False)
@@ -374,19 +259,19 @@ class LayerCache:
     def crop(self, tokens: int) -> None:
         """Removes the newest `tokens` of every sequence.
 
-        Exact within the raw buffer. Deeper, the page that is cut is dequantised into the buffer, and so quantised a
-        second time later. Raises ValueError, and changes nothing, if streaming heads have freed what it needs.
+        Exact within the residual buffer. Deeper, the page that is cut is dequantised into the buffer, and so quantised
+        a second time later. Raises ValueError, and changes nothing, if streaming heads have freed what it needs.
         """
         s, P = self._state, self.config.page_size
         lengths = np.maximum(s.lengths - tokens, 0)
         self._check_crop(tokens, lengths)
-        raw_k, raw_v = s.raw_k, s.raw_v
+        residual_k, residual_v = s.residual_k, s.residual_v
         page = np.where(lengths < s.sealed * P, lengths // P, s.sealed)
         cut = np.flatnonzero((page < s.sealed) & (lengths % P > 0))
         if len(cut):
-            raw_k, raw_v = raw_k.clone(), raw_v.clone()
+            residual_k, residual_v = residual_k.clone(), residual_v.clone()
         for b in cut:
-            self._unseal(int(b), int(page[b]), raw_k, raw_v)
+            self._unseal(int(b), int(page[b]), residual_k, residual_v)
         blocks = s.blocks
         if (page < s.sealed).any():
             beyond = np.arange(blocks.ids.shape[2]) >= page[:, None]
@@ -398,8 +283,8 @@ class LayerCache:
             freed=np.maximum(np.minimum(s.freed, lengths // P), self._sink),
             window=s.window if lengths.any() else self._longest_window,  # without tokens: as new
             columns=max(0, s.columns - tokens),
-            raw_k=raw_k,
-            raw_v=raw_v,
+            residual_k=residual_k,
+            residual_v=residual_v,
             selection=s.selection,
         )
         self._state = state._replace(selection=s.selection.without_lists(state.device_lengths))
@@ -416,8 +301,8 @@ class LayerCache:
                     f"{first + int(gone.argmax())} of sequence {b}"
                 )
 
-    def _unseal(self, b: int, page: int, raw_k: Tensor, raw_v: Tensor) -> None:
-        """Copies a page from the pools into the raw buffer."""
+    def _unseal(self, b: int, page: int, residual_k: Tensor, residual_v: Tensor) -> None:
+        """Copies a page from the pools into the residual buffer."""
         P, tensors, table = self.config.page_size, self._pool.tensors, self._state.blocks.ids
         held = np.flatnonzero(table[b, :, page] >= 0)  # not those of streaming heads that are past
         ids = self._ints(table[b, held, page]).long()
@@ -427,12 +312,12 @@ class LayerCache:
             k, v = ops.dequantize_kv(k, v, stats, tensors["scales"][ids], self.dtype)
         rows = slice(page % 2 * P, page % 2 * P + P)
         heads = torch.from_numpy(held).to(self.device)
-        raw_k[b, heads, rows], raw_v[b, heads, rows] = k, v
+        residual_k[b, heads, rows], residual_v[b, heads, rows] = k, v
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def take_rows(self, rows: Tensor) -> None:
-        """Keeps these sequences of the batch, in this order; they may repeat. Blocks are shared, raw buffers copied."""
+        """Keeps these sequences of the batch, in this order; they may repeat. Blocks are shared, the rest is copied."""
         s, rows = self._state, rows.to(self.device)
         index = rows.cpu().numpy()
         if len(index) and (index.min() < 0 or index.max() >= self.batch_size):
@@ -444,8 +329,8 @@ class LayerCache:
             freed=s.freed[index],
             window=s.window,
             columns=s.columns,
-            raw_k=s.raw_k[rows],
-            raw_v=s.raw_v[rows],
+            residual_k=s.residual_k[rows],
+            residual_v=s.residual_v[rows],
             selection=s.selection.take_rows(rows),
         )
 
@@ -454,13 +339,15 @@ class LayerCache:
     def fork(self) -> LayerCache:
         """A copy that shares the sealed blocks."""
         twin = copy.copy(self)
-        twin._state = self._state._replace(raw_k=self._state.raw_k.clone(), raw_v=self._state.raw_v.clone())
+        twin._state = self._state._replace(
+            residual_k=self._state.residual_k.clone(), residual_v=self._state.residual_v.clone()
+        )
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerCache:
         """A copy with a pool of its own, which holds no blocks of forks."""
         s = self._state
-        like = s.raw_k.new_empty(self.batch_size, self.heads, 0, self.head_dim)
+        like = s.residual_k.new_empty(self.batch_size, self.heads, 0, self.head_dim)
         twin = LayerCache(self.config, self._streaming.tolist(), self._dense, like)
         twin.restore({name: tensor.clone() for name, tensor in self.state().items()})
         return twin
@@ -475,7 +362,7 @@ class LayerCache:
         hosts = {"table": table, "lengths": s.lengths, "sealed": s.sealed, "freed": s.freed}
         state = {name: torch.from_numpy(array) for name, array in hosts.items()}
         state |= {f"pool.{name}": tensor[ids] for name, tensor in self._pool.tensors.items()}
-        state |= {"raw_k": s.raw_k, "raw_v": s.raw_v}
+        state |= {"residual_k": s.residual_k, "residual_v": s.residual_v}
         numbers = {"window": s.window, "columns": s.columns, "selection.age": s.selection.age}
         state |= {name: torch.tensor(value) for name, value in numbers.items()}
         return state | {f"selection.{name}": x.contiguous() for name, x in s.selection.tensors().items()}
@@ -491,7 +378,7 @@ class LayerCache:
         self._check_file(state)
         table, pools = state["table"].numpy(), [name for name in state if name.startswith("pool.")]
         blocks = self._pool.table(np.full(len(state["pool.k"]), -1), np.ones(len(state["pool.k"]), bool))
-        ids = blocks.device_ids.long()
+        ids = torch.from_numpy(blocks.ids).to(self.device).long()
         for name in pools:
             self._pool.tensors[name.removeprefix("pool.")][ids] = state[name].to(self.device)
         named = np.where(table >= 0, blocks.ids[table], -1) if len(blocks.ids) else table
@@ -503,8 +390,8 @@ class LayerCache:
             freed=state["freed"].numpy().copy(),
             window=int(state["window"]),
             columns=int(state["columns"]),
-            raw_k=state["raw_k"].to(self.device),
-            raw_v=state["raw_v"].to(self.device),
+            residual_k=state["residual_k"].to(self.device),
+            residual_v=state["residual_v"].to(self.device),
             selection=Selection(
                 age=int(state["selection.age"]),
                 **{name: None if x is None else x.to(self.device) for name, x in selection.items()},
@@ -535,7 +422,17 @@ class LayerCache:
             expect(name, torch.isfinite(x).all(), "finite numbers", "NaN or infinity")
 
         optional = {"selection.lists", "selection.local_start", "selection.mass"}
-        known = {"table", "lengths", "sealed", "freed", "window", "columns", "raw_k", "raw_v", "selection.age"}
+        known = {
+            "table",
+            "lengths",
+            "sealed",
+            "freed",
+            "window",
+            "columns",
+            "residual_k",
+            "residual_v",
+            "selection.age",
+        }
         known |= {f"pool.{name}" for name in self._pool.tensors}
         for name in sorted(set(state) - known - optional):
             expect(name, False, "no such tensor", list(state[name].shape))
@@ -544,7 +441,7 @@ class LayerCache:
             x = tensor(f"pool.{name}", pool.dtype, count, *pool.shape[1:])
             if name in ("stats", "scales"):
                 finite(f"pool.{name}", x)
-        for name in ("raw_k", "raw_v"):
+        for name in ("residual_k", "residual_v"):
             tensor(name, self.dtype, B, H, 2 * P, D)
         table = tensor("table", torch.int32, B, H, None).numpy()
         M = table.shape[2]

@@ -105,11 +105,14 @@ class _Meter:
         H, T = k.shape[1], k.shape[0]
         rows = self._measured.nonzero()[:, 0]
         first = int(rows[0])
-        cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32, device=q.device) for n in (T - first, T))
+        cu_seqlens_q, cu_seqlens_k = (torch.tensor([0, n], dtype=torch.int32, device=q.device) for n in (T - first, T))
         windows = torch.full((H,), self._window, dtype=torch.int32, device=q.device)
-        rule: dict[str, Any] = {"sink": self._sink, "page_size": _PAGE, "scale": scaling}
+        mask = ops.Mask(windows, sink=self._sink)
         sinks = next((kwargs[name] for name in hf.SINKS if kwargs.get(name) is not None), None)
-        streaming, _ = with_sinks(*ops.prefill(q[first:], k, v, cu_q, cu_k, windows, **rule), sinks)
+        streaming, _ = with_sinks(
+            *ops.prefill(q[first:], k, v, cu_seqlens_q, cu_seqlens_k, mask, page_size=_PAGE, scale=scaling),
+            sinks,
+        )
         exact = full[0, rows].reshape(len(rows), H, -1).double()
         change = streaming[rows - first].reshape(len(rows), H, -1).double() - exact
         norms = [x.square().sum((0, 2)).sqrt() for x in (change, exact)]

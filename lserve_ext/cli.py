@@ -109,10 +109,12 @@ def _config(arguments: argparse.Namespace, preset: str) -> SparseConfig:
 def _with_pattern(config: SparseConfig, model: str | None) -> SparseConfig:
     """The default model has a pattern of its own, so for it a fraction of streaming heads needs nothing more. For
     another one that is an error, and better now than when it is loaded."""
-    if isinstance(config.streaming, float) and 0 < config.streaming < 1:
+    if isinstance(config.streaming_heads, float) and 0 < config.streaming_heads < 1:
         if model is None:
-            return config.replace(streaming=HeadPattern.load(_DEFAULT_PATTERN).with_fraction(config.streaming))
-        heads.resolve(config.streaming, 1, 1)
+            return config.replace(
+                streaming_heads=HeadPattern.load(_DEFAULT_PATTERN).with_fraction(config.streaming_heads)
+            )
+        heads.resolve(config.streaming_heads, 1, 1)
     return config
 
 
@@ -327,7 +329,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     for layer, scores in enumerate(pattern.scores):
         marks = zip(scores, pattern.streaming(layer), strict=True)
         rows.append([str(layer), "  ".join(f"{score:.3f}{'*' if streams else ' '}" for score, streams in marks)])
-    print(f"\n{table(rows)}\n\nwritten to {arguments.out}; use it with --streaming {arguments.out}")
+    print(f"\n{table(rows)}\n\nwritten to {arguments.out}; use it with --streaming-heads {arguments.out}")
     return 0
 
 

@@ -18,6 +18,7 @@ Scorer: TypeAlias = Callable[..., torch.Tensor]
 
 _OPTIONAL = ("prefill_sink_tokens", "prefill_local_tokens", "budget_tokens", "max_tokens")
 
+_FORMAT = 2  # of files
 PRESETS = ("dense", "streaming", "duo", "quest", "h2o", "lserve", "alisa")
 
 
@@ -39,7 +40,7 @@ class SparseConfig:
                           forgetting, one set of tokens a layer; or a callable with the arguments and result of
                           `ops.page_scores`
     unit                  what a list holds, "page" or "token"; half of a budget of tokens is local
-    streaming             heads that keep sink and local only: None (no head), a HeadPattern, its file or the name of a
+    streaming_heads       heads that keep sink and local only: None (no head), a HeadPattern, its file or the name of a
                           shipped one, or a fraction (1.0: every head; others need a pattern)
     dense_layers          the first n layers attend everything
     max_tokens            tokens a sequence to reserve memory for; None: memory grows on demand
@@ -57,7 +58,7 @@ class SparseConfig:
     reuse_interval: int = 1
     scorer: str | Scorer = "minmax"
     unit: Literal["page", "token"] = "page"
-    streaming: HeadPattern | str | os.PathLike[str] | float | None = None
+    streaming_heads: HeadPattern | str | os.PathLike[str] | float | None = None
     dense_layers: int = 0
     max_tokens: int | None = None
 
@@ -68,14 +69,14 @@ class SparseConfig:
         return cls(**overrides)
 
     @classmethod
-    def streaming_llm(cls, **overrides: Any) -> SparseConfig:
+    def streaming(cls, **overrides: Any) -> SparseConfig:
         """StreamingLLM: every head keeps sink and local."""
-        return cls(**_merge(overrides, streaming=1.0))
+        return cls(**_merge(overrides, streaming_heads=1.0))
 
     @classmethod
     def duo(cls, **overrides: Any) -> SparseConfig:
         """DuoAttention: a pattern of streaming heads, the others dense."""
-        return cls(**_merge(overrides, streaming=0.5))
+        return cls(**_merge(overrides, streaming_heads=0.5))
 
     @classmethod
     def quest(cls, **overrides: Any) -> SparseConfig:
@@ -91,7 +92,7 @@ class SparseConfig:
     @classmethod
     def lserve(cls, **overrides: Any) -> SparseConfig:
         """LServe: half the heads streaming, the others on reusable lists of INT8 pages."""
-        return cls(**_merge(overrides, streaming=0.5, budget_tokens=4096, reuse_interval=4, kv_dtype="int8"))
+        return cls(**_merge(overrides, streaming_heads=0.5, budget_tokens=4096, reuse_interval=4, kv_dtype="int8"))
 
     @classmethod
     def alisa(cls, **overrides: Any) -> SparseConfig:
@@ -101,10 +102,10 @@ class SparseConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> SparseConfig:
-        """The preset of that name. ("streaming" is `streaming_llm`: the plain name is the field's.)"""
+        """The preset of that name."""
         if name not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
-        make: Callable[..., SparseConfig] = getattr(cls, "streaming_llm" if name == "streaming" else name)
+        make: Callable[..., SparseConfig] = getattr(cls, name)
         return make(**overrides)
 
     def replace(self, **overrides: Any) -> SparseConfig:
@@ -167,11 +168,11 @@ class SparseConfig:
         """Every field, ready for JSON."""
         if callable(self.scorer):
             raise self._error("scorer", "a name, because a callable has no JSON form", TypeError)
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        if isinstance(self.streaming, HeadPattern):
-            fields["streaming"] = self.streaming.to_dict()
-        elif isinstance(self.streaming, os.PathLike):
-            fields["streaming"] = os.fspath(self.streaming)
+        fields = {"format": _FORMAT} | {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if isinstance(self.streaming_heads, HeadPattern):
+            fields["streaming_heads"] = self.streaming_heads.to_dict()
+        elif isinstance(self.streaming_heads, os.PathLike):
+            fields["streaming_heads"] = os.fspath(self.streaming_heads)
         return fields
 
     @classmethod
@@ -179,13 +180,14 @@ class SparseConfig:
         """The inverse of `to_dict`; fields left out have their defaults."""
         if not isinstance(fields, Mapping):
             raise TypeError(f"SparseConfig: expected a mapping of fields, got {fields!r:.80}")
+        fields = files.without_format(fields, "SparseConfig", _FORMAT)
         known = [f.name for f in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
                 raise ValueError(f"SparseConfig: expected the fields {', '.join(known)}, got {name!r}")
-        streaming = fields.get("streaming")
+        streaming = fields.get("streaming_heads")
         if isinstance(streaming, Mapping):
-            fields = {**fields, "streaming": HeadPattern.from_dict(streaming)}
+            fields = {**fields, "streaming_heads": HeadPattern.from_dict(streaming)}
         return cls(**fields)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -217,12 +219,12 @@ class SparseConfig:
         self._check_selection()
 
     def _check_streaming(self) -> None:
-        if self.streaming is None or isinstance(self.streaming, (HeadPattern, str, os.PathLike)):
+        if self.streaming_heads is None or isinstance(self.streaming_heads, (HeadPattern, str, os.PathLike)):
             return
-        if isinstance(self.streaming, bool) or not isinstance(self.streaming, (int, float)):
-            raise self._error("streaming", "None, a HeadPattern, its file or a fraction", TypeError)
-        if not 0 <= self.streaming <= 1:
-            raise self._error("streaming", "a fraction from 0 to 1")
+        if isinstance(self.streaming_heads, bool) or not isinstance(self.streaming_heads, (int, float)):
+            raise self._error("streaming_heads", "None, a HeadPattern, its file or a fraction", TypeError)
+        if not 0 <= self.streaming_heads <= 1:
+            raise self._error("streaming_heads", "a fraction from 0 to 1")
 
     def _check_selection(self) -> None:
         if self.kv_sparsity is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,18 @@ def read_text(path: str | os.PathLike[str], what: str) -> str:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{what}: expected UTF-8 text in {os.fspath(path)!r}, got {error.reason}") from None
+
+
+def without_format(fields: Mapping[str, Any], what: str, version: int) -> dict[str, Any]:
+    """The fields but "format", which a file may leave out.
+
+    Raises:
+        ValueError: it is another version.
+    """
+    if fields.get("format", version) != version:
+        got = f"{fields['format']!r:.40}: written by another version of lserve_ext"
+        raise ValueError(f"{what}.format: expected {version}, got {got}")
+    return {name: value for name, value in fields.items() if name != "format"}
 
 
 def read_json(text: str, what: str, path: str | os.PathLike[str]) -> dict[str, Any]:

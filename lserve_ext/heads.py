@@ -13,6 +13,7 @@ from typing import Any
 from . import files
 
 _SHIPPED = Path(__file__).parent / "data"
+_FORMAT = 1  # of files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +77,12 @@ class HeadPattern:
     def to_dict(self) -> dict[str, Any]:
         """Every field, ready for JSON."""
         scores = [list(row) for row in self.scores]
-        return {"fraction": self.fraction, "metadata": dict(self.metadata), "scores": scores}
+        return {"format": _FORMAT, "fraction": self.fraction, "metadata": dict(self.metadata), "scores": scores}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> HeadPattern:
-        """The inverse of `to_dict`; fraction and metadata may be left out."""
+        """The inverse of `to_dict`; format, fraction and metadata may be left out."""
+        fields = files.without_format(fields, "HeadPattern", _FORMAT)
         unknown = sorted(set(fields) - {"fraction", "metadata", "scores"})
         if unknown or "scores" not in fields:
             raise ValueError(f"HeadPattern: expected the fields scores, fraction, metadata, got {sorted(fields)}")
@@ -89,7 +91,8 @@ class HeadPattern:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON, a layer a line."""
         rows = ",\n".join("    " + json.dumps(row) for row in self.scores)
-        head = json.dumps({"fraction": self.fraction, "metadata": dict(self.metadata)}, indent=2).removesuffix("\n}")
+        fields = {"format": _FORMAT, "fraction": self.fraction, "metadata": dict(self.metadata)}
+        head = json.dumps(fields, indent=2).removesuffix("\n}")
         files.write_text(path, f'{head},\n  "scores": [\n{rows}\n  ]\n}}\n')
 
     @classmethod
@@ -125,36 +128,39 @@ def shipped() -> list[str]:
 
 
 def resolve(
-    streaming: HeadPattern | str | os.PathLike[str] | float | None,
+    streaming_heads: HeadPattern | str | os.PathLike[str] | float | None,
     num_layers: int,
     num_heads: int,
     used: Sequence[int] | None = None,
 ) -> list[tuple[bool, ...] | bool]:
-    """Which kv heads of a model stream, from a `SparseConfig.streaming`: a layer's heads, or one value for all of them.
+    """Which kv heads of a model stream, from a `SparseConfig.streaming_heads`: a layer's heads, or one value for them.
 
     Args:
         num_layers, num_heads: of the model.
         used: layers with full attention, which a pattern must have scores for; by default all.
     """
-    if streaming is None or streaming in (0, 1):
-        return [bool(streaming)] * num_layers
-    if isinstance(streaming, HeadPattern):
-        pattern = streaming
-    elif isinstance(streaming, (str, os.PathLike)):
-        pattern = HeadPattern.load(streaming)
+    if streaming_heads is None or streaming_heads in (0, 1):
+        return [bool(streaming_heads)] * num_layers
+    if isinstance(streaming_heads, HeadPattern):
+        pattern = streaming_heads
+    elif isinstance(streaming_heads, (str, os.PathLike)):
+        pattern = HeadPattern.load(streaming_heads)
     else:
         raise ValueError(
-            f"streaming: expected a HeadPattern or its file, got the fraction {streaming!r}: which heads stream is "
-            "never guessed. Make a pattern with `lserve calibrate` and pass it, or pass None (no head) or 1.0 (all)"
+            f"streaming_heads: expected a HeadPattern or its file, got the fraction {streaming_heads!r}: which heads "
+            "stream is never guessed. Make a pattern with `lserve calibrate` and pass it, or pass None (no head) or "
+            "1.0 (all)"
         )
     if (pattern.num_layers, pattern.num_heads) != (num_layers, num_heads):
         raise ValueError(
-            f"streaming: expected a pattern of {num_layers} layers x {num_heads} kv heads, "
+            f"streaming_heads: expected a pattern of {num_layers} layers x {num_heads} kv heads, "
             f"got {pattern.num_layers} x {pattern.num_heads}"
         )
     missing = [layer for layer in (used if used is not None else range(num_layers)) if not pattern.scores[layer]]
     if missing:
-        raise ValueError(f"streaming: expected scores for every layer with full attention, got none for {missing}")
+        raise ValueError(
+            f"streaming_heads: expected scores for every layer with full attention, got none for {missing}"
+        )
     return list(pattern._streaming())
 
 
@@ -168,6 +174,6 @@ def of_rank(streaming: Sequence[bool] | bool, heads: int, rank: int) -> Sequence
     if isinstance(streaming, bool):
         return [streaming] * heads
     if heads == 0 or len(streaming) % heads:
-        raise ValueError(f"streaming: expected {len(streaming)} kv heads or an equal share of them, got {heads}")
+        raise ValueError(f"streaming_heads: expected {len(streaming)} kv heads or an equal share of them, got {heads}")
     first = rank % (len(streaming) // heads) * heads
     return streaming[first : first + heads]

@@ -4,7 +4,7 @@ Letters used for shapes: B sequences, Hq query heads, H kv heads, G = Hq / H, D 
 multiple of 16, up to 256), P page size in tokens, L statistics group in tokens (divides P), M pages a
 sequence may have (columns of a table), N tokens of a packed batch, K width of a list.
 
-Shared by all ops: q, k, v, the raw buffer and the statistics have one dtype (float32, float16 or
+Shared by all ops: q, k, v, the residual buffer and the statistics have one dtype (float32, float16 or
 bfloat16); ids and lengths are int32. The last dimensions must be contiguous where a shape is that of a
 row or a page; outer strides are free. Wrong shapes, strides and values raise ValueError, wrong dtypes
 and devices TypeError, before anything is written (the raw ops raise RuntimeError with the same text).
@@ -14,14 +14,16 @@ variable LSERVE_DEBUG=1, q, k and v that are not finite raise ValueError; otherw
 Ids and lengths that make no sense raise ValueError on the CPU always, and on a GPU with LSERVE_DEBUG=1 (by a run on the
 CPU before it); without it, a CUDA kernel reads tables without looking.
 
-What a query attends is a *rule* per kv head, ``sink ∪ list ∪ local``, always causal. For a query at
+What a query attends is a `Mask`: per kv head ``sink ∪ list ∪ local``, always causal. For a query at
 position t of its sequence, in page b = t // P:
 
 - sink: the first ``sink`` pages;
 - local: for ``windows[h] > 0`` the pages (b - windows[h], b]; with ``DENSE`` that is all of them;
-- list: for ``windows[h] == 0`` the units of ``lists`` (pages, or tokens with ``unit=1``), and local
+- list: for ``windows[h] == LISTED`` the units of ``lists`` (pages, or tokens with ``unit=1``), and local
   starts at ``local_start``;
 - every unsealed page.
+
+``context_lens`` are the tokens that a cache holds before a call, ``seq_lens`` those with the call's own.
 
 A head with a finite window (streaming) skips pages that it no longer holds (``block_table`` -1).
 """
@@ -40,7 +42,9 @@ from . import _C  # noqa: F401  (its import registers torch.ops.lserve_ext)
 
 __all__ = [
     "DENSE",
+    "LISTED",
     "MAX_HEAD_DIM",
+    "Mask",
     "PagedKV",
     "append_kv",
     "attention_mass",
@@ -58,6 +62,8 @@ __all__ = [
 
 DENSE = 2**31 - 1
 """A window that reaches back to page 0."""
+LISTED = 0
+"""In place of a window: the head follows its list."""
 MAX_HEAD_DIM = 256
 """The most channels that a head may have; D is a multiple of 16."""
 
@@ -66,9 +72,9 @@ _DEBUG = os.environ.get("LSERVE_DEBUG") == "1"
 
 
 class PagedKV(NamedTuple):
-    """What one attention layer holds: pools, tables and the raw buffer of the newest tokens.
+    """What one attention layer holds: pools, tables and the residual buffer of the newest tokens.
 
-    Page p of (sequence b, kv head h) lies in the pools if ``p < sealed[b]``, else in the raw buffer,
+    Page p of (sequence b, kv head h) lies in the pools if ``p < sealed[b]``, else in the residual buffer,
     where token t has row ``t % (2 * P)``. At most two pages are unsealed.
     """
 
@@ -84,12 +90,27 @@ class PagedKV(NamedTuple):
     """[B, H, M] int32 block that holds a page's statistics; -1: the page is not held any more."""
     slot_table: Tensor
     """[B, H, M] int32 row of the pools and scales that holds a page; -1: not resident. Often the same tensor."""
-    raw_k: Tensor | None
+    residual_k: Tensor | None
     """[B, H, 2P, D], the model's dtype; None (both): all pages are in the pools, the last one maybe partly."""
-    raw_v: Tensor | None
+    residual_v: Tensor | None
     """[B, H, 2P, D]."""
     sealed: Tensor
     """[B] int32 pages that are in the pools."""
+
+
+class Mask(NamedTuple):
+    """What every kv head attends, see the module's text."""
+
+    windows: Tensor
+    """[H] int32 local pages, the query's own included; `DENSE`; or `LISTED`."""
+    lists: Tensor | None = None
+    """[B, H, K] int32, ascending, -1 padded: for heads that are `LISTED`. In prefill [B, H, R, K], see there."""
+    local_start: Tensor | None = None
+    """[B] int32 first local unit of the heads that are `LISTED`. Not in prefill."""
+    sink: int = 0
+    """Pages."""
+    unit: int | None = None
+    """Tokens that an entry of lists stands for: P (None) or 1."""
 
 
 def _call(op: Any, *args: Any) -> Any:
@@ -135,6 +156,13 @@ def _cache(op: str, kv: PagedKV | None) -> tuple[Tensor | None, ...]:
     if not isinstance(kv, tuple) or len(kv) != len(PagedKV._fields):
         raise TypeError(f"lserve_ext::{op}: kv: expected a PagedKV, got {type(kv).__name__}")
     return kv
+
+
+def _mask(op: str, mask: Mask, page_size: int) -> Mask:
+    """With the unit that None stands for."""
+    if not isinstance(mask, tuple) or len(mask) != len(Mask._fields):
+        raise TypeError(f"lserve_ext::{op}: mask: expected a Mask, got {type(mask).__name__}")
+    return mask._replace(unit=page_size) if mask.unit is None else mask
 
 
 def _page_size(kv: PagedKV) -> int:
@@ -202,21 +230,21 @@ def dequantize_kv(
     return cast("tuple[Tensor, Tensor]", _call(_ops.dequantize_kv, k_codes, v_codes, stats, scales, dtype))
 
 
-def append_kv(k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: Tensor, kv: PagedKV) -> None:
-    """Appends the new tokens of a ragged batch, in place: into the raw buffer, and what is due into the pools.
+def append_kv(k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None:
+    """Appends the new tokens of a ragged batch, in place: into the residual buffer, and what is due into the pools.
 
     With n tokens held after the call, pages below ``max(sealed, n // P - 1)`` are sealed: statistics are
     taken, codes written. A page whose slot is -1 is skipped (a streaming head is already past it). The
-    caller then advances ``lengths`` and ``sealed``; the op writes neither.
+    caller then advances its lengths and ``sealed``; the op writes neither.
 
     Args:
         k, v: [N, H, D] packed new tokens, after rotary embedding.
-        cu_seqlens: [B + 1] int32 bounds of each sequence's tokens in k and v.
-        lengths: [B] int32 tokens held before.
-        kv: the layer's cache; pools, statistics, scales and raw buffer are written.
+        cu_seqlens_k: [B + 1] int32 bounds of each sequence's tokens in k and v.
+        context_lens: [B] int32 tokens held before.
+        kv: the layer's cache; pools, statistics, scales and residual buffer are written.
     """
     _check_finite("append_kv", k=k, v=v)
-    _call(_ops.append_kv, k, v, cu_seqlens, lengths, *_cache("append_kv", kv))
+    _call(_ops.append_kv, k, v, cu_seqlens_k, context_lens, *_cache("append_kv", kv))
 
 
 def gather_pages(src: Tensor, src_ids: Tensor, dst: Tensor, dst_ids: Tensor) -> None:
@@ -243,7 +271,7 @@ def page_scores(q: Tensor, stats: Tensor, block_table: Tensor, sealed: Tensor, w
         stats: [blocks, P/L, 2, D].
         block_table: [B, H, M] int32.
         sealed: [B] int32.
-        windows: [H] int32; heads other than 0 follow no list and are skipped. None: all are scored.
+        windows: [H] int32; heads other than `LISTED` follow no list and are skipped. None: all are scored.
 
     Returns:
         [B, H, M] float32; -inf for pages that are not sealed or not held, and for skipped heads.
@@ -252,13 +280,13 @@ def page_scores(q: Tensor, stats: Tensor, block_table: Tensor, sealed: Tensor, w
 
 
 def select_pages(
-    scores: Tensor, lengths: Tensor, sealed: Tensor, page_size: int, sink: int, local: int, count: int
+    scores: Tensor, seq_lens: Tensor, sealed: Tensor, page_size: int, sink: int, local: int, count: int
 ) -> tuple[Tensor, Tensor]:
     """The ``count`` best pages between sink and local, deterministically (LServe, section 4.3).
 
     Args:
         scores: [B, H, M] float32. NaN counts as -inf.
-        lengths: [B] int32 tokens held, the query's own included.
+        seq_lens: [B] int32 tokens held, the query's own included.
         sealed: [B] int32.
         page_size: P.
         sink, local: pages; neither is selected, both are attended anyway.
@@ -269,62 +297,60 @@ def select_pages(
         local_start: [B] int32, the first local page, which a reused list keeps.
     """
     return cast(
-        "tuple[Tensor, Tensor]", _call(_ops.select_pages, scores, lengths, sealed, page_size, sink, local, count)
+        "tuple[Tensor, Tensor]", _call(_ops.select_pages, scores, seq_lens, sealed, page_size, sink, local, count)
     )
 
 
 def select_tokens(
-    mass: Tensor, lengths: Tensor, sealed: Tensor, page_size: int, ratio: float, max_picks: int
+    mass: Tensor, seq_lens: Tensor, sealed: Tensor, counts: Tensor, page_size: int, max_picks: int
 ) -> tuple[Tensor, Tensor]:
-    """Half of the budget local, half by attention mass, at token granularity (ALISA, Algorithm 1).
+    """The heaviest tokens before the local ones, which are as many (ALISA, Algorithm 1: half local, half by mass).
 
-    With n tokens held, k = min(max_picks, round(n * ratio / 2)). Local are the newest max(k, unsealed)
-    tokens; picked are the k heaviest older ones.
+    With k = min(max_picks, counts[b]), local are the newest max(k, unsealed) tokens; picked are the k heaviest older
+    ones.
 
     Args:
-        mass: [B, H, tokens] float32, for instance a running sum of `attention_mass`.
-        lengths: [B] int32 tokens held, the query's own included.
+        mass: [B, H, tokens] float32, for instance a running sum of `attention_mass`. NaN counts as -inf.
+        seq_lens: [B] int32 tokens held, the query's own included.
         sealed: [B] int32.
+        counts: [B] int32, at least 0.
         page_size: P.
-        ratio: share of the tokens to attend, local and picked, up to 1; or 2, so that only max_picks bounds k.
         max_picks: K, the most that are picked.
 
     Returns:
         tokens: [B, H, K] int32 positions, ascending, -1 padded; ties go to the lower position.
         local_start: [B] int32 first local position.
     """
-    return cast("tuple[Tensor, Tensor]", _call(_ops.select_tokens, mass, lengths, sealed, page_size, ratio, max_picks))
+    return cast(
+        "tuple[Tensor, Tensor]", _call(_ops.select_tokens, mass, seq_lens, sealed, counts, page_size, max_picks)
+    )
 
 
 def prefill(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    windows: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    mask: Mask,
     kv: PagedKV | None = None,
-    lengths: Tensor | None = None,
-    lists: Tensor | None = None,
+    context_lens: Tensor | None = None,
     *,
-    sink: int = 0,
     page_size: int | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse flash attention over a packed ragged batch (LServe, section 3.2).
 
-    Query i of a sequence with nq queries and nk new keys stands at position ``held + nk - nq + i``. It
+    Query i of a sequence with nq queries and nk new keys stands at position ``context_lens + nk - nq + i``. It
     reads cached positions from the cache as it lies and new ones from k and v.
 
     Args:
         q: [Nq, Hq, D].
         k, v: [Nk, H, D] new tokens, not yet appended.
-        cu_q, cu_k: [B + 1] int32 bounds of each sequence in q and in k; nq <= nk.
-        windows: [H] int32, see the module's text.
-        kv, lengths: the cache and [B] int32 tokens held in it; or None.
-        lists: [B, H, R, K] int32 pages for heads with window 0: row r serves the queries of page r after
-            that of the sequence's first query. Their local part is the query's own page.
-        sink: pages.
+        cu_seqlens_q, cu_seqlens_k: [B + 1] int32 bounds of each sequence in q and in k; nq <= nk.
+        mask: lists are [B, H, R, K] pages: row r serves the queries of page r after that of the sequence's first
+            query. The local part of a head that is `LISTED` is the query's own page, so there is no local_start.
+        kv, context_lens: the cache and [B] int32 tokens held in it; or None.
         page_size: P; by default that of the cache, else 64.
         scale: of q·k; by default D ** -0.5.
 
@@ -336,88 +362,60 @@ def prefill(
         page_size = _page_size(kv) if kv is not None else 64
     if scale is None:
         scale = _scale(q)
+    mask = _mask("prefill", mask, page_size)
+    if mask.local_start is not None or mask.unit != page_size:
+        name, want = ("local_start", None) if mask.local_start is not None else ("unit", page_size)
+        raise ValueError(f"lserve_ext::prefill: {name}: expected {want}, got {getattr(mask, name)!r:.60}")
     _check_finite("prefill", q=q, k=k, v=v)
-    return cast(
-        "tuple[Tensor, Tensor]",
-        _call(_ops.prefill, q, k, v, cu_q, cu_k, *cache, lengths, windows, lists, sink, page_size, scale),
-    )
+    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, mask.windows, mask.lists, mask.sink, *cache, context_lens)
+    return cast("tuple[Tensor, Tensor]", _call(_ops.prefill, *args, page_size, scale))
 
 
 def decode(
-    q: Tensor,
-    kv: PagedKV,
-    lengths: Tensor,
-    windows: Tensor,
-    lists: Tensor | None = None,
-    local_start: Tensor | None = None,
-    *,
-    sink: int = 0,
-    unit: int | None = None,
-    scale: float | None = None,
+    q: Tensor, mask: Mask, kv: PagedKV, seq_lens: Tensor, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One query a sequence against sink, list, local and raw tokens (LServe, section 3.3).
+    """One query a sequence against sink, list, local and residual tokens (LServe, section 3.3).
 
     Append the query's own token first. ``kv.sealed`` may be that from before the append, so that a step
     reads every page as it lay when the step began.
 
     Args:
         q: [B, Hq, D].
+        mask: lists and local_start from `select_pages` or `select_tokens`.
         kv: the layer's cache.
-        lengths: [B] int32 tokens held, the query's own included; 0 attends nothing.
-        windows: [H] int32, see the module's text.
-        lists, local_start: [B, H, K] and [B] int32 from `select_pages` or `select_tokens`, for heads with
-            window 0.
-        sink: pages.
-        unit: tokens that an entry of lists stands for: P (the default) or 1.
+        seq_lens: [B] int32 tokens held, the query's own included; 0 attends nothing.
         scale: of q·k; by default D ** -0.5.
 
     Returns:
         out: [B, Hq, D] in q's dtype; lse: [B, Hq] float32. Nothing attended: 0 and -inf.
     """
     cache = _cache("decode", kv)
-    if unit is None:
-        unit = _page_size(kv)
+    mask = _mask("decode", mask, _page_size(kv))
     if scale is None:
         scale = _scale(q)
     _check_finite("decode", q=q)
-    return cast(
-        "tuple[Tensor, Tensor]",
-        _call(_ops.decode, q, *cache, lengths, windows, lists, local_start, sink, unit, scale),
-    )
+    return cast("tuple[Tensor, Tensor]", _call(_ops.decode, q, *mask, *cache, seq_lens, scale))
 
 
 def attention_mass(
-    q: Tensor,
-    lse: Tensor,
-    kv: PagedKV,
-    lengths: Tensor,
-    windows: Tensor,
-    lists: Tensor | None = None,
-    local_start: Tensor | None = None,
-    *,
-    sink: int = 0,
-    unit: int | None = None,
-    scale: float | None = None,
+    q: Tensor, lse: Tensor, mask: Mask, kv: PagedKV, seq_lens: Tensor, *, scale: float | None = None
 ) -> Tensor:
     """Softmax mass that queries put on every token, exp(q·k - lse): ALISA's and H2O's scorer.
 
     Args:
         q: [B, T, Hq, D], the last T tokens of every sequence.
         lse: [B, T, Hq] float32 from the attention of these queries; a row of -inf is no query.
-        kv, lengths, windows, lists, local_start, sink, unit, scale: as in `decode`.
+        mask, kv, seq_lens, scale: as in `decode`.
 
     Returns:
         [B, H, M * P] float32: summed over the T queries and the G query heads of a kv head; 0 where
         nothing is attended.
     """
     cache = _cache("attention_mass", kv)
-    if unit is None:
-        unit = _page_size(kv)
+    mask = _mask("attention_mass", mask, _page_size(kv))
     if scale is None:
         scale = _scale(q)
-    return cast(
-        Tensor, _call(_ops.attention_mass, q, lse, *cache, lengths, windows, lists, local_start, sink, unit, scale)
-    )
+    return cast(Tensor, _call(_ops.attention_mass, q, lse, *mask, *cache, seq_lens, scale))
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -462,27 +460,27 @@ for _name in __all__:
 
 _PAGED = {
     "k_pool": "slots P D", "v_pool": "slots P D", "stats": "blocks groups 2 D", "scales": "slots C P 2",
-    "block_table": "B H M", "slot_table": "B H M", "raw_k": "B H 2P D", "raw_v": "B H 2P D", "sealed": "B",
+    "block_table": "B H M", "slot_table": "B H M", "residual_k": "B H 2P D", "residual_v": "B H 2P D", "sealed": "B",
 }  # fmt: skip
-_RULE = {"lengths": "B", "windows": "H", "lists": "B H K", "local_start": "B"}
+_MASK = {"windows": "H", "lists": "B H K", "local_start": "B"}
 _SHAPES: dict[str, dict[str, str]] = {
     "page_stats": {"k": "pages P D"},
     "quantize_kv": {"k": "pages P D", "v": "pages P D", "stats": "pages groups 2 D"},
     "dequantize_kv": {"k_codes": "pages P D", "v_codes": "pages P D", "stats": "pages groups 2 D",
                       "scales": "pages C P 2"},
-    "append_kv": {"k": "N H D", "v": "N H D", "lengths": "B", "cu_seqlens": "B+1", **_PAGED},
+    "append_kv": {"k": "N H D", "v": "N H D", "context_lens": "B", "cu_seqlens_k": "B+1", **_PAGED},
     "gather_pages": {"src_ids": "count", "dst_ids": "count"},
     "page_scores": {"q": "B Hq D", "stats": "blocks groups 2 D", "block_table": "B H M", "sealed": "B", "windows": "H"},
-    "select_pages": {"scores": "B H M", "lengths": "B", "sealed": "B"},
-    "select_tokens": {"mass": "B H tokens", "lengths": "B", "sealed": "B"},
-    "prefill": {"q": "Nq Hq D", "k": "Nk H D", "v": "Nk H D", "cu_q": "B+1", "cu_k": "B+1", **_PAGED, "lengths": "B",
-                "windows": "H", "lists": "B H R K"},
-    "decode": {"q": "B Hq D", **_PAGED, **_RULE},
-    "attention_mass": {"q": "B T Hq D", "lse": "B T Hq", **_PAGED, **_RULE},
+    "select_pages": {"scores": "B H M", "seq_lens": "B", "sealed": "B"},
+    "select_tokens": {"mass": "B H tokens", "seq_lens": "B", "sealed": "B", "counts": "B"},
+    "prefill": {"q": "Nq Hq D", "k": "Nk H D", "v": "Nk H D", "cu_seqlens_q": "B+1", "cu_seqlens_k": "B+1", **_PAGED,
+                "context_lens": "B", "windows": "H", "lists": "B H R K"},
+    "decode": {"q": "B Hq D", **_PAGED, **_MASK, "seq_lens": "B"},
+    "attention_mass": {"q": "B T Hq D", "lse": "B T Hq", **_PAGED, **_MASK, "seq_lens": "B"},
     "merge_states": {},
 }  # fmt: skip
-_INT32 = {"cu_seqlens", "cu_q", "cu_k", "lengths", "sealed", "block_table", "slot_table", "windows", "lists",
-          "local_start", "src_ids", "dst_ids"}  # fmt: skip
+_INT32 = {"cu_seqlens_q", "cu_seqlens_k", "context_lens", "seq_lens", "counts", "sealed", "block_table", "slot_table",
+          "windows", "lists", "local_start", "src_ids", "dst_ids"}  # fmt: skip
 _FLOAT32 = {"scores", "mass", "lse", "lse_a", "lse_b", "scales"}
 _UINT8 = {"k_codes", "v_codes"}
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16)
@@ -593,7 +591,7 @@ def _(q: Tensor, stats: Tensor, block_table: Tensor, sealed: Tensor, windows: Te
 
 @_fake("select_pages")
 def _(
-    scores: Tensor, lengths: Tensor, sealed: Tensor, page_size: int, sink: int, local: int, count: int
+    scores: Tensor, seq_lens: Tensor, sealed: Tensor, page_size: int, sink: int, local: int, count: int
 ) -> tuple[Tensor, Tensor]:
     B, H, _ = scores.shape
     return scores.new_empty(B, H, count, dtype=torch.int32), scores.new_empty(B, dtype=torch.int32)
@@ -601,7 +599,7 @@ def _(
 
 @_fake("select_tokens")
 def _(
-    mass: Tensor, lengths: Tensor, sealed: Tensor, page_size: int, ratio: float, max_picks: int
+    mass: Tensor, seq_lens: Tensor, sealed: Tensor, counts: Tensor, page_size: int, max_picks: int
 ) -> tuple[Tensor, Tensor]:
     B, H, _ = mass.shape
     return mass.new_empty(B, H, max_picks, dtype=torch.int32), mass.new_empty(B, dtype=torch.int32)
@@ -619,8 +617,8 @@ def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 @_fake("attention_mass")
 def _(
-    q: Tensor, lse: Tensor, k_pool: Tensor, v_pool: Tensor, stats: Tensor | None, scales: Tensor | None,
-    block_table: Tensor, *args: Any,
+    q: Tensor, lse: Tensor, windows: Tensor, lists: Tensor | None, local_start: Tensor | None, sink: int, unit: int,
+    k_pool: Tensor, v_pool: Tensor, stats: Tensor | None, scales: Tensor | None, block_table: Tensor, *args: Any,
 ) -> Tensor:  # fmt: skip
     B, H, M = block_table.shape
     return q.new_empty(B, H, M * k_pool.shape[1], dtype=torch.float32)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lserve_ext.ops import DENSE, PagedKV
+from lserve_ext.ops import DENSE, LISTED, Mask, PagedKV
 
 # ---------------------------------------------------------------------------------------------- masks
 
@@ -33,7 +33,7 @@ def attended(
 ) -> list[int]:
     """The positions that the query at position t attends, ascending: sink, list, local.
 
-    window: DENSE, a number of local pages (a streaming head), or 0: the head follows its list.
+    window: DENSE, a number of local pages (a streaming head), or LISTED: the head follows its list.
     sealed: pages in the pools; every page after them is attended.
     picks, start: list and first local unit of `unit` tokens each, for a head that follows its list.
     blocks: block of every sealed page; a streaming head passes over those that it has freed (-1).
@@ -48,7 +48,7 @@ def attended(
     local = min(local, sealed * page_size)
 
     positions = list(range(min(sink * page_size, local)))
-    if window == 0:
+    if window == LISTED:
         positions += [pick * unit + i for pick in picks if pick >= 0 for i in range(unit)]
     positions += range(local, t + 1)
 
@@ -133,14 +133,14 @@ def dequantize_kv(
     return k.to(dtype), v.to(dtype)
 
 
-def append_kv(k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: Tensor, kv: PagedKV) -> None:
-    """Appends k, v [N, H, D] token by token: to the raw buffer, and a page with P tokens after it is sealed."""
-    assert kv.raw_k is not None and kv.raw_v is not None
-    page_size, starts = kv.k_pool.shape[1], cu_seqlens.tolist()
-    for b, (held, sealed) in enumerate(zip(lengths.tolist(), kv.sealed.tolist(), strict=True)):
+def append_kv(k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None:
+    """Appends k, v [N, H, D] token by token: to the residual buffer, and a page with P tokens after it is sealed."""
+    assert kv.residual_k is not None and kv.residual_v is not None
+    page_size, starts = kv.k_pool.shape[1], cu_seqlens_k.tolist()
+    for b, (held, sealed) in enumerate(zip(context_lens.tolist(), kv.sealed.tolist(), strict=True)):
         for t, i in enumerate(range(starts[b], starts[b + 1]), start=held):
-            kv.raw_k[b, :, t % (2 * page_size)] = k[i]
-            kv.raw_v[b, :, t % (2 * page_size)] = v[i]
+            kv.residual_k[b, :, t % (2 * page_size)] = k[i]
+            kv.residual_v[b, :, t % (2 * page_size)] = v[i]
             if (t + 1) // page_size - 1 > sealed:
                 for h in range(k.shape[1]):
                     _seal(kv, b, h, sealed)
@@ -148,14 +148,14 @@ def append_kv(k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: Tensor, kv: Pag
 
 
 def _seal(kv: PagedKV, b: int, h: int, page: int) -> None:
-    """Copies a page from the raw buffer into its block. A page without a slot is past already: nothing to keep."""
-    assert kv.raw_k is not None and kv.raw_v is not None
+    """Copies a page from the residual buffer into its block. A page without a slot is past already: nothing to keep."""
+    assert kv.residual_k is not None and kv.residual_v is not None
     page_size = kv.k_pool.shape[1]
     block, slot = int(kv.block_table[b, h, page]), int(kv.slot_table[b, h, page])
     if slot < 0:
         return
     half = slice(page % 2 * page_size, (page % 2 + 1) * page_size)
-    k, v = kv.raw_k[b, h, None, half], kv.raw_v[b, h, None, half]
+    k, v = kv.residual_k[b, h, None, half], kv.residual_v[b, h, None, half]
     stats = None
     if kv.stats is not None:
         stats = page_stats(k, page_size // kv.stats.shape[1])
@@ -180,9 +180,9 @@ def history(kv: PagedKV, b: int, h: int, length: int) -> tuple[Tensor, Tensor]:
     for p in range(math.ceil(length / page_size)):
         block, slot = int(kv.block_table[b, h, p]), int(kv.slot_table[b, h, p])
         if p >= int(kv.sealed[b]):
-            assert kv.raw_k is not None and kv.raw_v is not None
+            assert kv.residual_k is not None and kv.residual_v is not None
             half = slice(p % 2 * page_size, (p % 2 + 1) * page_size)
-            k, v = kv.raw_k[b, h, half], kv.raw_v[b, h, half]
+            k, v = kv.residual_k[b, h, half], kv.residual_v[b, h, half]
         elif slot < 0:
             k = v = torch.full((page_size, head_dim), math.nan, device=kv.k_pool.device)
         else:
@@ -225,12 +225,12 @@ def _heaviest(weights: Sequence[float], first: int, count: int, width: int) -> l
 
 
 def select_pages(
-    scores: Tensor, lengths: Tensor, sealed: Tensor, page_size: int, sink: int, local: int, count: int
+    scores: Tensor, seq_lens: Tensor, sealed: Tensor, page_size: int, sink: int, local: int, count: int
 ) -> tuple[Tensor, Tensor]:
     """scores [B, H, M] -> the `count` best sealed pages between sink and local [B, H, count], local_start [B]."""
     starts = [
         max(0, min((n - 1) // page_size - local + 1, pages)) if n else 0
-        for n, pages in zip(lengths.tolist(), sealed.tolist(), strict=True)
+        for n, pages in zip(seq_lens.tolist(), sealed.tolist(), strict=True)
     ]
     pages = [
         [_heaviest(row[:start], sink, count, count) for row in heads.tolist()]
@@ -241,15 +241,16 @@ def select_pages(
 
 
 def select_tokens(
-    mass: Tensor, lengths: Tensor, sealed: Tensor, page_size: int, ratio: float, max_picks: int
+    mass: Tensor, seq_lens: Tensor, sealed: Tensor, counts: Tensor, page_size: int, max_picks: int
 ) -> tuple[Tensor, Tensor]:
-    """mass [B, H, width] -> half of a budget of length * ratio tokens by mass [B, H, max_picks], local_start [B].
+    """mass [B, H, width] -> the counts[b] heaviest tokens before the local ones [B, H, max_picks], local_start [B].
 
-    The other half is local: the newest k tokens, or all that are not sealed if they are more.
+    Local are as many of the newest tokens, or all that are not sealed if they are more.
     """
     starts, tokens = [], []
-    for heads, n, pages in zip(mass, lengths.tolist(), sealed.tolist(), strict=True):
-        k = min(max_picks, round(n * ratio / 2))  # half to even
+    numbers = zip(mass, seq_lens.tolist(), sealed.tolist(), counts.tolist(), strict=True)
+    for heads, n, pages, count in numbers:
+        k = min(max_picks, count)
         start = max(0, n - max(k, n - pages * page_size))
         starts.append(start)
         tokens.append([_heaviest(row[:start], 0, k, max_picks) for row in heads.tolist()])
@@ -260,52 +261,47 @@ def select_tokens(
 # ---------------------------------------------------------------------------------------------- attention
 
 
-def _decode_positions(
-    t: int, b: int, h: int, kv: PagedKV, windows: Tensor, lists: Tensor | None, local_start: Tensor | None,
-    sink: int, unit: int | None,
-) -> list[int]:  # fmt: skip
+def _decode_positions(t: int, b: int, h: int, mask: Mask, kv: PagedKV) -> list[int]:
     sealed = int(kv.sealed[b])
     return attended(
         t,
-        int(windows[h]),
+        int(mask.windows[h]),
         kv.k_pool.shape[1],
         sealed,
-        sink=sink,
-        picks=() if lists is None else lists[b, h].tolist(),
-        start=0 if local_start is None else int(local_start[b]),
-        unit=unit,
+        sink=mask.sink,
+        picks=() if mask.lists is None else mask.lists[b, h].tolist(),
+        start=0 if mask.local_start is None else int(mask.local_start[b]),
+        unit=mask.unit,
         blocks=kv.block_table[b, h, :sealed].tolist(),
     )
 
 
 def decode(
-    q: Tensor, kv: PagedKV, lengths: Tensor, windows: Tensor, lists: Tensor | None = None,
-    local_start: Tensor | None = None, *, sink: int = 0, unit: int | None = None, scale: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor, mask: Mask, kv: PagedKV, seq_lens: Tensor, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """q [B, Hq, D], the newest token of every sequence -> out [B, Hq, D], lse [B, Hq]."""
-    group = q.shape[1] // windows.shape[0]
+    group = q.shape[1] // mask.windows.shape[0]
     out, lse = torch.zeros_like(q), torch.full(q.shape[:2], -math.inf, device=q.device)
-    for b, n in enumerate(lengths.tolist()):
-        for h in range(windows.shape[0]):
+    for b, n in enumerate(seq_lens.tolist()):
+        for h in range(mask.windows.shape[0]):
             k, v = history(kv, b, h, n)
-            positions = _decode_positions(n - 1, b, h, kv, windows, lists, local_start, sink, unit)
+            positions = _decode_positions(n - 1, b, h, mask, kv)
             heads = slice(h * group, (h + 1) * group)
             out[b, heads], lse[b, heads] = attend(q[b, heads], k[positions], v[positions], _scale(q, scale))
     return out, lse
 
 
 def attention_mass(
-    q: Tensor, lse: Tensor, kv: PagedKV, lengths: Tensor, windows: Tensor, lists: Tensor | None = None,
-    local_start: Tensor | None = None, *, sink: int = 0, unit: int | None = None, scale: float | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor, lse: Tensor, mask: Mask, kv: PagedKV, seq_lens: Tensor, *, scale: float | None = None
+) -> Tensor:
     """q [B, T, Hq, D], the last T tokens -> the softmax mass [B, H, M * P] that they put on every token."""
-    rows, heads, group = q.shape[1], windows.shape[0], q.shape[2] // windows.shape[0]
+    rows, heads, group = q.shape[1], mask.windows.shape[0], q.shape[2] // mask.windows.shape[0]
     mass = torch.zeros(q.shape[0], heads, kv.block_table.shape[2] * kv.k_pool.shape[1], device=q.device).double()
-    for b, n in enumerate(lengths.tolist()):
+    for b, n in enumerate(seq_lens.tolist()):
         for h in range(heads):
             k, _ = history(kv, b, h, n)
             for i in range(max(0, rows - n), rows):
-                positions = _decode_positions(n - rows + i, b, h, kv, windows, lists, local_start, sink, unit)
+                positions = _decode_positions(n - rows + i, b, h, mask, kv)
                 for g in range(h * group, (h + 1) * group):
                     if lse[b, i, g] > -math.inf:
                         logits = _scale(q, scale) * k[positions].double() @ q[b, i, g].double()
@@ -314,9 +310,8 @@ def attention_mass(
 
 
 def prefill(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, windows: Tensor, kv: PagedKV | None = None,
-    lengths: Tensor | None = None, lists: Tensor | None = None, *, sink: int = 0, page_size: int | None = None,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, mask: Mask, kv: PagedKV | None = None,
+    context_lens: Tensor | None = None, *, page_size: int | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q [Nq, Hq, D], the last of the new tokens k, v [Nk, H, D] -> out [Nq, Hq, D], lse [Nq, Hq].
 
@@ -325,10 +320,10 @@ def prefill(
     """
     page_size = page_size or (64 if kv is None else kv.k_pool.shape[1])
     heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    q_starts, k_starts = cu_q.tolist(), cu_k.tolist()
+    q_starts, k_starts = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     out, lse = torch.zeros_like(q), torch.full(q.shape[:2], -math.inf, device=q.device)
     for b in range(len(q_starts) - 1):
-        held = 0 if lengths is None else int(lengths[b])
+        held = 0 if context_lens is None else int(context_lens[b])
         new = slice(k_starts[b], k_starts[b + 1])
         first = held + k_starts[b + 1] - k_starts[b] - (q_starts[b + 1] - q_starts[b])  # position of the first query
         for h in range(heads):
@@ -338,10 +333,12 @@ def prefill(
                 keys, values = torch.cat([old_keys, keys.float()]), torch.cat([old_values, values.float()])
                 blocks = kv.block_table[b, h, : int(kv.sealed[b])].tolist()
             for t, i in enumerate(range(q_starts[b], q_starts[b + 1]), start=first):
-                page, window = t // page_size, int(windows[h])
-                picks = [] if lists is None else lists[b, h, page - first // page_size].tolist()
-                sealed = page if window == 0 else max(0, page - 1)  # when this token is decoded
-                positions = attended(t, window, page_size, sealed, sink=sink, picks=picks, start=page, blocks=blocks)
+                page, window = t // page_size, int(mask.windows[h])
+                picks = [] if mask.lists is None else mask.lists[b, h, page - first // page_size].tolist()
+                sealed = page if window == LISTED else max(0, page - 1)  # when this token is decoded
+                positions = attended(
+                    t, window, page_size, sealed, sink=mask.sink, picks=picks, start=page, blocks=blocks
+                )
                 g = slice(h * group, (h + 1) * group)
                 out[i, g], lse[i, g] = attend(q[i, g], keys[positions], values[positions], _scale(q, scale))
     return out, lse

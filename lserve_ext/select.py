@@ -102,7 +102,8 @@ class TokenSelector:
         mass = _padded(before.mass, B, 1 if self._decays else H, M * self._page_size, q.device)
         # Without a budget the list grows with the sequences; M bounds it without asking the device.
         picks = self._picks if self._picks is not None else round(M * self._page_size * self._ratio / 2)
-        tokens, local_start = ops.select_tokens(mass, lengths, kv.sealed, self._page_size, self._ratio, picks)
+        counts = (lengths * (self._ratio / 2)).round().int()
+        tokens, local_start = ops.select_tokens(mass, lengths, kv.sealed, counts, self._page_size, picks)
         return Selection(tokens.expand(B, H, picks), local_start, age=1, mass=before.mass)
 
     def observe(self, before: Selection, mass: Tensor, lengths: Tensor, steps: int) -> Selection:

@@ -163,7 +163,13 @@ class Case:
         """Random tokens older than the local ones, and local_start, unit 1."""
         width = self.kv.block_table.shape[2] * self.shape.page_size
         mass = normal(seed, self.batch, self.heads, width, device=str(self.lengths.device))
-        return reference.select_tokens(mass, self.lengths, self.kv.sealed, self.shape.page_size, ratio, max_picks)
+        counts = halves(self.lengths.tolist(), ratio, str(mass.device))
+        return reference.select_tokens(mass, self.lengths, self.kv.sealed, counts, self.shape.page_size, max_picks)
+
+
+def halves(lengths: Sequence[int], ratio: float, device: str) -> Tensor:
+    """Picks of `select_tokens` for a share of the tokens, half of it local."""
+    return ints([round(n * ratio / 2) for n in lengths], device)
 
 
 def empty_kv(
@@ -201,8 +207,8 @@ def empty_kv(
         scales=scales,
         slot_table=table(slots),
         block_table=table(blocks),
-        raw_k=guarded(batch, heads, 2 * p, d, dtype=shape.dtype, device=device),
-        raw_v=guarded(batch, heads, 2 * p, d, dtype=shape.dtype, device=device),
+        residual_k=guarded(batch, heads, 2 * p, d, dtype=shape.dtype, device=device),
+        residual_v=guarded(batch, heads, 2 * p, d, dtype=shape.dtype, device=device),
         sealed=torch.zeros(batch, dtype=torch.int32, device=device),
     )
 
@@ -212,7 +218,7 @@ def sealed_pages(lengths: Sequence[int], page_size: int) -> list[int]:
 
 
 def pack(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """[n, H, D] of every sequence -> packed [N, H, D] and cu_seqlens."""
+    """[n, H, D] of every sequence -> packed [N, H, D] and cu_seqlens_k."""
     sizes = [0, *(len(s) for s in sequences)]
     return torch.cat(list(sequences)), ints(sizes, str(sequences[0].device)).cumsum(0, dtype=torch.int32)
 
@@ -260,20 +266,20 @@ def spread_kv(kv: PagedKV) -> PagedKV:
         maybe(kv.scales, 0),
         spread(kv.block_table, 1),
         spread(spread(kv.slot_table, 0), 1),
-        maybe(kv.raw_k, 1),
-        maybe(kv.raw_v, 1),
+        maybe(kv.residual_k, 1),
+        maybe(kv.residual_v, 1),
         kv.sealed,
     )
 
 
 def unsealed_rows(kv: PagedKV, b: int, length: int) -> list[int]:
-    """Rows of the raw buffer that hold a token which is in no page."""
+    """Rows of the residual buffer that hold a token which is in no page."""
     page_size = kv.k_pool.shape[1]
     return [t % (2 * page_size) for t in range(int(kv.sealed[b]) * page_size, length)]
 
 
 def poison_stale_rows(kv: PagedKV, lengths: Sequence[int]) -> None:
-    for raw in (kv.raw_k, kv.raw_v):
+    for raw in (kv.residual_k, kv.residual_v):
         assert raw is not None
         for b, n in enumerate(lengths):
             stale = sorted(set(range(raw.shape[2])) - set(unsealed_rows(kv, b, n)))
@@ -318,7 +324,7 @@ def permuted(kv: PagedKV, seed: int) -> PagedKV:
     )
 
 
-PER_SEQUENCE = ("block_table", "slot_table", "raw_k", "raw_v", "sealed")
+PER_SEQUENCE = ("block_table", "slot_table", "residual_k", "residual_v", "sealed")
 
 
 def sequence(case: Case, b: int) -> Case:

@@ -35,7 +35,7 @@ from _cases import (
 from torch import Tensor
 
 from lserve_ext import ops, reference
-from lserve_ext.ops import DENSE, PagedKV
+from lserve_ext.ops import DENSE, Mask, PagedKV
 
 pytestmark = pytest.mark.gpu
 
@@ -61,8 +61,8 @@ def test_decode(shape: Shape, strided: bool, device: str) -> None:
     q = case.queries()
     if strided:
         q, lists = spread(spread(q, 1), 0), spread(lists, 1)
-    args = (case.kv, case.lengths, windows, lists, start)
-    assert_attention(ops.decode(q, *args, sink=SINK), reference.decode, q, *args, sink=SINK)
+    args = (Mask(windows, lists, start, sink=SINK), case.kv, case.lengths)
+    assert_attention(ops.decode(q, *args), reference.decode, q, *args)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3], SHAPES[4], SHAPES[6], SHAPES[9]], ids=str)
@@ -70,8 +70,8 @@ def test_decode_of_single_tokens(shape: Shape, device: str) -> None:
     case = build(shape, awkward_lengths(shape.page_size), device=device)
     lists, start = case.token_lists(ratio=0.4, max_picks=shape.page_size)
     q, windows = case.queries(), case.windows(0, DENSE, 0)
-    args = (case.kv, case.lengths, windows, lists, start)
-    assert_attention(ops.decode(q, *args, unit=1), reference.decode, q, *args, unit=1)
+    args = (Mask(windows, lists, start, unit=1), case.kv, case.lengths)
+    assert_attention(ops.decode(q, *args), reference.decode, q, *args)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3], SHAPES[8], SHAPES[10]], ids=str)
@@ -79,11 +79,11 @@ def test_decode_over_many_chunks(shape: Shape, device: str) -> None:
     """Kernels cut a sequence's entries every 256 tokens and merge."""
     case, windows, lists, start = three_heads(shape, [1000, 256, 257, 512 + shape.page_size], device, count=30)
     q = case.queries()
-    args = (case.kv, case.lengths, windows, lists, start)
-    assert_attention(ops.decode(q, *args, sink=SINK), reference.decode, q, *args, sink=SINK)
+    args = (Mask(windows, lists, start, sink=SINK), case.kv, case.lengths)
+    assert_attention(ops.decode(q, *args), reference.decode, q, *args)
     lists, start = case.token_lists(ratio=0.8, max_picks=400)
-    args = (case.kv, case.lengths, windows, lists, start)
-    assert_attention(ops.decode(q, *args, unit=1), reference.decode, q, *args, unit=1)
+    args = (Mask(windows, lists, start, unit=1), case.kv, case.lengths)
+    assert_attention(ops.decode(q, *args), reference.decode, q, *args)
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s.kv_dtype == "int8"], ids=str)
@@ -91,7 +91,7 @@ def test_int8_stays_near_the_original(shape: Shape, device: str) -> None:
     """The other tests hold the kernels to the dequantised cache; this one holds the cache to the tokens."""
     case = build(shape, [5 * shape.page_size, 3 * shape.page_size + 1], heads=2, device=device)
     q = case.queries()
-    out, _ = ops.decode(q, case.kv, case.lengths, case.windows(DENSE, DENSE))
+    out, _ = ops.decode(q, Mask(case.windows(DENSE, DENSE)), case.kv, case.lengths)
     for b in range(case.batch):
         for h in range(case.heads):
             g = slice(h * shape.group, (h + 1) * shape.group)
@@ -104,11 +104,11 @@ def test_scale_and_large_logits(scale: float, device: str) -> None:
     shape = SHAPES[1]
     case, windows, lists, start = three_heads(shape, [90, 33], device)
     for q in (case.queries(), 300 * case.queries()):
-        args = (case.kv, case.lengths, windows, lists, start)
-        got = ops.decode(q, *args, sink=SINK, scale=scale)
-        exact = reference.decode(q.double(), *args, sink=SINK, scale=scale)
+        args = (Mask(windows, lists, start, sink=SINK), case.kv, case.lengths)
+        got = ops.decode(q, *args, scale=scale)
+        exact = reference.decode(q.double(), *args, scale=scale)
         if float(q.abs().max()) < 10:
-            assert_attention(got, reference.decode, q, *args, sink=SINK, scale=scale)
+            assert_attention(got, reference.decode, q, *args, scale=scale)
         torch.testing.assert_close(got[1], exact[1], rtol=2e-6, atol=1e-4)
         assert got[0].isfinite().all() and (got[0].abs() <= 6).all()
 
@@ -117,10 +117,10 @@ def test_scale_and_large_logits(scale: float, device: str) -> None:
 def test_all_pages_selected_is_dense(shape: Shape, device: str) -> None:
     case = build(shape, awkward_lengths(shape.page_size), device=device)
     q, pages = case.queries(), case.kv.block_table.shape[2]
-    dense = ops.decode(q, case.kv, case.lengths, case.windows(DENSE, DENSE, DENSE))
+    dense = ops.decode(q, Mask(case.windows(DENSE, DENSE, DENSE)), case.kv, case.lengths)
     for sink, local in ((0, 1), (1, 1), (2, 2)):
         lists, start = case.lists(sink=sink, local=local, count=pages)
-        listed = ops.decode(q, case.kv, case.lengths, case.windows(0, 0, 0), lists, start, sink=sink)
+        listed = ops.decode(q, Mask(case.windows(0, 0, 0), lists, start, sink=sink), case.kv, case.lengths)
         assert all(same_bits(a, b) for a, b in zip(listed, dense, strict=True))
 
 
@@ -128,8 +128,8 @@ def test_all_tokens_selected_is_dense(device: str) -> None:
     case = build(SHAPES[1], [300, 17, 64], device=device)
     q = case.queries()
     lists, start = case.token_lists(ratio=1.0, max_picks=300)
-    dense = ops.decode(q, case.kv, case.lengths, case.windows(DENSE, DENSE, DENSE))
-    listed = ops.decode(q, case.kv, case.lengths, case.windows(0, 0, 0), lists, start, unit=1)
+    dense = ops.decode(q, Mask(case.windows(DENSE, DENSE, DENSE)), case.kv, case.lengths)
+    listed = ops.decode(q, Mask(case.windows(0, 0, 0), lists, start, unit=1), case.kv, case.lengths)
     for a, b in zip(listed, dense, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -147,8 +147,8 @@ def test_a_streaming_rule_is_its_explicit_list(shape: Shape, sink: int, window: 
     ]
     rows = [list(range(min(sink, start))) for start in starts]
     lists = ints([[[*row, *([-1] * (sink - len(row)))]] * 3 for row in rows], device).reshape(case.batch, 3, sink)
-    streaming = ops.decode(q, case.kv, case.lengths, case.windows(window, window, window), sink=sink)
-    listed = ops.decode(q, case.kv, case.lengths, case.windows(0, 0, 0), lists, ints(starts, device))
+    streaming = ops.decode(q, Mask(case.windows(window, window, window), sink=sink), case.kv, case.lengths)
+    listed = ops.decode(q, Mask(case.windows(0, 0, 0), lists, ints(starts, device)), case.kv, case.lengths)
     assert all(same_bits(a, b) for a, b in zip(streaming, listed, strict=True))
 
 
@@ -158,19 +158,19 @@ def test_a_streaming_head_passes_over_what_it_freed(shape: Shape, device: str) -
     case = build(shape, [6 * shape.page_size + 3, 3 * shape.page_size], device=device)
     freed = free_past(case, 1, 1, 0)
     q, windows = case.queries(), case.windows(DENSE, 4, DENSE)
-    args = (freed.kv, freed.lengths, windows)
-    assert_attention(ops.decode(q, *args, sink=2), reference.decode, q, *args, sink=2)
+    args = (Mask(windows, sink=2), freed.kv, freed.lengths)
+    assert_attention(ops.decode(q, *args), reference.decode, q, *args)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
 def test_where_blocks_lie_changes_nothing(shape: Shape, device: str) -> None:
     case, windows, lists, start = three_heads(shape, [7 * shape.page_size + 1, shape.page_size, 300], device, count=3)
     q, moved = case.queries(), permuted(case.kv, seed=5)
-    want = ops.decode(q, case.kv, case.lengths, windows, lists, start, sink=SINK)
-    got = ops.decode(q, moved, case.lengths, windows, lists, start, sink=SINK)
+    want = ops.decode(q, Mask(windows, lists, start, sink=SINK), case.kv, case.lengths)
+    got = ops.decode(q, Mask(windows, lists, start, sink=SINK), moved, case.lengths)
     assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
     masses = [
-        ops.attention_mass(q[:, None], want[1][:, None], kv, case.lengths, windows, lists, start, sink=SINK)
+        ops.attention_mass(q[:, None], want[1][:, None], Mask(windows, lists, start, sink=SINK), kv, case.lengths)
         for kv in (case.kv, moved)
     ]
     assert same_bits(*masses)
@@ -180,14 +180,14 @@ def test_where_blocks_lie_changes_nothing(shape: Shape, device: str) -> None:
 def test_a_sequence_alone_is_the_same_in_a_batch(shape: Shape, device: str) -> None:
     case, windows, lists, start = three_heads(shape, [*awkward_lengths(shape.page_size), 600], device)
     q = case.queries()
-    out, lse = ops.decode(q, case.kv, case.lengths, windows, lists, start, sink=SINK)
-    mass = ops.attention_mass(q[:, None], lse[:, None], case.kv, case.lengths, windows, lists, start, sink=SINK)
+    out, lse = ops.decode(q, Mask(windows, lists, start, sink=SINK), case.kv, case.lengths)
+    mass = ops.attention_mass(q[:, None], lse[:, None], Mask(windows, lists, start, sink=SINK), case.kv, case.lengths)
     for b in range(case.batch):
         i, one = slice(b, b + 1), sequence(case, b)
-        args = (one.kv, one.lengths, windows, lists[i], start[i])
-        alone = ops.decode(q[i], *args, sink=SINK)
+        args = (Mask(windows, lists[i], start[i], sink=SINK), one.kv, one.lengths)
+        alone = ops.decode(q[i], *args)
         assert same_bits(alone[0], out[i]) and same_bits(alone[1], lse[i])
-        assert same_bits(ops.attention_mass(q[i, None], lse[i, None], *args, sink=SINK), mass[i])
+        assert same_bits(ops.attention_mass(q[i, None], lse[i, None], *args), mass[i])
 
 
 def test_equal_sequences_have_equal_results(device: str) -> None:
@@ -195,8 +195,10 @@ def test_equal_sequences_have_equal_results(device: str) -> None:
     case, windows, lists, start = three_heads(SHAPES[1], [100], device)
     kv = case.kv._replace(**{name: getattr(case.kv, name).repeat_interleave(3, dim=0) for name in PER_SEQUENCE})
     q = case.queries().repeat_interleave(3, dim=0)
-    out, lse = ops.decode(q, kv, case.lengths.repeat(3), windows, lists.repeat(3, 1, 1), start.repeat(3), sink=SINK)
-    want, want_lse = ops.decode(q[:1], case.kv, case.lengths, windows, lists, start, sink=SINK)
+    out, lse = ops.decode(
+        q, Mask(windows, lists.repeat(3, 1, 1), start.repeat(3), sink=SINK), kv, case.lengths.repeat(3)
+    )
+    want, want_lse = ops.decode(q[:1], Mask(windows, lists, start, sink=SINK), case.kv, case.lengths)
     assert all(same_bits(out[i : i + 1], want) and same_bits(lse[i : i + 1], want_lse) for i in range(3))
 
 
@@ -210,7 +212,7 @@ def test_values_of_one_give_one(shape: Shape, device: str) -> None:
     case = build(shape, lengths, device=device, make=ones_for_v)
     lists, start = case.lists(sink=SINK, local=1, count=1)
     q = case.queries()
-    out, _ = ops.decode(q, case.kv, case.lengths, case.windows(DENSE, WINDOW, 0), lists, start, sink=SINK)
+    out, _ = ops.decode(q, Mask(case.windows(DENSE, WINDOW, 0), lists, start, sink=SINK), case.kv, case.lengths)
     tolerance = 4 * torch.finfo(shape.dtype).eps
     for b, n in enumerate(lengths):
         assert ((out[b].float() - (1 if n else 0)).abs() <= tolerance).all()
@@ -218,10 +220,10 @@ def test_values_of_one_give_one(shape: Shape, device: str) -> None:
 
 def test_nothing_attended(device: str) -> None:
     case = build(SHAPES[1], [0, 0], columns=2, device=device)
-    out, lse = ops.decode(case.queries(), case.kv, case.lengths, case.windows(DENSE, 1, 1))
+    out, lse = ops.decode(case.queries(), Mask(case.windows(DENSE, 1, 1)), case.kv, case.lengths)
     assert not out.any() and (lse == -math.inf).all()
     no_batch = case.kv._replace(**{name: getattr(case.kv, name)[:0] for name in PER_SEQUENCE})
-    out, lse = ops.decode(case.queries()[:0], no_batch, case.lengths[:0], case.windows(DENSE, 1, 1))
+    out, lse = ops.decode(case.queries()[:0], Mask(case.windows(DENSE, 1, 1)), no_batch, case.lengths[:0])
     assert out.shape == (0, 12, 64) and lse.shape == (0, 12)
 
 
@@ -254,11 +256,11 @@ def test_a_plain_paged_cache(shape: Shape, device: str) -> None:
     case = build(shape, awkward_lengths(shape.page_size), device=device)
     kv, q = without_raw_buffer(case), case.queries()
     lists, start = case.lists(sink=SINK, local=1, count=2)
-    args = (kv, case.lengths, case.windows(DENSE, WINDOW, 0), lists, start)
-    got = ops.decode(q, *args, sink=SINK)
-    assert_attention(got, reference.decode, q, *args, sink=SINK)
+    args = (Mask(case.windows(DENSE, WINDOW, 0), lists, start, sink=SINK), kv, case.lengths)
+    got = ops.decode(q, *args)
+    assert_attention(got, reference.decode, q, *args)
     if shape.kv_dtype == "auto":
-        with_raw = ops.decode(q, case.kv, *args[1:], sink=SINK)
+        with_raw = ops.decode(q, args[0], case.kv, args[2])
         torch.testing.assert_close(got[0], with_raw[0], rtol=1e-2 if shape.dtype == BF16 else 1e-5, atol=1e-5)
 
 
@@ -272,25 +274,29 @@ def test_a_step_reads_pages_as_they_lay_when_it_began(shape: Shape, device: str)
     # as build leaves it, but with all raw rows of the last two pages
     for b, n in enumerate(lengths):
         for t in range(n - 2 * p, n):
-            for rows, tokens in ((done.kv.raw_k, done.k[b]), (done.kv.raw_v, done.v[b])):
+            for rows, tokens in ((done.kv.residual_k, done.k[b]), (done.kv.residual_v, done.v[b])):
                 assert rows is not None
                 rows[b, :, t % (2 * p)] = tokens[t]
     q, windows = done.queries(), done.windows(DENSE, DENSE)
     before = done.kv._replace(sealed=done.kv.sealed - 1)
-    args = (before, done.lengths, windows)
+    args = (Mask(windows), before, done.lengths)
     got = ops.decode(q, *args)
     assert_attention(got, reference.decode, q, *args)
-    exact = reference.decode(q.double(), raw.kv, raw.lengths, windows)[1]
+    exact = reference.decode(q.double(), Mask(windows), raw.kv, raw.lengths)[1]
     torch.testing.assert_close(got[1][0], exact[0], rtol=1e-5, atol=1e-5)  # nothing of the first is quantised
 
 
 def test_bad_values_stay_in_their_sequence(device: str) -> None:
     case, windows, lists, start = three_heads(SHAPES[1], [100, 100, 40], device)
     q = case.queries()
-    clean = ops.decode(q, case.kv, case.lengths, windows, lists, start, sink=SINK)
-    assert case.kv.raw_k is not None and case.kv.raw_v is not None
-    case.kv.raw_k[1, :, 99 % 32, 3], case.kv.raw_v[1, :, 98 % 32, 4], q[1, 0, 0] = math.nan, math.inf, math.nan
-    got = ops.decode(q, case.kv, case.lengths, windows, lists, start, sink=SINK)
+    clean = ops.decode(q, Mask(windows, lists, start, sink=SINK), case.kv, case.lengths)
+    assert case.kv.residual_k is not None and case.kv.residual_v is not None
+    case.kv.residual_k[1, :, 99 % 32, 3], case.kv.residual_v[1, :, 98 % 32, 4], q[1, 0, 0] = (
+        math.nan,
+        math.inf,
+        math.nan,
+    )
+    got = ops.decode(q, Mask(windows, lists, start, sink=SINK), case.kv, case.lengths)
     for a, b in zip(got, clean, strict=True):
         assert same_bits(a[[0, 2]], b[[0, 2]])
     assert got[1][1, 0].isnan()
@@ -326,9 +332,8 @@ def test_prefill_without_a_cache(shape: Shape, strided: bool, device: str) -> No
     lists = page_lists(lengths, p, 3, 2, device)
     if strided:
         q, k, v, lists = spread(q, 0), spread(k, 1), spread(v, 0), spread(lists, 2)
-    args = (k, v, cu, cu, ints([DENSE, WINDOW, 0], device))
-    options: dict[str, Any] = {"lists": lists, "sink": SINK, "page_size": p}
-    assert_attention(ops.prefill(q, *args, **options), reference.prefill, q, *args, **options)
+    args = (k, v, cu, cu, Mask(ints([DENSE, WINDOW, 0], device), lists, sink=SINK))
+    assert_attention(ops.prefill(q, *args, page_size=p), reference.prefill, q, *args, page_size=p)
 
 
 def newer(shape: Shape, device: str) -> tuple[list[int], list[int]]:
@@ -342,11 +347,19 @@ def test_prefill_after_a_cache(shape: Shape, device: str) -> None:
     """Later chunks: ragged history, fewer queries than new tokens, pages that the streaming head has freed."""
     p, (new, queries) = shape.page_size, newer(shape, device)
     case = free_past(build(shape, awkward_lengths(p), device=device, strided=True), 1, WINDOW, SINK)
-    q, cu_q = ragged(shape, queries, 3 * shape.group, device, seed=10)
-    k, cu_k = ragged(shape, new, 3, device, seed=20)
+    q, cu_seqlens_q = ragged(shape, queries, 3 * shape.group, device, seed=10)
+    k, cu_seqlens_k = ragged(shape, new, 3, device, seed=20)
     v, _ = ragged(shape, new, 3, device, seed=40)
-    args = (k, v, cu_q, cu_k, case.windows(DENSE, WINDOW, DENSE), case.kv, case.lengths)
-    assert_attention(ops.prefill(q, *args, sink=SINK), reference.prefill, q, *args, sink=SINK)
+    args = (
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        Mask(case.windows(DENSE, WINDOW, DENSE), sink=SINK),
+        case.kv,
+        case.lengths,
+    )
+    assert_attention(ops.prefill(q, *args), reference.prefill, q, *args)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3], SHAPES[9]], ids=str)
@@ -354,16 +367,16 @@ def test_prefill_with_lists_after_a_cache(shape: Shape, device: str) -> None:
     p, (new, queries) = shape.page_size, newer(shape, device)
     lengths = awkward_lengths(p)
     case = build(shape, lengths, device=device)
-    q, cu_q = ragged(shape, queries, 3 * shape.group, device, seed=10)
-    k, cu_k = ragged(shape, new, 3, device, seed=20)
+    q, cu_seqlens_q = ragged(shape, queries, 3 * shape.group, device, seed=10)
+    k, cu_seqlens_k = ragged(shape, new, 3, device, seed=20)
     v, _ = ragged(shape, new, 3, device, seed=40)
     totals = [n + m for n, m in zip(lengths, new, strict=True)]
     by_page = page_lists(totals, p, 3, 2, device)
     first = [(n - m) // p for n, m in zip(totals, queries, strict=True)]  # page of the first query
     rows = by_page.shape[2]
     lists = torch.stack([by_page[b, :, [min(r + f, rows - 1) for r in range(rows)]] for b, f in enumerate(first)])
-    args = (k, v, cu_q, cu_k, case.windows(0, 0, DENSE), case.kv, case.lengths, lists)
-    assert_attention(ops.prefill(q, *args, sink=SINK), reference.prefill, q, *args, sink=SINK)
+    args = (k, v, cu_seqlens_q, cu_seqlens_k, Mask(case.windows(0, 0, DENSE), lists, sink=SINK), case.kv, case.lengths)
+    assert_attention(ops.prefill(q, *args), reference.prefill, q, *args)
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 37])
@@ -373,12 +386,12 @@ def test_chunks_of_a_prompt_attend_what_the_prompt_attends(chunk: int, device: s
     q, cu = ragged(shape, [n], 4, device, seed=10)
     case = build(shape, [n], heads=2, device=device)
     k, v, windows = case.k[0], case.v[0], case.windows(DENSE, WINDOW)
-    whole, whole_lse = ops.prefill(q, k, v, cu, cu, windows, sink=SINK, page_size=16)
+    whole, whole_lse = ops.prefill(q, k, v, cu, cu, Mask(windows, sink=SINK), page_size=16)
     kv = case.kv._replace(sealed=torch.zeros_like(case.kv.sealed))
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
         bounds, held = ints([0, rows.stop - start], device), ints([start], device)
-        out, lse = ops.prefill(q[rows], k[rows], v[rows], bounds, bounds, windows, kv, held, sink=SINK)
+        out, lse = ops.prefill(q[rows], k[rows], v[rows], bounds, bounds, Mask(windows, sink=SINK), kv, held)
         torch.testing.assert_close(out, whole[rows], rtol=1e-5, atol=2e-6)
         torch.testing.assert_close(lse, whole_lse[rows], rtol=1e-5, atol=2e-6)
         ops.append_kv(k[rows], v[rows], bounds, held, kv)
@@ -392,8 +405,8 @@ def test_the_last_row_of_prefill_is_a_decode_step(shape: Shape, device: str) -> 
     case = build(auto, [3 * shape.page_size + 1, 5], heads=2, device=device)
     (k, cu), (v, _), q = pack(case.k), pack(case.v), case.queries()
     rows = ints([0, 1, 2], device)
-    out, lse = ops.prefill(q, k, v, rows, cu, case.windows(DENSE, DENSE), page_size=shape.page_size)
-    want, want_lse = ops.decode(q, case.kv, case.lengths, case.windows(DENSE, DENSE))
+    out, lse = ops.prefill(q, k, v, rows, cu, Mask(case.windows(DENSE, DENSE)), page_size=shape.page_size)
+    want, want_lse = ops.decode(q, Mask(case.windows(DENSE, DENSE)), case.kv, case.lengths)
     atol = 2e-6 if shape.dtype == F32 else 2e-3
     torch.testing.assert_close(out, want, rtol=2 * torch.finfo(shape.dtype).eps, atol=atol)
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
@@ -405,11 +418,13 @@ def test_prefill_of_a_sequence_alone(shape: Shape, device: str) -> None:
     q, cu = ragged(shape, lengths, 2 * shape.group, device, seed=10)
     k, _ = ragged(shape, lengths, 2, device, seed=20)
     windows = ints([DENSE, WINDOW], device)
-    out, lse = ops.prefill(q, k, k, cu, cu, windows, sink=SINK, page_size=shape.page_size)
+    out, lse = ops.prefill(q, k, k, cu, cu, Mask(windows, sink=SINK), page_size=shape.page_size)
     for b, n in enumerate(lengths):
         rows = slice(int(cu[b]), int(cu[b + 1]))
         bounds = ints([0, n], device)
-        one = ops.prefill(q[rows], k[rows], k[rows], bounds, bounds, windows, sink=SINK, page_size=shape.page_size)
+        one = ops.prefill(
+            q[rows], k[rows], k[rows], bounds, bounds, Mask(windows, sink=SINK), page_size=shape.page_size
+        )
         assert same_bits(one[0], out[rows]) and same_bits(one[1], lse[rows])
 
 
@@ -417,14 +432,14 @@ def test_prefill_of_a_sequence_alone(shape: Shape, device: str) -> None:
 def test_prefill_of_values_of_one(dtype: torch.dtype, device: str) -> None:
     q, k = normal(1, 150, 4, 64, dtype=dtype, device=device), normal(2, 150, 2, 64, dtype=dtype, device=device)
     cu = ints([0, 20, 20, 150], device)
-    out, lse = ops.prefill(q, k, torch.ones_like(k), cu, cu, ints([DENSE, 1], device), sink=1, page_size=16)
+    out, lse = ops.prefill(q, k, torch.ones_like(k), cu, cu, Mask(ints([DENSE, 1], device), sink=1), page_size=16)
     assert (out.float() - 1).abs().max() <= 4 * torch.finfo(dtype).eps
     assert lse.isfinite().all()
 
 
 def test_prefill_of_nothing(device: str) -> None:
     nothing, bounds = torch.zeros(0, 2, 64, device=device), ints([0, 0], device)
-    out, lse = ops.prefill(nothing, nothing, nothing, bounds, bounds, ints([1, DENSE], device))
+    out, lse = ops.prefill(nothing, nothing, nothing, bounds, bounds, Mask(ints([1, DENSE], device)))
     assert out.shape == (0, 2, 64) and lse.shape == (0, 2)
 
 
@@ -443,9 +458,9 @@ def test_attention_mass(shape: Shape, rows: int, device: str) -> None:
         lse[b, : max(0, rows - n)] = -math.inf
     lse[0, 0, 1 % lse.shape[2]] = -math.inf
     windows = case.windows(DENSE, WINDOW, 0 if rows == 1 else DENSE)
-    args = (case.kv, case.lengths, windows, lists, start)
-    got = ops.attention_mass(spread(q, 1), lse, *args, sink=SINK)
-    want = one_thread(reference.attention_mass)(q, lse, *args, sink=SINK)
+    args = (Mask(windows, lists, start, sink=SINK), case.kv, case.lengths)
+    got = ops.attention_mass(spread(q, 1), lse, *args)
+    want = one_thread(reference.attention_mass)(q, lse, *args)
     assert got.dtype == F32 and torch.equal(got == 0, want == 0)
     torch.testing.assert_close(got, want, rtol=5e-5, atol=1e-6)
 
@@ -455,10 +470,10 @@ def test_attention_mass_of_tokens(shape: Shape, device: str) -> None:
     case = build(shape, awkward_lengths(shape.page_size), device=device)
     lists, start = case.token_lists(ratio=0.4, max_picks=shape.page_size)
     q = case.queries()
-    args = (case.kv, case.lengths, case.windows(0, 0, 0), lists, start)
-    _, lse = ops.decode(q, *args, unit=1)
-    got = ops.attention_mass(q[:, None], lse[:, None], *args, unit=1)
-    want = reference.attention_mass(q[:, None], lse[:, None], *args, unit=1)
+    args = (Mask(case.windows(0, 0, 0), lists, start, unit=1), case.kv, case.lengths)
+    _, lse = ops.decode(q, *args)
+    got = ops.attention_mass(q[:, None], lse[:, None], *args)
+    want = reference.attention_mass(q[:, None], lse[:, None], *args)
     torch.testing.assert_close(got, want, rtol=5e-5, atol=1e-6)
 
 
@@ -467,8 +482,8 @@ def test_all_mass_sums_to_the_number_of_queries(shape: Shape, device: str) -> No
     """Each query puts a mass of 1 on what it attends, whatever that is; G of them share a row."""
     case, windows, lists, start = three_heads(shape, [*awkward_lengths(shape.page_size), 400], device)
     q = case.queries()
-    _, lse = ops.decode(q, case.kv, case.lengths, windows, lists, start, sink=SINK)
-    mass = ops.attention_mass(q[:, None], lse[:, None], case.kv, case.lengths, windows, lists, start, sink=SINK)
+    _, lse = ops.decode(q, Mask(windows, lists, start, sink=SINK), case.kv, case.lengths)
+    mass = ops.attention_mass(q[:, None], lse[:, None], Mask(windows, lists, start, sink=SINK), case.kv, case.lengths)
     want = torch.where(case.lengths > 0, float(shape.group), 0.0)[:, None].expand(-1, 3)
     torch.testing.assert_close(mass.sum(-1), want, rtol=1e-4, atol=0)
 
@@ -479,10 +494,10 @@ def test_mass_after_prefill(device: str) -> None:
     case = build(shape, [100, 3], heads=2, device=device)
     (k, cu), (v, _) = pack(case.k), pack(case.v)
     q, _ = ragged(shape, [100, 3], 6, device, seed=10)
-    _, lse = ops.prefill(q, k, v, cu, cu, case.windows(DENSE, DENSE), page_size=16)
+    _, lse = ops.prefill(q, k, v, cu, cu, Mask(case.windows(DENSE, DENSE)), page_size=16)
     last, last_lse = torch.zeros(2, 8, 6, 64, device=device), torch.full((2, 8, 6), -math.inf, device=device)
     last[0], last_lse[0], last[1, 5:], last_lse[1, 5:] = q[92:100], lse[92:100], q[100:], lse[100:]
-    mass = ops.attention_mass(last, last_lse, case.kv, case.lengths, case.windows(DENSE, DENSE))
+    mass = ops.attention_mass(last, last_lse, Mask(case.windows(DENSE, DENSE)), case.kv, case.lengths)
     torch.testing.assert_close(mass.sum(-1), torch.tensor([[24.0, 24.0], [9.0, 9.0]], device=device))
     queries = q[92:100].reshape(8, 2, 3, 64).transpose(0, 1).flatten(1, 2)  # [H, T * G, D]
     weights = queries @ k[:100].permute(1, 2, 0) / 8
@@ -518,12 +533,12 @@ def test_two_halves_of_the_keys_merge_to_the_whole(shape: Shape, device: str) ->
     q = normal(1, 4, 2 * shape.group, shape.head_dim, dtype=shape.dtype, device=device)
     k, v = (normal(s, 90, 2, shape.head_dim, dtype=shape.dtype, device=device) for s in (2, 3))
     ends, windows = ints([0, 4], device), ints([DENSE, DENSE], device)
-    whole = ops.prefill(q, k, v, ends, ints([0, 90], device), windows)
+    whole = ops.prefill(q, k, v, ends, ints([0, 90], device), Mask(windows))
     # The first 30 keys end before any query, so every query attends all of them.
     old = [(k[:30, h // shape.group], v[:30, h // shape.group]) for h in range(2 * shape.group)]
     parts = [reference.attend(q[:, h], *kv, shape.head_dim**-0.5) for h, kv in enumerate(old)]
     first = torch.stack([x[0] for x in parts], 1).to(shape.dtype), torch.stack([x[1] for x in parts], 1).float()
-    second = ops.prefill(q, k[30:], v[30:], ends, ints([0, 60], device), windows)
+    second = ops.prefill(q, k[30:], v[30:], ends, ints([0, 60], device), Mask(windows))
     out, lse = ops.merge_states(*first, *second)
     tolerance = 2e-6 if shape.dtype == F32 else 2 * torch.finfo(shape.dtype).eps
     torch.testing.assert_close(out, whole[0], rtol=tolerance, atol=tolerance)
@@ -571,7 +586,7 @@ def test_a_later_token_changes_no_earlier_query(dtype: torch.dtype, value: float
 
     def attend(k: Tensor, v: Tensor, end: int = n) -> Tensor:
         cu = ints([0, end], device)
-        return ops.prefill(q[:end], k[:end], v[:end], cu, cu, windows, page_size=16)[0]
+        return ops.prefill(q[:end], k[:end], v[:end], cu, cu, Mask(windows), page_size=16)[0]
 
     want = attend(k, v)
     for place in (30, 63, 64, 100, 149):
@@ -591,7 +606,7 @@ def test_the_largest_values_have_a_finite_mean(dtype: torch.dtype) -> None:
     q, k = (normal(seed, n, 2, D, dtype=dtype) for seed in (1, 2))
     v = torch.full((n, 2, D), float(torch.finfo(dtype).max) / 2, dtype=dtype)
     cu, windows = ints([0, n]), ints([DENSE, 2])
-    out, _ = ops.prefill(q, k, v, cu, cu, windows, page_size=16)
+    out, _ = ops.prefill(q, k, v, cu, cu, Mask(windows), page_size=16)
     torch.testing.assert_close(out.double(), v.double(), rtol=1e-2 if dtype == BF16 else 1e-5, atol=0)
 
 
@@ -607,5 +622,5 @@ def test_one_huge_channel_does_not_blur_the_others() -> None:
     case = build(shape, [160], heads=1, make=huge)
     q = case.queries()
     q[..., 5] = 0  # what is left are the others
-    got = ops.decode(q, case.kv, case.lengths, case.windows(DENSE))
-    assert_attention(got, reference.decode, q, case.kv, case.lengths, case.windows(DENSE))
+    got = ops.decode(q, Mask(case.windows(DENSE)), case.kv, case.lengths)
+    assert_attention(got, reference.decode, q, Mask(case.windows(DENSE)), case.kv, case.lengths)

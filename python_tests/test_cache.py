@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lserve_ext import LayerCache, SparseConfig, ops, reference
-from lserve_ext.cache import BlockPool
+from lserve_ext.blocks import Pool
+from lserve_ext.ops import Mask
 
 P, H, G, D = 8, 2, 3, 16
 SMALL: dict[str, Any] = {"page_size": P, "stats_group": 4, "sink_tokens": P, "local_tokens": 2 * P}
@@ -21,7 +22,7 @@ CONFIGS = {
     "dense": SparseConfig.dense(**SMALL),
     "dense-int8": SparseConfig.dense(kv_dtype="int8", **SMALL),
     "streaming": SparseConfig.preset("streaming", **SMALL),
-    "pages": SparseConfig.lserve(streaming=None, budget_tokens=6 * P, **SMALL),
+    "pages": SparseConfig.lserve(streaming_heads=None, budget_tokens=6 * P, **SMALL),
     "half": SparseConfig.lserve(budget_tokens=6 * P, **SMALL),  # head 0 streams
     "h2o": SparseConfig.h2o(budget_tokens=24, page_size=P, stats_group=4),
     "alisa": SparseConfig.alisa(page_size=P, stats_group=4),
@@ -50,11 +51,11 @@ def feed(cache: LayerCache, qkv: tuple[Tensor, Tensor, Tensor], cuts: list[int])
 def contents(cache: LayerCache) -> list[Tensor]:
     """What the cache holds of every sequence and head, in order; physical blocks and stale rows left out."""
     kv, found = cache.kv, []
-    assert kv.raw_k is not None and kv.raw_v is not None
+    assert kv.residual_k is not None and kv.residual_v is not None
     for b, n in enumerate(cache.lengths):
         sealed = int(kv.sealed[b])
         rows = torch.arange(sealed * P, n) % (2 * P)
-        found += [kv.raw_k[b, :, rows], kv.raw_v[b, :, rows]]
+        found += [kv.residual_k[b, :, rows], kv.residual_v[b, :, rows]]
         for h in range(H):
             blocks = kv.block_table[b, h, :sealed]
             if cache._streaming[h]:  # what lies between sink and window is about to be freed, or already is
@@ -73,13 +74,13 @@ def assert_same(a: LayerCache, b: LayerCache) -> None:
 def audit(*caches: LayerCache) -> None:
     """Every block in use is referred to as often as tables name it; all others are free."""
     pool = caches[0]._pool
-    assert pool.used <= pool.capacity  # mends what an interrupt has left
-    counts = np.zeros(pool.capacity, np.int64)
+    pool.settle()  # mends what an interrupt has left
+    counts = np.zeros(pool.allocator.capacity, np.int64)
     assert all(cache._pool is pool for cache in caches)
     for table in {id(cache._state.blocks): cache._state.blocks.ids for cache in caches}.values():
         np.add.at(counts, table[table >= 0], 1)
-    assert np.array_equal(counts, pool._references)
-    assert sorted(pool._free) == np.flatnonzero(counts == 0).tolist()
+    assert np.array_equal(counts, pool.allocator._references)
+    assert sorted(pool.allocator._free) == np.flatnonzero(counts == 0).tolist()
 
 
 CUTS = {
@@ -127,7 +128,7 @@ def test_streaming_heads_give_their_blocks_back() -> None:
     feed(cache, tuple(x[:, :, 20 * P :] for x in (q, k, v)), list(range(1, 44 * P)))  # type: ignore[arg-type]
     later = cache.memory()
     assert later.used <= after_prefill.used
-    assert cache._pool.peak <= H * 5  # sink, and local with two pages of slack: never the whole prompt
+    assert cache._pool.allocator.peak <= H * 5  # sink, and local with two pages of slack: never the whole prompt
     audit(cache)
 
 
@@ -209,8 +210,8 @@ def test_a_deep_crop_of_int8_quantises_one_page_twice() -> None:
     cache = make("dense-int8")
     feed(cache, (q, k, v), [6 * P])
     cache.crop(3 * P + 4)  # cuts page 2
-    assert cache.kv.raw_k is not None and cache.kv.stats is not None
-    got = cache.kv.raw_k[0, :, torch.arange(2 * P, 2 * P + 4) % (2 * P)]
+    assert cache.kv.residual_k is not None and cache.kv.stats is not None
+    got = cache.kv.residual_k[0, :, torch.arange(2 * P, 2 * P + 4) % (2 * P)]
     step = (k[0, :, 2 * P : 3 * P].amax(1) - k[0, :, 2 * P : 3 * P].amin(1)) / 255
     assert bool(((got - k[0, :, 2 * P : 2 * P + 4]).abs() <= step[:, None] / 2 + 1e-6).all())
     assert not torch.equal(got, k[0, :, 2 * P : 2 * P + 4])
@@ -277,7 +278,7 @@ def test_rows_move_with_their_blocks(name: str) -> None:
     with pytest.raises(ValueError, match=r"rows: expected sequences 0\.\.3"):
         cache.take_rows(torch.tensor([4]))
     cache.take_rows(torch.tensor([], dtype=torch.int64))
-    assert cache._pool.used == 0
+    assert cache._pool.allocator.used == 0
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -285,9 +286,9 @@ def test_a_fork_shares_blocks_and_goes_its_own_way(name: str) -> None:
     cache = make(name)
     q, k, v = tokens(5 * P + 2)
     feed(cache, (q, k, v), [5 * P, 5 * P + 1, 5 * P + 2])
-    used = cache._pool.used
+    used = cache._pool.allocator.used
     twin, deep = cache.fork(), copy.deepcopy(cache)
-    assert cache._pool.used == used and deep._pool is not cache._pool
+    assert cache._pool.allocator.used == used and deep._pool is not cache._pool
     audit(cache, twin)
     more = tokens(3 * P, seed=5)
     want = feed(deep, more, list(range(1, 3 * P + 1)))
@@ -317,11 +318,11 @@ def test_a_failure_while_blocks_are_taken_leaves_none_behind(monkeypatch: pytest
     feed(cache, tuple(x[:, :, : 3 * P] for x in qkv), [3 * P])  # type: ignore[arg-type]
 
     def failing(count: int) -> list[int]:
-        cache._pool._free[: count // 2] = []
+        cache._pool.allocator._free[: count // 2] = []
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache._pool, "_take", failing)
+        patch.setattr(cache._pool.allocator, "allocate", failing)
         with pytest.raises(MemoryError):
             feed(cache, tuple(x[:, :, 3 * P : 6 * P] for x in qkv), [3 * P])  # type: ignore[arg-type]
     audit(cache)
@@ -403,24 +404,25 @@ def test_a_selection_serves_four_steps_and_misses_nothing_at_a_page_boundary(mon
     cache, seen = make("pages"), []
     decode = ops.decode
 
-    def spy(q: Tensor, kv: Any, lengths: Tensor, windows: Tensor, lists: Tensor, local_start: Tensor, **kw: Any) -> Any:
-        n = int(lengths[0])
+    def spy(q: Tensor, mask: Mask, kv: Any, seq_lens: Tensor, **kw: Any) -> Any:
+        n = int(seq_lens[0])
+        assert mask.lists is not None and mask.local_start is not None
         for h in range(H):
             positions = reference.attended(
-                n - 1, int(windows[h]), P, int(kv.sealed[0]), sink=kw["sink"], picks=lists[0, h].tolist(),
-                start=int(local_start[0]), unit=kw["unit"],
+                n - 1, int(mask.windows[h]), P, int(kv.sealed[0]), sink=mask.sink, picks=mask.lists[0, h].tolist(),
+                start=int(mask.local_start[0]), unit=mask.unit,
             )  # fmt: skip
             assert len(set(positions)) == len(positions), "a token attended twice"
             newest = set(range(max(0, (n - 1) // P - 1) * P, n))  # local: two pages
             assert newest <= set(positions) and set(range(P)) <= set(positions)
             seen.append(len(positions))
-        return decode(q, kv, lengths, windows, lists, local_start, **kw)
+        return decode(q, mask, kv, seq_lens, **kw)
 
     monkeypatch.setattr(ops, "decode", spy)
     qkv = tokens(20 * P)
     feed(cache, qkv, [12 * P, *range(12 * P + 1, 20 * P + 1)])
     assert len(chosen) == 8 * P / 4
-    assert max(seen) <= 6 * P + 2 * P  # the budget, and what the raw buffer adds
+    assert max(seen) <= 6 * P + 2 * P  # the budget, and what the residual buffer adds
 
 
 def test_lists_are_dropped_by_prefill_and_kept_per_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,14 +459,14 @@ def test_alisa_keeps_one_set_of_tokens_a_layer() -> None:
 
 
 def test_a_pool_knows_what_its_tables_name() -> None:
-    pool, none, two = BlockPool(CONFIGS["dense"], torch.empty(0, D), 2), np.full(2, -1), np.ones(2, bool)
+    pool, none, two = Pool(CONFIGS["dense"], torch.empty(0, D), 2), np.full(2, -1), np.ones(2, bool)
     a = pool.table(none, two)
     b = pool.table(np.array([a.ids[0], -1, -1, -1]), np.array([False, True, True, True]))
-    assert len({*a.ids.tolist(), *b.ids.tolist()}) == 5 and pool.used == 5 and pool.peak == 5
+    assert len({*a.ids.tolist(), *b.ids.tolist()}) == 5 and pool.allocator.used == 5 and pool.allocator.peak == 5
     first = int(a.ids[0])
     del a
-    assert pool.used == 4  # b names the first one, too
+    assert pool.allocator.used == 4  # b names the first one, too
     del b
-    assert pool.used == 0 and pool.peak == 5
-    c = pool.table(np.full(pool.capacity, -1), np.ones(pool.capacity, bool))
-    assert first in c.ids and pool.used == pool.capacity
+    assert pool.allocator.used == 0 and pool.allocator.peak == 5
+    c = pool.table(np.full(pool.allocator.capacity, -1), np.ones(pool.allocator.capacity, bool))
+    assert first in c.ids and pool.allocator.used == pool.allocator.capacity

@@ -25,13 +25,13 @@ from lserve_ext import HeadPattern, LayerCache, SparseCache, SparseConfig, hf, o
 pytest.importorskip("transformers")
 
 PACKAGE = Path(lserve_ext.__file__).parent
-FILES = {str(PACKAGE / name) for name in ("cache.py", "select.py", "hf/cache.py", "hf/interface.py")}
+FILES = {str(PACKAGE / name) for name in ("blocks.py", "cache.py", "select.py", "hf/cache.py", "hf/interface.py")}
 LAYERS, KV_HEADS, VOCABULARY = 3, 2, 258
 PRESETS = {
     **{name: config for name, config in CONFIGS.items() if name not in ("half", "pages")},
     "pages": CONFIGS["pages"].replace(reuse_interval=3),
-    "half": CONFIGS["half"].replace(streaming=HeadPattern([[0.0, 1.0], [1.0, 0.0], [0.2, 0.8]])),
-    "duo": SparseConfig.duo(streaming=HeadPattern([[0.0, 1.0], [1.0, 0.0], [0.2, 0.8]]), **SMALL),
+    "half": CONFIGS["half"].replace(streaming_heads=HeadPattern([[0.0, 1.0], [1.0, 0.0], [0.2, 0.8]])),
+    "duo": SparseConfig.duo(streaming_heads=HeadPattern([[0.0, 1.0], [1.0, 0.0], [0.2, 0.8]]), **SMALL),
     "quest": SparseConfig.quest(budget_tokens=48, dense_layers=1),
 }
 
@@ -69,7 +69,7 @@ def contents(cache: SparseCache) -> list[Any]:
         found += [ids >= 0, *(pool[ids[ids >= 0].long()] for _, pool in sorted(kv._pool.tensors.items()))]
         for b, n in enumerate(kv.lengths):
             rows = torch.arange(int(s.sealed[b]) * P, n) % (2 * P)
-            found += [s.raw_k[b, :, rows], s.raw_v[b, :, rows]]
+            found += [s.residual_k[b, :, rows], s.residual_v[b, :, rows]]
     return found
 
 
@@ -282,7 +282,7 @@ class Program:
             try:
                 self.cache.crop(-count)
             except ValueError:  # streaming heads have freed what it needs
-                assert self.config.streaming is not None and same(before, contents(self.cache))
+                assert self.config.streaming_heads is not None and same(before, contents(self.cache))
                 return
             for alone in self.rows:
                 alone.crop(-count)
@@ -384,8 +384,8 @@ TAMPERED: list[tuple[str, Callable[[Tensor], Tensor | None]]] = [
     ("1.pool.k", lambda x: x.float()),
     ("1.pool.stats", put(float("nan"), 0, 0, 0, 0)),
     ("1.pool.scales", put(float("inf"), 0, 0, 0, 0)),
-    ("1.raw_k", lambda x: x[:, :1]),
-    ("1.raw_v", lambda x: x.half()),
+    ("1.residual_k", lambda x: x[:, :1]),
+    ("1.residual_v", lambda x: x.half()),
     ("1.table", put(10**6, 0, 0, 0)),
     ("1.table", put(-2, 0, 0, 0)),
     ("1.table", lambda x: x[..., :1]),
@@ -456,15 +456,15 @@ def test_other_changes_of_a_file(model: Any, saved: Path, tmp_path: Path) -> Non
     check(lambda t, _: [t.pop(key) for key in list(t) if key.startswith("2.")] and None, r"the layers \[0, 1, 2\]")
     check(lambda _, m: m.update(lserve_ext="{"), "Expecting property name")
     check(lambda _, m: m.update(lserve_ext="[" * 100_000), "recursion")
-    check(lambda _, m: m.update(lserve_ext='{"format": 1}'), "format: expected 2, got 1")
-    check(lambda _, m: m.update(lserve_ext='{"format": 2, "layers": 3}'), "expected a mapping")
+    check(lambda _, m: m.update(lserve_ext='{"format": 1}'), "format: expected 3, got 1")
+    check(lambda _, m: m.update(lserve_ext='{"format": 3, "layers": 3}'), "expected a mapping")
     check(lambda _, m: m.update(lserve_ext=m["lserve_ext"].replace('"layers": 3', '"layers": 4')), "layers: expected")
     (tmp_path / "cut.safetensors").write_bytes(saved.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"cut\.safetensors"):
         SparseCache.load(tmp_path / "cut.safetensors", model.config)
     with pytest.raises(ValueError, match=r"expected a pattern of 3 layers x 1 kv heads"):
         SparseCache.load(saved, llama(layers=LAYERS, kv_heads=1).config)
-    with pytest.raises(ValueError, match=r"0\.raw_k: expected \[B, 2, 16, 32\] for this model"):
+    with pytest.raises(ValueError, match=r"0\.residual_k: expected \[B, 2, 16, 32\] for this model"):
         SparseCache.load(saved, llama(layers=LAYERS, head_dim=32).config)
 
 

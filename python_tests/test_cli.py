@@ -46,7 +46,7 @@ def cells(out: str, row: str) -> list[str]:
 def test_generate_runs_every_preset(preset: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--preset", preset, "--compare", "dense"]
     if preset in ("duo", "lserve"):
-        arguments += ["--streaming", str(folder / "heads.json")]
+        arguments += ["--streaming-heads", str(folder / "heads.json")]
     if preset in ("quest", "h2o", "lserve"):
         arguments += ["--budget-tokens", "512"]
     assert cli.main(generate(folder, *arguments)) == 0
@@ -66,12 +66,12 @@ def test_a_budget_above_the_context_agrees_with_dense(folder: Path, capsys: pyte
 
 
 def test_fields_are_flags_and_a_file_holds_them_all(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    SparseConfig.lserve(streaming=None, budget_tokens=640).save(folder / "sparse.json")
+    SparseConfig.lserve(streaming_heads=None, budget_tokens=640).save(folder / "sparse.json")
     assert cli.main(generate(folder, "--config", str(folder / "sparse.json"), "--reuse-interval", "2")) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[3].strip() == "sparse.json"
     pages = int(cells(out, "attended in decode")[0].split()[0])
-    assert 640 // 64 - 1 <= pages <= 640 // 64 + 2  # the newest page is not full, the raw buffer is not in the budget
+    assert 640 // 64 - 1 <= pages <= 640 // 64 + 2  # the residual buffer is not in the budget
 
 
 def test_a_question_takes_the_place_of_the_pass_key(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,8 +86,11 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "length": (["--preset", "dense", "--length", "9000"], "--length: expected at most 4091 for this model, got 9000"),
     "negative length": (["--preset", "dense", "--length", "-5"], "--length: expected at least 1, got -5"),
     "question": (["--preset", "dense", "--question", "why " * 2000], "--question: expected text, question and new"),
-    "pattern file": (["--preset", "streaming", "--streaming", "no.json"], "expected a file or the name of a shipped"),
-    "pattern folder": (["--preset", "duo", "--streaming", "{tmp}"], "expected a file or the name of a shipped"),
+    "pattern file": (
+        ["--preset", "streaming", "--streaming-heads", "no.json"],
+        "expected a file or the name of a shipped",
+    ),
+    "pattern folder": (["--preset", "duo", "--streaming-heads", "{tmp}"], "expected a file or the name of a shipped"),
     "chunk 0": (["--preset", "dense", "--chunk", "0"], "--chunk: expected at least 1, got 0"),
     "chunk -1": (["--preset", "dense", "--chunk", "-1"], "--chunk: expected at least 1, got -1"),
     "depth nan": (["--preset", "dense", "--depth", "nan"], "--depth: expected a number from 0 to 1, got nan"),
@@ -219,7 +222,7 @@ def test_calibrate_writes_a_pattern_that_generate_takes(
     assert cli.main(["calibrate", "--model", str(folder), "--out", str(out), *samples]) == 0
     assert "* streams" in capsys.readouterr().out
     assert sum(map(sum, map(HeadPattern.load(out).streaming, range(3)))) == 3
-    assert cli.main(generate(folder, "--preset", "duo", "--streaming", str(out))) == 0
+    assert cli.main(generate(folder, "--preset", "duo", "--streaming-heads", str(out))) == 0
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ overrides = st.fixed_dictionaries(
         "prefill_local_tokens": st.none() | st.integers(0, 10_000),
         "budget_tokens": st.integers(400, 10_000),
         "reuse_interval": st.integers(1, 16),
-        "streaming": st.none() | st.floats(0, 1) | st.just("heads.json") | st.just(PATTERN),
+        "streaming_heads": st.none() | st.floats(0, 1) | st.just("heads.json") | st.just(PATTERN),
         "dense_layers": st.integers(0, 40),
         "max_tokens": st.none() | st.integers(1, 10**6),
     },
@@ -42,12 +42,12 @@ def test_json_round_trip_of_every_preset(name: str, fields: dict[str, Any]) -> N
     config = SparseConfig.preset(name, **fields)
     assert all(getattr(config, field) == value for field, value in fields.items())
     assert SparseConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert set(config.to_dict()) == {field.name for field in dataclasses.fields(SparseConfig)}
+    assert set(config.to_dict()) == {"format", *(field.name for field in dataclasses.fields(SparseConfig))}
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_save_and_load(name: str, tmp_path: Path) -> None:
-    config = SparseConfig.preset(name, streaming=PATTERN)
+    config = SparseConfig.preset(name, streaming_heads=PATTERN)
     config.save(tmp_path / "config.json")
     assert SparseConfig.load(tmp_path / "config.json") == config
     assert hash(SparseConfig.load(tmp_path / "config.json")) == hash(config)
@@ -58,14 +58,14 @@ def test_fields_left_out_of_json_have_their_defaults() -> None:
 
 
 def test_a_path_becomes_text_in_json() -> None:
-    assert SparseConfig(streaming=Path("heads.json")).to_dict()["streaming"] == "heads.json"
+    assert SparseConfig(streaming_heads=Path("heads.json")).to_dict()["streaming_heads"] == "heads.json"
 
 
 def test_presets_are_the_published_methods() -> None:
     dense, lserve, quest = SparseConfig.dense(), SparseConfig.lserve(), SparseConfig.quest()
-    assert not dense.selects and not dense.needs_stats and dense.streaming is None and dense.kv_dtype == "auto"
-    assert SparseConfig.preset("streaming") == SparseConfig.streaming_llm() == SparseConfig(streaming=1.0)
-    assert SparseConfig.duo().streaming == 0.5 and not SparseConfig.duo().selects
+    assert not dense.selects and not dense.needs_stats and dense.streaming_heads is None and dense.kv_dtype == "auto"
+    assert SparseConfig.preset("streaming") == SparseConfig.streaming() == SparseConfig(streaming_heads=1.0)
+    assert SparseConfig.duo().streaming_heads == 0.5 and not SparseConfig.duo().selects
     assert (quest.page_size, quest.stats_group, quest.dense_layers) == (16, 16, 2)
     assert (quest.sink_pages, quest.local_pages) == (0, 2)
     assert quest.list_pages == 2048 // 16 - 2 and quest.needs_stats and quest.reuse_interval == 1
@@ -165,8 +165,12 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "sink_tokens: expected 0 with unit 'token', where heavy tokens take the sink's place, got 128",
     ),
-    ({"streaming": 1.5}, ValueError, "streaming: expected a fraction from 0 to 1, got 1.5"),
-    ({"streaming": [1]}, TypeError, "streaming: expected None, a HeadPattern, its file or a fraction, got [1]"),
+    ({"streaming_heads": 1.5}, ValueError, "streaming_heads: expected a fraction from 0 to 1, got 1.5"),
+    (
+        {"streaming_heads": [1]},
+        TypeError,
+        "streaming_heads: expected None, a HeadPattern, its file or a fraction, got [1]",
+    ),
 ]
 
 
@@ -176,6 +180,19 @@ def test_messages_name_the_field_what_was_expected_and_what_came(
 ) -> None:
     with pytest.raises(error, match=f"^{re.escape('SparseConfig.' + message)}$"):
         SparseConfig(**fields)
+
+
+def test_files_of_another_format_are_refused_by_name(tmp_path: Path) -> None:
+    for kind, fields in ((SparseConfig, {"page_size": 64}), (HeadPattern, {"scores": [[0.0, 1.0]]})):
+        kind.from_dict(fields)  # the format may be left out
+        path = tmp_path / "old.json"
+        path.write_text(json.dumps({"format": 77, **fields}))
+        with pytest.raises(
+            ValueError, match=rf"old.json.*{kind.__name__}.format: expected \d, got 77: written by another"
+        ):
+            kind.load(path)
+    with pytest.raises(ValueError, match="got 'streaming'"):
+        SparseConfig.from_dict({"streaming": 1.0})  # its name in format 1
 
 
 def test_unknown_names() -> None:

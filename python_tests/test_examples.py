@@ -11,7 +11,7 @@ from _cases import F32, Shape, build, ints, normal
 from torch import Tensor
 
 from lserve_ext import ops, reference
-from lserve_ext.ops import DENSE
+from lserve_ext.ops import DENSE, LISTED, Mask
 
 pytestmark = pytest.mark.gpu
 
@@ -63,15 +63,19 @@ WORDS = torch.tensor([[[0.1, 0.3, 0.2, 0.4, 0.6, 0.05, 0.1, 0.35]]])
 @BOTH
 def test_eight_words_two_local_two_global(module: Any, device: str) -> None:
     """ALISA: half of the budget for the newest tokens, half for the largest sums of attention."""
-    tokens, start = module.select_tokens(WORDS.to(device), ints([8], device), ints([6], device), 1, 0.5, 2)
+    tokens, start = module.select_tokens(
+        WORDS.to(device), ints([8], device), ints([6], device), ints([2], device), 1, 2
+    )
     assert start.tolist() == [6]
     assert tokens.tolist() == [[[3, 4]]]  # .4 and .6, although the local .35 beats all others
 
 
 @BOTH
-def test_the_raw_buffer_widens_the_local_half(module: Any, device: str) -> None:
+def test_the_residual_buffer_widens_the_local_half(module: Any, device: str) -> None:
     """The same words in pages of 2 tokens, of which two are sealed: the newest four are local whatever they weigh."""
-    tokens, start = module.select_tokens(WORDS.to(device), ints([8], device), ints([2], device), 2, 0.5, 2)
+    tokens, start = module.select_tokens(
+        WORDS.to(device), ints([8], device), ints([2], device), ints([2], device), 2, 2
+    )
     assert start.tolist() == [4]
     assert tokens.tolist() == [[[1, 3]]]
 
@@ -98,7 +102,7 @@ def test_a_selection_serves_four_steps(module: Any, device: str) -> None:
             pages, start = module.select_pages(scores, ints([held], device), kv.sealed, 16, 1, 1, 2)
             assert start.tolist() == [4]
         kv = kv._replace(sealed=ints([max(int(kv.sealed[0]), held // 16 - 1)], device))
-        out, _ = module.decode(q, kv, ints([held], device), ints([0], device), pages, start, sink=1)
+        out, _ = module.decode(q, Mask(ints([LISTED], device), pages, start, sink=1), kv, ints([held], device))
 
         listed = [t for page in pages[0, 0].tolist() for t in range(page * 16, (page + 1) * 16)]
         attended = [*range(16), *listed, *range(64, held)]
@@ -120,7 +124,7 @@ def test_alisa_attends_what_its_algorithm_says(device: str) -> None:
         if round((t + 1) * ratio / 2) == half and t + 1 >= 2 * half:
             sums = weights[max(0, t - half) : t].sum(0).float().reshape(1, 1, n)
             lengths = ints([t + 1], device)
-            tokens, start = ops.select_tokens(sums, lengths, lengths, 1, ratio, half)
+            tokens, start = ops.select_tokens(sums, lengths, lengths, ints([half], device), 1, half)
             assert tokens[0, 0].tolist() == attended[:-half] and start.tolist() == [t + 1 - half]
     torch.testing.assert_close(weights.sum(1), torch.full((n,), 4.0, dtype=torch.float64, device=device))
 
@@ -130,5 +134,5 @@ def test_alisa_without_sparsity_is_attention(device: str) -> None:
     q, k, v = (normal(s, 20, heads, 16, device=device) for s, heads in ((1, 4), (2, 2), (3, 2)))
     out, _ = reference.sparse_window_attention(q, k, v, 2.0)
     bounds = ints([0, 20], device)
-    want, _ = ops.prefill(q, k, v, bounds, bounds, ints([DENSE, DENSE], device))
+    want, _ = ops.prefill(q, k, v, bounds, bounds, Mask(ints([DENSE, DENSE], device)))
     torch.testing.assert_close(out, want, rtol=1e-5, atol=2e-6)

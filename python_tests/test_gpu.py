@@ -12,7 +12,7 @@ from _tiny import cached, llama
 from torch import Tensor
 
 from lserve_ext import SparseCache, SparseConfig, ops
-from lserve_ext.ops import DENSE
+from lserve_ext.ops import DENSE, Mask
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -41,8 +41,8 @@ def step(case: Case, q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> tuple[Tenso
     windows = case.windows(DENSE, 2, 0)
     scores = ops.page_scores(q, kv.stats, kv.block_table, kv.sealed, windows)
     lists, start = ops.select_pages(scores, n, kv.sealed, SHAPE.page_size, sink=1, local=2, count=4)
-    out, lse = ops.decode(q, kv, n, windows, lists, start, sink=1)
-    mass = ops.attention_mass(q[:, None], lse[:, None], kv, n, windows, lists, start, sink=1)
+    out, lse = ops.decode(q, Mask(windows, lists, start, sink=1), kv, n)
+    mass = ops.attention_mass(q[:, None], lse[:, None], Mask(windows, lists, start, sink=1), kv, n)
     return scores, lists, out, lse, mass
 
 
@@ -123,7 +123,7 @@ def test_debug_mode_checks_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     case = cache([300, 64])
     case.kv.slot_table[0, 1, 2] = 10**6
     with pytest.raises(ValueError, match="slot_table"):
-        ops.decode(case.queries(), case.kv, case.lengths, case.windows(DENSE, DENSE, DENSE))
+        ops.decode(case.queries(), Mask(case.windows(DENSE, DENSE, DENSE)), case.kv, case.lengths)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_generate_in_bfloat16(model: Any, preset: str) -> None:
     ids = torch.randint(3, 250, (2, 300), generator=torch.Generator().manual_seed(1)).cuda()
     config = {
         "dense": SparseConfig.dense(),
-        "lserve": SparseConfig.lserve(streaming=None, kv_dtype="auto"),
+        "lserve": SparseConfig.lserve(streaming_heads=None, kv_dtype="auto"),
         "alisa": SparseConfig.alisa(kv_sparsity=0.0, kv_dtype="auto"),
     }[preset]
     logits = {}

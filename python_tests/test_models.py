@@ -315,13 +315,13 @@ def test_layers_that_are_left_out() -> None:
 def test_patterns_skip_the_layers_that_are_not_ours() -> None:
     model, _ = loaded("gpt_oss")
     scores = [[], [0.0, 1.0], [], [1.0, 0.0]]
-    sparse = SparseConfig.duo(streaming=HeadPattern(scores), page_size=8, stats_group=4)
+    sparse = SparseConfig.duo(streaming_heads=HeadPattern(scores), page_size=8, stats_group=4)
     cache = SparseCache(model.config, sparse)
     step(model, cache, prompt()["input_ids"])
     assert [layer.index for layer in cache.ours] == [1, 3]
     assert [list(layer.pattern) for layer in cache.ours] == [[True, False], [False, True]]
     with pytest.raises(ValueError, match=r"scores for every layer with full attention, got none for \[3\]"):
-        SparseCache(model.config, sparse.replace(streaming=HeadPattern([[], [0.0, 1.0], [0.0, 1.0], []])))
+        SparseCache(model.config, sparse.replace(streaming_heads=HeadPattern([[], [0.0, 1.0], [0.0, 1.0], []])))
 
 
 def test_encoders_of_a_vision_language_model_keep_sdpa() -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from _cases import BF16, F32, SHAPES, SMALL, Case, Shape, build, ints, normal, pack, same_bits
+from _cases import BF16, F32, SHAPES, SMALL, Case, Shape, build, halves, ints, normal, pack, same_bits
 from torch import Tensor
 
 from lserve_ext import ops, reference
-from lserve_ext.ops import DENSE, PagedKV
+from lserve_ext.ops import DENSE, Mask, PagedKV
 
 OPS = [name for name in ops.__all__ if name.islower()]
 
@@ -47,8 +47,8 @@ def arguments(op: str, device: str = "cpu", shape: Shape = SHAPES[1]) -> dict[st
         "append_kv": {
             "k": appended,
             "v": appended + 1,
-            "cu_seqlens": ints([0, 28, 30], device),
-            "lengths": case.lengths,
+            "cu_seqlens_k": ints([0, 28, 30], device),
+            "context_lens": case.lengths,
             **growing,
         },
         "gather_pages": {
@@ -66,7 +66,7 @@ def arguments(op: str, device: str = "cpu", shape: Shape = SHAPES[1]) -> dict[st
         },
         "select_pages": {
             "scores": normal(3, 2, 2, 8, device=device),
-            "lengths": case.lengths,
+            "seq_lens": case.lengths,
             "sealed": cache["sealed"],
             "page_size": shape.page_size,
             "sink": 1,
@@ -75,32 +75,32 @@ def arguments(op: str, device: str = "cpu", shape: Shape = SHAPES[1]) -> dict[st
         },
         "select_tokens": {
             "mass": mass,
-            "lengths": case.lengths,
+            "seq_lens": case.lengths,
             "sealed": cache["sealed"],
+            "counts": ints([20, 7], device),
             "page_size": shape.page_size,
-            "ratio": 0.4,
             "max_picks": 9,
         },
         "prefill": {
             "q": normal(5, 4, 2 * shape.group, shape.head_dim, dtype=shape.dtype, device=device),
             "k": new[0],
             "v": new[1],
-            "cu_q": ints([0, 3, 4], device),
-            "cu_k": ints([0, 4, 5], device),
+            "cu_seqlens_q": ints([0, 3, 4], device),
+            "cu_seqlens_k": ints([0, 4, 5], device),
             **cache,
-            "lengths": case.lengths,
+            "context_lens": case.lengths,
             "windows": case.windows(DENSE, 0),
             "lists": ints([[[[2, 3], [3, -1]]] * 2, [[[1, -1], [1, -1]]] * 2], device),
             "sink": 1,
             "page_size": shape.page_size,
             "scale": scale,
         },
-        "decode": {"q": q, **cache, "lengths": case.lengths, **rule, "unit": shape.page_size, "scale": scale},
+        "decode": {"q": q, **cache, "seq_lens": case.lengths, **rule, "unit": shape.page_size, "scale": scale},
         "attention_mass": {
             "q": rows[:, :1],
             "lse": torch.ones(rows[:, :1].shape[:3], device=device),
             **cache,
-            "lengths": case.lengths,
+            "seq_lens": case.lengths,
             **rule,
             "unit": shape.page_size,
             "scale": scale,
@@ -124,11 +124,13 @@ def call_raw(op: str, args: dict[str, Any]) -> Any:
 
 
 def call(op: str, args: dict[str, Any], module: Any = ops) -> Any:
-    """The same through the wrapper, or the reference: the nine tensors of a cache are one argument."""
+    """The same through the wrapper, or the reference: cache and mask are one argument each."""
     args = dict(args)
     if "k_pool" in args:
         cache = {name: args.pop(name) for name in PagedKV._fields}
         args["kv"] = None if cache["k_pool"] is None else PagedKV(**cache)
+    if "windows" in args and op != "page_scores":
+        args["mask"] = Mask(**{name: args.pop(name) for name in Mask._fields if name in args})
     return getattr(module, op)(**args)
 
 
@@ -145,8 +147,11 @@ def test_wrapper_reference_and_schema_agree(op: str) -> None:
     assert list(wrapper) == list(plain)
     assert [p.default for p in wrapper.values()] == [p.default for p in plain.values()]
     assert [p.kind for p in wrapper.values()] == [p.kind for p in plain.values()]
-    flat = {name for w in wrapper for name in (PagedKV._fields if w == "kv" else (w,))}
-    assert flat == {a.name for a in raw_op(op)._schema.arguments}
+    whole = {"kv": PagedKV._fields, "mask": Mask._fields}
+    flat = [name for w in wrapper for name in whole.get(w, (w,))]
+    if op == "prefill":
+        flat = [name for name in flat if name not in ("local_start", "unit")]
+    assert flat == [a.name for a in raw_op(op)._schema.arguments]
     assert getattr(ops, op).__doc__ and getattr(reference, op).__doc__
 
 
@@ -183,7 +188,7 @@ def test_opcheck_of_page_scores(shape: Shape, windows: bool, device: str) -> Non
 @pytest.mark.gpu
 def test_opcheck_without_a_cache(device: str) -> None:
     args = arguments("prefill", device)
-    args.update(dict.fromkeys(PagedKV._fields), lengths=None, lists=None, windows=ints([DENSE, 2], device))
+    args.update(dict.fromkeys(PagedKV._fields), context_lens=None, lists=None, windows=ints([DENSE, 2], device))
     torch.library.opcheck(raw_op("prefill"), tuple(args[a.name] for a in raw_op("prefill")._schema.arguments))
 
 
@@ -198,7 +203,7 @@ def decode_step(
     assert kv.stats is not None
     scores = ops.page_scores(q, kv.stats, kv.block_table, kv.sealed, windows)
     pages, start = ops.select_pages(scores, after, kv.sealed, 16, 1, 1, 2)
-    return ops.decode(q, kv, after, windows, pages, start, sink=1)
+    return ops.decode(q, Mask(windows, pages, start, sink=1), kv, after)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -209,9 +214,9 @@ def test_a_decode_step_compiles_without_graph_breaks(backend: str, device: str) 
         (k, cu), (v, _) = (pack([normal(s, 1, 2, 64, device=device)] * 2) for s in (1, 2))
         windows = case.windows(0, DENSE)
         results = step(case.queries(), k, v, cu, case.lengths, case.lengths + 1, windows, case.kv)
-        assert case.kv.raw_k is not None
-        assert torch.equal(case.kv.raw_k[0, :, 100 % 32], k[0])  # the append has really happened
-        return [*results, case.kv.raw_k]
+        assert case.kv.residual_k is not None
+        assert torch.equal(case.kv.residual_k[0, :, 100 % 32], k[0])  # the append has really happened
+        return [*results, case.kv.residual_k]
 
     torch.compiler.reset()
     compiled = run(torch.compile(decode_step, fullgraph=True, backend=backend))
@@ -223,7 +228,7 @@ def test_decode_compiles_for_any_length(device: str) -> None:
     """Lengths are data, so a longer sequence is no new graph."""
     counts = torch._dynamo.testing.CompileCounter()
     torch.compiler.reset()
-    step = torch.compile(lambda q, kv, n, w: ops.decode(q, kv, n, w), fullgraph=True, backend=counts)
+    step = torch.compile(lambda q, kv, n, w: ops.decode(q, Mask(w), kv, n), fullgraph=True, backend=counts)
     case = build(SHAPES[1], [100, 35], heads=2, device=device)
     for shorter in (0, 1, 5):
         step(case.queries(), case.kv, case.lengths - shorter, case.windows(DENSE, 2))
@@ -273,6 +278,11 @@ def constant(value: Any) -> Callable[[Any], Any]:
     return lambda _: value
 
 
+def lens(op: str) -> str:
+    """What an op calls the lengths of its sequences."""
+    return "context_lens" if op in ("append_kv", "prefill") else "seq_lens"
+
+
 CACHE_READERS = ("decode", "attention_mass", "prefill")
 WRONG_VALUES: list[tuple[str, str, str, Callable[[Any], Any]]] = [
     ("page_stats", "group", "no divisor", constant(5)),
@@ -284,8 +294,8 @@ WRONG_VALUES: list[tuple[str, str, str, Callable[[Any], Any]]] = [
     ("quantize_kv", "stats", "3 groups", lambda t: torch.cat([t, t[:, :1]], 1)),
     ("dequantize_kv", "scales", "two rows", lambda t: torch.cat([t, t], 1)),
     ("append_kv", "v", "other tokens", lambda t: t[:-1]),
-    ("append_kv", "cu_seqlens", "fewer than there are", set_at(2, to=29)),
-    ("append_kv", "cu_seqlens", "does not begin at 0", set_at(0, to=1)),
+    ("append_kv", "cu_seqlens_k", "fewer than there are", set_at(2, to=29)),
+    ("append_kv", "cu_seqlens_k", "does not begin at 0", set_at(0, to=1)),
     ("append_kv", "slot_table", "one slot for two pages", lambda t: t[..., [0] * 5 + [5, 5]]),
     ("append_kv", "k_pool", "zero strides", lambda t: t[:1].expand(t.shape)),
     ("gather_pages", "dst_ids", "a row twice", set_at(2, to=0)),
@@ -297,10 +307,10 @@ WRONG_VALUES: list[tuple[str, str, str, Callable[[Any], Any]]] = [
       for value in (2**31, 2**32, 2**32 - 1, 2**63 - 1)),
     ("select_pages", "count", "more than memory", constant(2**31 - 1)),
     ("decode", "lists", "a -1 inside", set_at(0, 1, 0, to=-1)),
-    ("append_kv", "cu_seqlens", "more than there are", set_at(2, to=31)),
-    ("append_kv", "cu_seqlens", "descends", set_at(1, to=31)),
-    ("append_kv", "cu_seqlens", "negative", set_at(0, to=-1)),
-    ("append_kv", "lengths", "negative", set_at(0, to=-1)),
+    ("append_kv", "cu_seqlens_k", "more than there are", set_at(2, to=31)),
+    ("append_kv", "cu_seqlens_k", "descends", set_at(1, to=31)),
+    ("append_kv", "cu_seqlens_k", "negative", set_at(0, to=-1)),
+    ("append_kv", "context_lens", "negative", set_at(0, to=-1)),
     ("append_kv", "sealed", "too few", set_at(0, to=2)),
     ("append_kv", "sealed", "too many", set_at(0, to=7)),
     ("append_kv", "slot_table", "out of range", set_at(0, 0, 5, to=10**6)),
@@ -309,7 +319,7 @@ WRONG_VALUES: list[tuple[str, str, str, Callable[[Any], Any]]] = [
     ("append_kv", "block_table", "no block", set_at(0, 1, 5, to=-1)),
     ("append_kv", "slot_table", "narrower than block_table", lambda t: t[..., :-1]),
     ("append_kv", "scales", "none", constant(None)),
-    ("append_kv", "raw_k", "one page", lambda t: t[:, :, :16]),
+    ("append_kv", "residual_k", "one page", lambda t: t[:, :, :16]),
     ("gather_pages", "src_ids", "out of range", set_at(0, to=3)),
     ("gather_pages", "src_ids", "below -1", set_at(0, to=-2)),
     ("gather_pages", "dst_ids", "out of range", set_at(1, to=3)),
@@ -324,27 +334,26 @@ WRONG_VALUES: list[tuple[str, str, str, Callable[[Any], Any]]] = [
     ("select_pages", "sink", "negative", constant(-1)),
     ("select_pages", "local", "zero", constant(0)),
     ("select_pages", "count", "negative", constant(-1)),
-    ("select_pages", "lengths", "negative", set_at(0, to=-1)),
+    ("select_pages", "seq_lens", "negative", set_at(0, to=-1)),
     ("select_pages", "sealed", "negative", set_at(0, to=-1)),
-    ("select_pages", "lengths", "other batch", lambda t: t[:1]),
-    ("select_tokens", "ratio", "zero", constant(0.0)),
-    ("select_tokens", "ratio", "more than all", constant(2.5)),
-    ("select_tokens", "ratio", "not a number", constant(math.nan)),
+    ("select_pages", "seq_lens", "other batch", lambda t: t[:1]),
+    ("select_tokens", "counts", "negative", set_at(0, to=-1)),
+    ("select_tokens", "counts", "other batch", lambda t: t[:1]),
     ("select_tokens", "max_picks", "negative", constant(-1)),
     ("select_tokens", "page_size", "zero", constant(0)),
-    ("select_tokens", "lengths", "negative", set_at(0, to=-1)),
+    ("select_tokens", "seq_lens", "negative", set_at(0, to=-1)),
     ("select_tokens", "sealed", "negative", set_at(0, to=-1)),
     *((op, "k_pool", "other head dim", lambda t: t[..., :32].contiguous()) for op in CACHE_READERS),
     *((op, "v_pool", "other blocks", lambda t: t[:-1]) for op in CACHE_READERS),
     *((op, "scales", "none", constant(None)) for op in CACHE_READERS),
-    *((op, "raw_v", "none", constant(None)) for op in CACHE_READERS),
-    *((op, "raw_k", "one page", lambda t: t[:, :, :16]) for op in CACHE_READERS),
+    *((op, "residual_v", "none", constant(None)) for op in CACHE_READERS),
+    *((op, "residual_k", "one page", lambda t: t[:, :, :16]) for op in CACHE_READERS),
     *((op, "q", "no multiple of the kv heads", lambda t: t[..., :7, :]) for op in ("decode", "prefill")),
     *((op, "sink", "negative", constant(-1)) for op in CACHE_READERS),
     *((op, "windows", "negative", set_at(0, to=-1)) for op in CACHE_READERS),
     *((op, "windows", "other heads", lambda t: t[:1]) for op in CACHE_READERS),
-    *((op, "lengths", "negative", set_at(0, to=-1)) for op in CACHE_READERS),
-    *((op, "lengths", "more than the table", set_at(0, to=10**6)) for op in CACHE_READERS),
+    *((op, lens(op), "negative", set_at(0, to=-1)) for op in CACHE_READERS),
+    *((op, lens(op), "more than the table", set_at(0, to=10**6)) for op in CACHE_READERS),
     *((op, "sealed", "too few", set_at(0, to=1)) for op in CACHE_READERS),
     *((op, "slot_table", "not resident", set_at(0, 0, 2, to=-1)) for op in CACHE_READERS),
     *((op, "slot_table", "out of range", set_at(0, 0, 2, to=10**6)) for op in CACHE_READERS),
@@ -362,12 +371,12 @@ WRONG_VALUES: list[tuple[str, str, str, Callable[[Any], Any]]] = [
     ("prefill", "lists", "a later page", set_at(0, 1, 0, 1, to=9)),
     ("prefill", "lists", "too few rows", lambda t: t[:, :, :0]),
     ("prefill", "v", "other tokens", lambda t: t[:-1]),
-    ("prefill", "cu_q", "ends early", set_at(2, to=3)),
-    ("prefill", "cu_q", "descends", set_at(1, to=5)),
-    ("prefill", "cu_k", "ends early", set_at(2, to=4)),
-    ("prefill", "cu_k", "fewer than queries", set_at(1, to=2)),
+    ("prefill", "cu_seqlens_q", "ends early", set_at(2, to=3)),
+    ("prefill", "cu_seqlens_q", "descends", set_at(1, to=5)),
+    ("prefill", "cu_seqlens_k", "ends early", set_at(2, to=4)),
+    ("prefill", "cu_seqlens_k", "fewer than queries", set_at(1, to=2)),
     ("prefill", "page_size", "not the cache's", constant(32)),
-    ("prefill", "lengths", "none", constant(None)),
+    ("prefill", "context_lens", "none", constant(None)),
     ("attention_mass", "lse", "other rows", lambda t: t[:, :, :1]),
     ("merge_states", "out_a", "head dim 8", lambda t: t[..., :8].contiguous()),
     ("merge_states", "out_b", "other rows", lambda t: t[:1]),
@@ -419,11 +428,11 @@ def test_what_is_no_tensor_or_no_number_is_named(op: str) -> None:
 
 def test_a_cache_without_a_buffer_cannot_be_appended_to() -> None:
     args = arguments("append_kv")
-    args["raw_k"] = None
-    with pytest.raises(TypeError, match=r"^lserve_ext::append_kv: raw_k: expected a tensor, got None"):
+    args["residual_k"] = None
+    with pytest.raises(TypeError, match=r"^lserve_ext::append_kv: residual_k: expected a tensor, got None"):
         call("append_kv", args)
     with pytest.raises(TypeError, match=r"^lserve_ext::append_kv: kv: expected a PagedKV, got NoneType"):
-        ops.append_kv(args["k"], args["v"], args["cu_seqlens"], args["lengths"], None)  # type: ignore[arg-type]
+        ops.append_kv(args["k"], args["v"], args["cu_seqlens_k"], args["context_lens"], None)  # type: ignore[arg-type]
 
 
 def to_meta(args: dict[str, Any]) -> dict[str, Any]:
@@ -490,8 +499,8 @@ def test_what_is_written_has_memory_of_its_own() -> None:
 
     args = arguments("append_kv")
     refused(v_pool=args["k_pool"], k_pool=args["k_pool"])
-    refused(raw_v=args["raw_k"], raw_k=args["raw_k"])
-    refused(raw_k=args["raw_k"], k=args["raw_k"][0, :, :30].transpose(0, 1))
+    refused(residual_v=args["residual_k"], residual_k=args["residual_k"])
+    refused(residual_k=args["residual_k"], k=args["residual_k"][0, :, :30].transpose(0, 1))
 
     # K and V of a block side by side, as other engines keep them, are two places.
     both = torch.zeros(args["k_pool"].shape[0], 2, *args["k_pool"].shape[1:], dtype=torch.uint8)
@@ -527,7 +536,7 @@ def test_debug_mode_refuses_what_is_not_finite(device: str, monkeypatch: pytest.
     before = [t.clone() for t in tensors(args)]
     monkeypatch.setattr(ops, "_DEBUG", True)
     with pytest.raises(ValueError, match=r"^lserve_ext::append_kv: v: expected finite numbers"):
-        ops.append_kv(args["k"], args["v"], args["cu_seqlens"], args["lengths"], kv)
+        ops.append_kv(args["k"], args["v"], args["cu_seqlens_k"], args["context_lens"], kv)
     for a, b in zip(before, tensors(args), strict=True):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
@@ -589,12 +598,13 @@ def everything(case: Case) -> list[Tensor]:
         scores = ops.page_scores(q, kv.stats, kv.block_table, kv.sealed)
         lists, start = ops.select_pages(scores, case.lengths, kv.sealed, case.shape.page_size, 1, 1, 3)
         results += [kv.stats, scores, lists, start]
-    out, lse = ops.decode(q, kv, case.lengths, windows, lists, start, sink=1)
-    mass = ops.attention_mass(q[:, None], lse[:, None], kv, case.lengths, windows, lists, start, sink=1)
-    tokens, _ = ops.select_tokens(mass, case.lengths, kv.sealed, case.shape.page_size, 0.3, 40)
+    out, lse = ops.decode(q, Mask(windows, lists, start, sink=1), kv, case.lengths)
+    mass = ops.attention_mass(q[:, None], lse[:, None], Mask(windows, lists, start, sink=1), kv, case.lengths)
+    counts = halves(case.lengths.tolist(), 0.3, str(mass.device))
+    tokens, _ = ops.select_tokens(mass, case.lengths, kv.sealed, counts, case.shape.page_size, 40)
     q_all = k.repeat_interleave(case.shape.group, dim=1)
     windows = case.windows(DENSE, 2, 1)
-    return [*results, out, lse, mass, tokens, *ops.prefill(q_all, k, v, cu, cu, windows, sink=1, page_size=16)]
+    return [*results, out, lse, mass, tokens, *ops.prefill(q_all, k, v, cu, cu, Mask(windows, sink=1), page_size=16)]
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lserve_ext import ops, reference
-from lserve_ext.ops import PagedKV
+from lserve_ext.ops import Mask, PagedKV
 
 pytestmark = pytest.mark.gpu
 
@@ -208,7 +208,7 @@ def assert_same_cache(got: PagedKV, want: PagedKV, lengths: list[int]) -> None:
         if a is not None:
             assert same_bits(a, b), name
             assert same_bits(outside(a), outside(b)), f"{name}: written out of bounds"
-    for name in ("raw_k", "raw_v"):
+    for name in ("residual_k", "residual_v"):
         a, b = getattr(got, name), getattr(want, name)
         for i, n in enumerate(lengths):
             rows = unsealed_rows(want, i, n)
@@ -370,7 +370,7 @@ def test_pools_of_more_than_2_31_elements(device: str) -> None:
     q = want.queries()
     windows = want.windows(ops.DENSE, ops.DENSE)
     for got, expected in zip(
-        ops.decode(q, kv, want.lengths, windows), ops.decode(q, want.kv, want.lengths, windows), strict=True
+        ops.decode(q, Mask(windows), kv, want.lengths), ops.decode(q, Mask(windows), want.kv, want.lengths), strict=True
     ):
         assert same_bits(got, expected)
 

@@ -26,7 +26,7 @@ from _cases import (
 )
 
 from lserve_ext import ops, reference
-from lserve_ext.ops import DENSE, PagedKV
+from lserve_ext.ops import DENSE, Mask, PagedKV
 
 pytestmark = pytest.mark.gpu
 
@@ -51,13 +51,13 @@ def test_a_reused_list_sees_the_newest_page(device: str) -> None:
     for i in range(40):  # across two borders
         q, kv = step(case, held, kv, 1000 + 10 * i, device)
         held += 1
-        args = (kv, ints([held], device), ints([0], device), lists, start)
-        assert_attention(ops.decode(q, *args, sink=1), reference.decode, q, *args, sink=1)
-        assert kv.raw_v is not None
-        kv.raw_v[0, 0, (held - 1) % 32] += 100  # the newest token matters
-        changed, _ = ops.decode(q, *args, sink=1)
-        kv.raw_v[0, 0, (held - 1) % 32] -= 100
-        assert not torch.allclose(changed, ops.decode(q, *args, sink=1)[0])
+        args = (Mask(ints([0], device), lists, start, sink=1), kv, ints([held], device))
+        assert_attention(ops.decode(q, *args), reference.decode, q, *args)
+        assert kv.residual_v is not None
+        kv.residual_v[0, 0, (held - 1) % 32] += 100  # the newest token matters
+        changed, _ = ops.decode(q, *args)
+        kv.residual_v[0, 0, (held - 1) % 32] -= 100
+        assert not torch.allclose(changed, ops.decode(q, *args)[0])
 
 
 def test_prompt_of_an_exact_multiple_of_the_page_size(device: str) -> None:
@@ -65,9 +65,9 @@ def test_prompt_of_an_exact_multiple_of_the_page_size(device: str) -> None:
     for n in (16, 32, 64, 128):
         case = build(SHAPE, [n], heads=3, device=device, room=2)
         q, kv = step(case, n, case.kv, 5, device)
-        args = (kv, ints([n + 1], device), case.windows(DENSE, 1, DENSE))
-        out, lse = ops.decode(q, *args, sink=1)
-        assert_attention((out, lse), reference.decode, q, *args, sink=1)
+        args = (Mask(case.windows(DENSE, 1, DENSE), sink=1), kv, ints([n + 1], device))
+        out, lse = ops.decode(q, *args)
+        assert_attention((out, lse), reference.decode, q, *args)
         assert kv.stats is not None
         scores = ops.page_scores(q, kv.stats, kv.block_table, kv.sealed)
         torch.testing.assert_close(scores, reference.page_scores(q, kv.stats, kv.block_table, kv.sealed))
@@ -82,14 +82,14 @@ def test_a_ragged_batch_uses_each_sequence_s_own_length(device: str) -> None:
     scores = ops.page_scores(q, case.kv.stats, case.kv.block_table, case.kv.sealed)
     lists, start = ops.select_pages(scores, case.lengths, case.kv.sealed, 16, 1, 2, 3)
     assert start.tolist() == [min((n - 1) // 16 - 1, max(n // 16 - 1, 0)) if n > 16 else 0 for n in lengths]
-    out, _ = ops.decode(q, case.kv, case.lengths, windows, lists, start, sink=1)
+    out, _ = ops.decode(q, Mask(windows, lists, start, sink=1), case.kv, case.lengths)
     for b in range(case.batch):
         one, i = sequence(case, b), slice(b, b + 1)
         assert one.kv.stats is not None
         alone = ops.page_scores(q[i], one.kv.stats, one.kv.block_table, one.kv.sealed)
         own, own_start = ops.select_pages(alone, one.lengths, one.kv.sealed, 16, 1, 2, 3)
         assert torch.equal(own, lists[i])
-        assert same_bits(ops.decode(q[i], one.kv, one.lengths, windows, own, own_start, sink=1)[0], out[i])
+        assert same_bits(ops.decode(q[i], Mask(windows, own, own_start, sink=1), one.kv, one.lengths)[0], out[i])
 
 
 def test_a_recycled_block_forgets_its_old_statistics(device: str) -> None:
@@ -120,12 +120,12 @@ def test_a_streaming_window_moves_with_every_page(device: str) -> None:
     kv, held, k, v = case.kv, 3, case.k[0], case.v[0]
     for i in range(150):
         q, kv = step(case, held, kv, 100 + 3 * i, device)
-        assert kv.raw_k is not None and kv.raw_v is not None
-        k = torch.cat([k, kv.raw_k[0, :, held % 32][None]])
-        v = torch.cat([v, kv.raw_v[0, :, held % 32][None]])
+        assert kv.residual_k is not None and kv.residual_v is not None
+        k = torch.cat([k, kv.residual_k[0, :, held % 32][None]])
+        v = torch.cat([v, kv.residual_v[0, :, held % 32][None]])
         held += 1
         now = free_past(Case(kv, ints([held], device), [k], [v], SHAPE), 0, 2, 1)
-        out, _ = ops.decode(q, now.kv, now.lengths, now.windows(2), sink=1)
+        out, _ = ops.decode(q, Mask(now.windows(2), sink=1), now.kv, now.lengths)
         local = min(max(0, (held - 1) // 16 - 1), int(now.kv.sealed[0])) * 16
         tokens = [*range(min(16, local)), *range(local, held)]
         want, _ = reference.attend(q[0], k[tokens, 0], v[tokens, 0], 64**-0.5)
@@ -142,7 +142,7 @@ def test_a_constant_key_divides_by_nothing(device: str) -> None:
         assert kv.scales is not None
         slot = int(kv.slot_table[0, 0, 0])
         assert kv.scales[slot, ..., 0].eq(0).all() and not kv.k_pool[slot].any() and not kv.v_pool[slot].any()
-        out, lse = ops.decode(q, kv, ints([32], device), ints([DENSE], device))
+        out, lse = ops.decode(q, Mask(ints([DENSE], device)), kv, ints([32], device))
         torch.testing.assert_close(out, torch.full_like(out, 0.3))
         assert lse.isfinite().all()
 
@@ -156,10 +156,10 @@ def test_one_request_never_meets_the_selection_of_another(device: str) -> None:
         scores = ops.page_scores(case.queries(), case.kv.stats, case.kv.block_table, case.kv.sealed)
         return ops.select_pages(scores, case.lengths, case.kv.sealed, 16, 1, 1, 3)
 
-    alone = [ops.decode(c.queries(), c.kv, c.lengths, c.windows(0, 0), *select(c), sink=1)[0] for c in cases]
+    alone = [ops.decode(c.queries(), Mask(c.windows(0, 0), *select(c), sink=1), c.kv, c.lengths)[0] for c in cases]
     selections = [select(c) for c in cases]  # both before any decode
     together = [
-        ops.decode(c.queries(), c.kv, c.lengths, c.windows(0, 0), *s, sink=1)[0]
+        ops.decode(c.queries(), Mask(c.windows(0, 0), *s, sink=1), c.kv, c.lengths)[0]
         for c, s in reversed(list(zip(cases, selections, strict=True)))
     ]
     assert all(same_bits(a, b) for a, b in zip(alone, reversed(together), strict=True))
@@ -172,7 +172,7 @@ def test_any_head_dimension_page_size_and_dtype(device: str) -> None:
             for dtype in (F32, BF16, F16):
                 shape = Shape(head_dim, page_size, group, 2, dtype, "int8")
                 case = build(shape, [3 * page_size + 1], heads=1, device=device, seed=head_dim)
-                q, args = case.queries(), (case.kv, case.lengths, case.windows(DENSE))
+                q, args = case.queries(), (Mask(case.windows(DENSE)), case.kv, case.lengths)
                 assert_attention(ops.decode(q, *args), reference.decode, q, *args)
 
 
@@ -185,8 +185,10 @@ def test_the_sink_is_attended_whatever_is_selected(device: str) -> None:
     scores[0, 0, 0] = -1e30  # the worst page of all
     lists, start = ops.select_pages(scores, case.lengths, case.kv.sealed, 16, 1, 1, 2)
     assert 0 not in lists
-    _, lse = ops.decode(q, case.kv, case.lengths, case.windows(0), lists, start, sink=1)
-    mass = ops.attention_mass(q[:, None], lse[:, None], case.kv, case.lengths, case.windows(0), lists, start, sink=1)
+    _, lse = ops.decode(q, Mask(case.windows(0), lists, start, sink=1), case.kv, case.lengths)
+    mass = ops.attention_mass(
+        q[:, None], lse[:, None], Mask(case.windows(0), lists, start, sink=1), case.kv, case.lengths
+    )
     assert (mass[0, 0, :16] > 0).all()
 
 
@@ -226,8 +228,10 @@ def test_pads_are_not_context(device: str) -> None:
     case = build(SHAPE, lengths, heads=2, device=device)
     (k, cu), (v, _) = pack(case.k), pack(case.v)
     q = normal(3, sum(lengths), 8, 64, device=device)
-    out, _ = ops.prefill(q, k, v, cu, cu, case.windows(DENSE, 1), sink=1, page_size=16)
+    out, _ = ops.prefill(q, k, v, cu, cu, Mask(case.windows(DENSE, 1), sink=1), page_size=16)
     for b, n in enumerate(lengths):
         rows, bounds = slice(int(cu[b]), int(cu[b + 1])), ints([0, n], device)
-        alone, _ = ops.prefill(q[rows], k[rows], v[rows], bounds, bounds, case.windows(DENSE, 1), sink=1, page_size=16)
+        alone, _ = ops.prefill(
+            q[rows], k[rows], v[rows], bounds, bounds, Mask(case.windows(DENSE, 1), sink=1), page_size=16
+        )
         assert same_bits(alone, out[rows])

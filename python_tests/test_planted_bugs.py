@@ -36,7 +36,7 @@ BUGS = [
     ),
     Bug("a key table is overwritten while in use", "attention", "% (kStages + 1)", "% kStages"),
     Bug("keys after the query", "attention", "if (position > tokens.last) position = kNever;", ""),
-    Bug("the other half of the raw buffer", "attention", "position % (2 * P) * kv.D", "position % P * kv.D"),
+    Bug("the other half of the residual buffer", "attention", "position % (2 * P) * kv.D", "position % P * kv.D"),
     Bug("a block taken for a slot", "attention", "slot * kv.k_stride", "block * kv.k_stride"),
     Bug(
         "the group of another token", "attention", "offset / static_cast<int>(kv.L)", "offset % static_cast<int>(kv.L)"
@@ -92,7 +92,12 @@ BUGS = [
         "  if (own >= 2) return;",
     ),
     Bug("rows of the other half", "pages", "(t / P - page) % 2 != 0", "(t / P - page) % 2 == 0"),
-    Bug("one row too few from the raw buffer", "pages", "min(before - page * P, P)", "min(before - page * P - 1, P)"),
+    Bug(
+        "one row too few of the buffer",
+        "pages",
+        "min(before - page * P, P)",
+        "min(before - page * P - 1, P)",
+    ),
     Bug(
         "statistics lose a NaN",
         "pages",

@@ -15,6 +15,7 @@ from _cases import (
     Shape,
     awkward_lengths,
     build,
+    halves,
     ints,
     normal,
     permuted,
@@ -206,7 +207,9 @@ def test_all_unsealed_pages_are_local(device: str) -> None:
 def assert_selects_tokens(
     mass: Tensor, lengths: list[int], sealed: list[int], page_size: int, ratio: float, max_picks: int
 ) -> None:
-    args = (ints(lengths, str(mass.device)), ints(sealed, str(mass.device)), page_size, ratio, max_picks)
+    device = str(mass.device)
+    counts = halves(lengths, ratio, device)
+    args = (ints(lengths, device), ints(sealed, device), counts, page_size, max_picks)
     for given_mass in (mass, spread(mass, 1)):
         for got, want in zip(ops.select_tokens(given_mass, *args), reference.select_tokens(mass, *args), strict=True):
             assert got.dtype == torch.int32
@@ -226,20 +229,20 @@ def test_select_tokens_with_ties(device: str) -> None:
     assert_selects_tokens(torch.zeros_like(mass), [128], [7], 16, 0.4, 64)
 
 
-@pytest.mark.parametrize("n, picks", [(1, 0), (2, 0), (3, 1), (5, 1), (6, 2), (7, 2), (10, 2), (14, 4)])
-def test_half_of_the_budget_rounds_half_to_even(n: int, picks: int, device: str) -> None:
-    """ratio 0.5: n/4 tokens, and n = 2, 6, 10, 14 lie half way."""
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 20])
+def test_as_many_tokens_are_local_as_are_picked(count: int, device: str) -> None:
+    n, counts = 16, ints([count], device)
     tokens, start = ops.select_tokens(
-        torch.ones(1, 1, 16, device=device), ints([n], device), ints([n], device), 1, 0.5, 8
+        torch.ones(1, 1, n, device=device), ints([n], device), ints([n], device), counts, 1, 9
     )
-    assert start.tolist() == [n - picks]
-    assert (tokens >= 0).sum() == min(picks, n - picks)
+    assert start.tolist() == [n - min(count, 9)]
+    assert (tokens >= 0).sum() == min(count, 9, n - min(count, 9))
 
 
-def test_raw_tokens_are_local(device: str) -> None:
+def test_unsealed_tokens_are_local(device: str) -> None:
     """The budget's local half is 5 tokens, but 17 are not sealed yet."""
     mass = normal(0, 1, 1, 64, device=device)
-    tokens, start = ops.select_tokens(mass, ints([49], device), ints([2], device), 16, 0.2, 8)
+    tokens, start = ops.select_tokens(mass, ints([49], device), ints([2], device), ints([5], device), 16, 8)
     assert start.tolist() == [32]
     assert (tokens >= 0).sum() == 5 and tokens.max() < 32
 
@@ -252,10 +255,11 @@ def test_selection_of_a_sequence_alone(dtype: torch.dtype, device: str) -> None:
     scores = normal(1, 4, 2, 40, device=device)
     lengths, sealed = ints([0, 640, 333, 17], device), ints([0, 39, 19, 0], device)
     pages, starts = ops.select_pages(scores, lengths, sealed, 16, 1, 2, 5)
-    tokens, token_starts = ops.select_tokens(scores, lengths.clamp(max=40), sealed.clamp(max=2), 16, 0.4, 5)
+    counts = ints([0, 8, 8, 3], device)
+    tokens, token_starts = ops.select_tokens(scores, lengths.clamp(max=40), sealed.clamp(max=2), counts, 16, 5)
     for b in range(4):
         one = slice(b, b + 1)
         alone = ops.select_pages(scores[one], lengths[one], sealed[one], 16, 1, 2, 5)
         assert torch.equal(alone[0], pages[one]) and torch.equal(alone[1], starts[one])
-        alone = ops.select_tokens(scores[one], lengths[one].clamp(max=40), sealed[one].clamp(max=2), 16, 0.4, 5)
+        alone = ops.select_tokens(scores[one], lengths[one].clamp(max=40), sealed[one].clamp(max=2), counts[one], 16, 5)
         assert torch.equal(alone[0], tokens[one]) and torch.equal(alone[1], token_starts[one])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from _cases import BF16, F16, F32, Shape, assert_attention, build, ints, normal, pack, same_bits
+from _cases import BF16, F16, F32, Shape, assert_attention, build, halves, ints, normal, pack, same_bits
 
 from lserve_ext import ops, reference
-from lserve_ext.ops import DENSE
+from lserve_ext.ops import DENSE, Mask
 
 pytestmark = pytest.mark.gpu
 
@@ -30,18 +28,18 @@ def test_attention(shape: Shape, device: str) -> None:
     pages, tokens = case.lists(sink=1, local=2, count=2), case.token_lists(ratio=0.5, max_picks=20)
     q, n = case.queries(), case.lengths
     for (lists, start), unit in ((pages, None), (tokens, 1)):
-        options: dict[str, Any] = {"lists": lists, "local_start": start, "sink": 1 if unit is None else 0, "unit": unit}
-        result = ops.decode(q, case.kv, n, windows, **options)
-        assert_attention(result, reference.decode, q, case.kv, n, windows, **options)
-        mass = ops.attention_mass(q[:, None], result[1][:, None], case.kv, n, windows, **options)
-        want = reference.attention_mass(q[:, None], result[1][:, None], case.kv, n, windows, **options)
+        mask = Mask(windows, lists, start, sink=1 if unit is None else 0, unit=unit)
+        result = ops.decode(q, mask, case.kv, n)
+        assert_attention(result, reference.decode, q, mask, case.kv, n)
+        mass = ops.attention_mass(q[:, None], result[1][:, None], mask, case.kv, n)
+        want = reference.attention_mass(q[:, None], result[1][:, None], mask, case.kv, n)
         torch.testing.assert_close(mass, want, atol=1e-4, rtol=1e-3)
 
     new = [normal(30 + b, m, 3, shape.head_dim, dtype=shape.dtype, device=device) for b, m in enumerate([5, 20, 33])]
     (k, cu), v = pack(new), pack([x.flip(0) for x in new])[0]
     rows = normal(40, len(k), 3 * shape.group, shape.head_dim, dtype=shape.dtype, device=device)
-    args = (k, v, cu, cu, case.windows(DENSE, 2, DENSE), case.kv, n)
-    assert_attention(ops.prefill(rows, *args, sink=1), reference.prefill, rows, *args, sink=1)
+    args = (k, v, cu, cu, Mask(case.windows(DENSE, 2, DENSE), sink=1), case.kv, n)
+    assert_attention(ops.prefill(rows, *args), reference.prefill, rows, *args)
 
 
 def test_more_tiles_than_a_ring_has_stages(device: str) -> None:
@@ -49,10 +47,10 @@ def test_more_tiles_than_a_ring_has_stages(device: str) -> None:
     for shape in (Shape(256, 16, None, 1, BF16, "auto"), Shape(256, 16, 16, 1, BF16, "int8")):
         case = build(shape, [330], heads=1, device=device)
         q, windows = case.queries(), case.windows(DENSE)
-        result = ops.decode(q, case.kv, case.lengths, windows)
-        assert_attention(result, reference.decode, q, case.kv, case.lengths, windows)
+        result = ops.decode(q, Mask(windows), case.kv, case.lengths)
+        assert_attention(result, reference.decode, q, Mask(windows), case.kv, case.lengths)
         (k, cu), v = pack([normal(30, 20, 1, 256, dtype=BF16, device=device)]), normal(31, 20, 1, 256, dtype=BF16)
-        args = (k, v.to(device), cu, cu, windows, case.kv, case.lengths)
+        args = (k, v.to(device), cu, cu, Mask(windows), case.kv, case.lengths)
         rows = normal(40, 20, 1, 256, dtype=BF16, device=device)
         assert_attention(ops.prefill(rows, *args), reference.prefill, rows, *args)
 
@@ -62,14 +60,14 @@ def test_the_largest_values(device: str) -> None:
     q, k = (normal(seed, n, 1, D, dtype=BF16, device=device) for seed in (1, 2))
     v = torch.full((n, 1, D), float(torch.finfo(BF16).max) / 2, dtype=BF16, device=device)
     cu = ints([0, n], device)
-    out, _ = ops.prefill(q, k, v, cu, cu, ints([DENSE], device))
+    out, _ = ops.prefill(q, k, v, cu, cu, Mask(ints([DENSE], device)))
     torch.testing.assert_close(out.double(), v.double(), rtol=2e-2, atol=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("new", [[1, 1, 1], [40, 0, 70]], ids=["step", "prompt"])
 def test_append(shape: Shape, new: list[int], device: str) -> None:
-    """The raw buffer is read by one page and written for another."""
+    """The residual buffer is read by one page and written for another."""
     got, want = (build(shape, LENGTHS, device=device, columns=9, room=4) for _ in range(2))
     k, cu = pack([normal(50 + b, m, 3, shape.head_dim, dtype=shape.dtype, device=device) for b, m in enumerate(new)])
     ops.append_kv(k, -k, cu, got.lengths, got.kv)
@@ -77,7 +75,7 @@ def test_append(shape: Shape, new: list[int], device: str) -> None:
     for b, (held, m) in enumerate(zip(LENGTHS, new, strict=True)):
         sealed = max((held + m) // shape.page_size - 1, 0)
         kept = [t % (2 * shape.page_size) for t in range(sealed * shape.page_size, held + m)]
-        for a, c in ((got.kv.raw_k, want.kv.raw_k), (got.kv.raw_v, want.kv.raw_v)):
+        for a, c in ((got.kv.residual_k, want.kv.residual_k), (got.kv.residual_v, want.kv.residual_v)):
             assert a is not None and c is not None
             assert same_bits(a[b, :, kept], c[b, :, kept])
     for name in ("k_pool", "v_pool", "stats", "scales"):
@@ -112,6 +110,8 @@ def test_selection(shape: Shape, device: str) -> None:
     torch.testing.assert_close(scores, want, atol=1e-2, rtol=1e-2)
     mass = normal(5, 3, 3, 200, device=device)
     pages = [m.select_pages(scores, case.lengths, kv.sealed, shape.page_size, 1, 1, 2) for m in (ops, reference)]
-    tokens = [m.select_tokens(mass, case.lengths, kv.sealed, shape.page_size, 0.4, 30) for m in (ops, reference)]
+    counts = halves(case.lengths.tolist(), 0.4, device)
+    args = (mass, case.lengths, kv.sealed, counts, shape.page_size, 30)
+    tokens = [m.select_tokens(*args) for m in (ops, reference)]
     for got, want in (pages, tokens):
         assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))

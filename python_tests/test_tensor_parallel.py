@@ -16,7 +16,13 @@ from lserve_ext import HeadPattern, SparseCache, SparseConfig
 # Which heads stream differs between the ranks: rank 0 has heads 0 and 1, rank 1 has 2 and 3.
 PATTERN = HeadPattern([[0.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]], fraction=0.625)
 CONFIG = SparseConfig.lserve(
-    page_size=8, stats_group=4, sink_tokens=8, local_tokens=16, budget_tokens=40, streaming=PATTERN, kv_dtype="auto"
+    page_size=8,
+    stats_group=4,
+    sink_tokens=8,
+    local_tokens=16,
+    budget_tokens=40,
+    streaming_heads=PATTERN,
+    kv_dtype="auto",
 )
 
 

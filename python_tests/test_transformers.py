@@ -142,7 +142,7 @@ def preset(model: Any, name: str, fields: dict[str, Any]) -> SparseConfig:
         text = model.config
         kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         scores = [[float((layer + head) % 2) for head in range(kv_heads)] for layer in range(text.num_hidden_layers)]
-        fields = fields | {"streaming": HeadPattern(scores)}
+        fields = fields | {"streaming_heads": HeadPattern(scores)}
     size = {} if name == "quest" else SMALL
     return SparseConfig.preset(name, **(size | fields))
 
@@ -375,7 +375,7 @@ def test_a_pattern_of_another_model_is_refused(llama: Any) -> None:
     from lserve_ext import HeadPattern
 
     with pytest.raises(ValueError, match="3 layers x 2 kv heads"):
-        SparseCache(llama.config, SparseConfig.duo(streaming=HeadPattern([[0.0, 1.0]])))
+        SparseCache(llama.config, SparseConfig.duo(streaming_heads=HeadPattern([[0.0, 1.0]])))
     with pytest.raises(ValueError, match="never guessed"):
         SparseCache(llama.config, SparseConfig.lserve())
 

@@ -108,7 +108,7 @@ struct Chunk {
   // Neighbours of one type and, with statistics, one group.
   struct Span {
     int64_t first, count;
-    bool raw;          // in the model's dtype, else codes
+    bool floating;     // in the model's dtype, else codes
     const void* grid;  // of the keys: stats [2, D]; null: (step, min) a token
   };
   struct Grid {
@@ -134,12 +134,12 @@ struct Chunk {
 
  private:
   void add(const Paged& kv, const Run& run) {
-    const int64_t size = width(run.raw ? kv.dtype : Dtype::u8);
+    const int64_t size = width(run.floating ? kv.dtype : Dtype::u8);
     for (int64_t i = 0; i < run.count; ++i) {
       const void* grid = run.stats ? at(run.stats, (run.offset + i) / kv.L * 2 * kv.D, width(kv.dtype)) : nullptr;
-      if (run.raw) grid = nullptr;
-      if (spans.empty() || spans.back().raw != run.raw || spans.back().grid != grid)
-        spans.push_back({count(), 0, run.raw, grid});
+      if (run.floating) grid = nullptr;
+      if (spans.empty() || spans.back().floating != run.floating || spans.back().grid != grid)
+        spans.push_back({count(), 0, run.floating, grid});
       ++spans.back().count;
       position.push_back(run.position + i);
       k.push_back(at(run.k, i * run.k_stride, size));
@@ -206,7 +206,7 @@ void score_chunk(const Chunk& rows, int64_t D, const Scratch& scratch) {
   float *q = scratch.q.get(), *base = scratch.base.get();
   for (const auto& span : rows.spans) {
     float* s = scratch.s.get() + span.first;
-    if (span.raw) {
+    if (span.floating) {
       dots(G, q, rows_of<T>(rows.k, span.first), span.count, D, s, chunk);
     } else if (span.grid) {
       fold_grid(static_cast<const T*>(span.grid), G, D, q, scratch.folded.get(), base);
@@ -244,7 +244,7 @@ void weigh_chunk(const Chunk& rows, int64_t D, const Scratch& scratch) {
   std::fill_n(base, G, 0.0f);
   for (const auto& span : rows.spans) {
     float* w = scratch.s.get() + span.first;
-    if (span.raw) {
+    if (span.floating) {
       add_rows(G, w, chunk, rows_of<T>(rows.v, span.first), span.count, D, acc);
       continue;
     }
@@ -322,11 +322,11 @@ void decode_typed(const DecodeArgs& a) {
   const Paged& kv = a.kv;
   const int64_t D = kv.D, G = a.G, heads = kv.B * kv.H, per_chunk = chunk_entries(a.rule);
   check_windows("decode", a.rule, kv.H);
-  check_lengths("decode", kv, a.lengths);
+  check_lengths("decode", "seq_lens", kv, a.seq_lens);
   std::vector<Entries> all(heads);
   std::vector<int64_t> first(heads + 1, 0);  // chunks before a (sequence, kv head)
   for (int64_t i = 0; i < heads; ++i) {
-    const int64_t b = i / kv.H, h = i % kv.H, t = a.lengths[b] - 1;
+    const int64_t b = i / kv.H, h = i % kv.H, t = a.seq_lens[b] - 1;
     if (t >= 0) {
       const int32_t* list = a.rule.lists ? a.rule.lists + b * a.rule.list_stride0 + h * a.rule.list_stride1 : nullptr;
       const int64_t local = a.rule.local_start ? a.rule.local_start[b] : 0;
@@ -346,7 +346,7 @@ void decode_typed(const DecodeArgs& a) {
     for (int64_t c = begin; c < end; ++c) {
       while (c >= first[i + 1]) ++i;
       const int64_t b = i / kv.H, h = i % kv.H, from = (c - first[i]) * per_chunk;
-      rows.load(kv, a.rule, all[i], b, h, from, std::min(from + per_chunk, all[i].count()), a.lengths[b] - 1);
+      rows.load(kv, a.rule, all[i], b, h, from, std::min(from + per_chunk, all[i].count()), a.seq_lens[b] - 1);
       decode_chunk<T>(a, rows, b, h, scratch, outs.get() + c * G * D, lses.get() + c * G);
     }
   });
@@ -370,7 +370,7 @@ void mass_typed(const MassArgs& a) {
   const Paged& kv = a.kv;
   const int64_t D = kv.D, G = a.G, per_chunk = chunk_entries(a.rule), tokens = kv.M * kv.P;
   check_windows("attention_mass", a.rule, kv.H);
-  check_lengths("attention_mass", kv, a.lengths);
+  check_lengths("attention_mass", "seq_lens", kv, a.seq_lens);
   const auto entries_of = [&](int64_t b, int64_t h, int64_t t) {
     const int32_t* list = a.rule.lists ? a.rule.lists + b * a.rule.list_stride0 + h * a.rule.list_stride1 : nullptr;
     return entries(a.rule, a.rule.windows[h], list, a.rule.local_start ? a.rule.local_start[b] : 0, t, kv.P,
@@ -380,7 +380,7 @@ void mass_typed(const MassArgs& a) {
     if (a.rule.local_start && a.rule.local_start[b] < 0)
       fail_range("attention_mass: local_start", a.rule.local_start[b], 0, kDense, b);
     for (int64_t h = 0; h < kv.H; ++h)
-      for (int64_t t = std::max<int64_t>(0, a.lengths[b] - a.T); t < a.lengths[b]; ++t)
+      for (int64_t t = std::max<int64_t>(0, a.seq_lens[b] - a.T); t < a.seq_lens[b]; ++t)
         check_entries("attention_mass", kv, a.rule, entries_of(b, h, t), b, h);
   }
   parallel_for(kv.B * kv.H, 1, [&](int64_t begin, int64_t end) {
@@ -390,8 +390,8 @@ void mass_typed(const MassArgs& a) {
       const int64_t b = i / kv.H, h = i % kv.H;
       float* mass = a.mass + i * tokens;
       std::fill_n(mass, tokens, 0.0f);
-      for (int64_t row = std::max<int64_t>(0, a.T - a.lengths[b]); row < a.T; ++row) {
-        const int64_t t = a.lengths[b] - a.T + row;
+      for (int64_t row = std::max<int64_t>(0, a.T - a.seq_lens[b]); row < a.T; ++row) {
+        const int64_t t = a.seq_lens[b] - a.T + row;
         const float* lse = a.lse + ((b * a.T + row) * kv.H + h) * G;
         if (std::all_of(lse, lse + G, [](float x) { return x == -kInf; })) continue;
         load_query(static_cast<const T*>(a.q.data) + b * a.q.stride0 + row * a.q.stride1 + h * G * a.q.stride2, a.q.stride2, G,

@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kMaxD = 256;
 
 // The rows of one page: the first `split` from one place, the rest from another. So a page is sealed straight from
-// where its tokens lie, the raw buffer and the new keys.
+// where its tokens lie, the residual buffer and the new keys.
 template <class T>
 struct Rows {
   const T* old;
@@ -153,19 +153,19 @@ std::vector<Span> plan(const AppendArgs& a) {
   std::vector<Span> spans(kv.B);
   std::unordered_set<int64_t> taken;  // slots that this call seals into
   int64_t units = 0;
-  check_range("append_kv: cu_seqlens", a.cu_seqlens[0], 0, 0, 0);
-  check_range("append_kv: cu_seqlens", a.cu_seqlens[kv.B], a.N, a.N, kv.B);
+  check_range("append_kv: cu_seqlens_k", a.cu_seqlens_k[0], 0, 0, 0);
+  check_range("append_kv: cu_seqlens_k", a.cu_seqlens_k[kv.B], a.N, a.N, kv.B);
   for (int64_t b = 0; b < kv.B; ++b) {
-    check_range("append_kv: cu_seqlens", a.cu_seqlens[b], 0, a.N, b);
-    check_range("append_kv: cu_seqlens", a.cu_seqlens[b + 1], a.cu_seqlens[b], a.N, b + 1);
-    const int64_t count = a.cu_seqlens[b + 1] - a.cu_seqlens[b], before = a.lengths[b], after = before + count;
-    check_range("append_kv: lengths", before, 0, INT32_MAX - count, b);
+    check_range("append_kv: cu_seqlens_k", a.cu_seqlens_k[b], 0, a.N, b);
+    check_range("append_kv: cu_seqlens_k", a.cu_seqlens_k[b + 1], a.cu_seqlens_k[b], a.N, b + 1);
+    const int64_t count = a.cu_seqlens_k[b + 1] - a.cu_seqlens_k[b], before = a.context_lens[b], after = before + count;
+    check_range("append_kv: context_lens", before, 0, INT32_MAX - count, b);
     check_range("append_kv: sealed", kv.sealed[b], std::max<int64_t>(before / kv.P - 1, 0), before / kv.P, b);
     const int64_t unsealed = std::max<int64_t>(kv.sealed[b], after / kv.P - 1);
     if (unsealed > kv.sealed[b] && unsealed > kv.M)
       throw std::runtime_error("lserve_ext::append_kv: slot_table: expected at least " + std::to_string(unsealed) +
                                " columns, got " + std::to_string(kv.M));
-    spans[b] = {before, after, a.cu_seqlens[b], kv.sealed[b], unsealed, units};
+    spans[b] = {before, after, a.cu_seqlens_k[b], kv.sealed[b], unsealed, units};
     units += (unsealed - kv.sealed[b]) * kv.H;
     for (int64_t h = 0; h < kv.H; ++h)
       for (int64_t p = kv.sealed[b]; p < unsealed; ++p) {
@@ -187,14 +187,14 @@ void seal_page(const AppendArgs& a, const Span& s, int64_t b, int64_t h, int64_t
   const Paged& kv = a.kv;
   const int64_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + p];
   if (slot < 0) return;  // a streaming head's page that is already past
-  const int64_t raw = b * kv.raw_stride0 + h * kv.raw_stride1 + p % 2 * kv.P * kv.D;
+  const int64_t residual = b * kv.residual_stride0 + h * kv.residual_stride1 + p % 2 * kv.P * kv.D;
   const int64_t split = std::clamp<int64_t>(s.before - p * kv.P, 0, kv.P);
   const int64_t row = s.first_row + p * kv.P + split - s.before;
-  const auto rows = [&](const void* raw_x, const View& x) {
-    return Rows<T>{static_cast<const T*>(raw_x) + raw, kv.D, split,
+  const auto rows = [&](const void* residual_x, const View& x) {
+    return Rows<T>{static_cast<const T*>(residual_x) + residual, kv.D, split,
                    static_cast<const T*>(x.data) + row * x.stride0 + h * x.stride1, x.stride0};
   };
-  const Rows<T> k = rows(kv.raw_k, a.k), v = rows(kv.raw_v, a.v);
+  const Rows<T> k = rows(kv.residual_k, a.k), v = rows(kv.residual_v, a.v);
   T* stats = nullptr;
   if (kv.stats) {
     const int64_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + p];
@@ -215,14 +215,14 @@ void seal_page(const AppendArgs& a, const Span& s, int64_t b, int64_t h, int64_t
 template <class T>
 void write_raw(const AppendArgs& a, const Span& s, int64_t b, int64_t h) {
   const Paged& kv = a.kv;
-  const int64_t raw = b * kv.raw_stride0 + h * kv.raw_stride1;
-  const auto write = [&](void* raw_x, const View& x, int64_t t) {
-    std::memcpy(static_cast<T*>(raw_x) + raw + t % (2 * kv.P) * kv.D,
+  const int64_t residual = b * kv.residual_stride0 + h * kv.residual_stride1;
+  const auto write = [&](void* residual_x, const View& x, int64_t t) {
+    std::memcpy(static_cast<T*>(residual_x) + residual + t % (2 * kv.P) * kv.D,
                 static_cast<const T*>(x.data) + (s.first_row + t - s.before) * x.stride0 + h * x.stride1, kv.D * sizeof(T));
   };
   for (int64_t t = std::max(s.before, s.unsealed * kv.P); t < s.after; ++t) {
-    write(kv.raw_k, a.k, t);
-    write(kv.raw_v, a.v, t);
+    write(kv.residual_k, a.k, t);
+    write(kv.residual_v, a.v, t);
   }
 }
 
@@ -288,7 +288,7 @@ void dequantize_kv(const DequantizeArgs& a) {
   });
 }
 
-// Seals first and writes raw rows second: a page must be sealed before newer tokens overwrite its rows.
+// Seals first and writes rows of the residual buffer second: a page must be sealed before newer tokens overwrite its rows.
 void append_kv(const AppendArgs& a) {
   const std::vector<Span> spans = plan(a);
   const Paged& kv = a.kv;

@@ -179,21 +179,23 @@ class Prefill {
   }
 
  private:
-  int64_t held(int64_t b) const { return a_.lengths ? a_.lengths[b] : 0; }
+  int64_t held(int64_t b) const { return a_.context_lens ? a_.context_lens[b] : 0; }
 
   void check() const {
     check_windows("prefill", a_.rule, kv_.H);
-    if (a_.lengths) check_lengths("prefill", kv_, a_.lengths);
+    if (a_.context_lens) check_lengths("prefill", "context_lens", kv_, a_.context_lens);
     for (int64_t b = 0; b < kv_.B; ++b)
-      check_range("prefill: lengths", held(b), 0, INT32_MAX - std::max<int64_t>(0, a_.cu_k[b + 1] - a_.cu_k[b]), b);
-    check_range("prefill: cu_q", a_.cu_q[0], 0, 0, 0);
-    check_range("prefill: cu_k", a_.cu_k[0], 0, 0, 0);
+      check_range("prefill: context_lens", held(b), 0,
+                  INT32_MAX - std::max<int64_t>(0, a_.cu_seqlens_k[b + 1] - a_.cu_seqlens_k[b]), b);
+    check_range("prefill: cu_seqlens_q", a_.cu_seqlens_q[0], 0, 0, 0);
+    check_range("prefill: cu_seqlens_k", a_.cu_seqlens_k[0], 0, 0, 0);
     for (int64_t b = 0; b < kv_.B; ++b) {
-      check_range("prefill: cu_q", a_.cu_q[b + 1], a_.cu_q[b], a_.Nq, b + 1);
-      check_range("prefill: cu_k", a_.cu_k[b + 1], a_.cu_k[b] + (a_.cu_q[b + 1] - a_.cu_q[b]), a_.Nk, b + 1);
+      check_range("prefill: cu_seqlens_q", a_.cu_seqlens_q[b + 1], a_.cu_seqlens_q[b], a_.Nq, b + 1);
+      check_range("prefill: cu_seqlens_k", a_.cu_seqlens_k[b + 1],
+                  a_.cu_seqlens_k[b] + (a_.cu_seqlens_q[b + 1] - a_.cu_seqlens_q[b]), a_.Nk, b + 1);
     }
-    check_range("prefill: cu_q", a_.cu_q[kv_.B], a_.Nq, a_.Nq, kv_.B);
-    check_range("prefill: cu_k", a_.cu_k[kv_.B], a_.Nk, a_.Nk, kv_.B);
+    check_range("prefill: cu_seqlens_q", a_.cu_seqlens_q[kv_.B], a_.Nq, a_.Nq, kv_.B);
+    check_range("prefill: cu_seqlens_k", a_.cu_seqlens_k[kv_.B], a_.Nk, a_.Nk, kv_.B);
   }
 
   // Cuts the queries into tiles. Within a tile of a head with a window or a list all queries lie in one page, so
@@ -202,8 +204,8 @@ class Prefill {
     const int64_t P = kv_.P;
     for (int64_t b = 0; b < kv_.B; ++b)
       for (int64_t h = 0; h < kv_.H; ++h) {
-        const int64_t count = a_.cu_q[b + 1] - a_.cu_q[b];
-        const int64_t start = held(b) + (a_.cu_k[b + 1] - a_.cu_k[b]) - count;
+        const int64_t count = a_.cu_seqlens_q[b + 1] - a_.cu_seqlens_q[b];
+        const int64_t start = held(b) + (a_.cu_seqlens_k[b + 1] - a_.cu_seqlens_k[b]) - count;
         const int32_t window = a_.rule.windows[h];
         for (int64_t first = 0, size; first < count; first += size) {
           const int64_t position = start + first, page = position / P;
@@ -218,7 +220,7 @@ class Prefill {
           const int64_t unsealed = window == 0 ? page : std::max<int64_t>(0, page - 1);
           const Entries pages = entries(a_.rule, window, list, page, position + size - 1, P, window == kDense ? 0 : unsealed);
           check_list("prefill", a_.rule, pages, b, h);
-          if (a_.lengths) check_entries("prefill", kv_, a_.rule, pages, b, h);
+          if (a_.context_lens) check_entries("prefill", kv_, a_.rule, pages, b, h);
           tiles_.push_back({b, h, first, size, position, pages});
         }
       }
@@ -226,7 +228,8 @@ class Prefill {
 
   void attend(const Tile& tile, Scratch& scratch) const {
     const int64_t G = a_.G, rows = (tile.count + kRows - 1) / kRows * kRows;
-    const T* q = static_cast<const T*>(a_.q.data) + (a_.cu_q[tile.b] + tile.first) * a_.q.stride0 + tile.h * G * a_.q.stride1;
+    const T* q =
+        static_cast<const T*>(a_.q.data) + (a_.cu_seqlens_q[tile.b] + tile.first) * a_.q.stride0 + tile.h * G * a_.q.stride1;
     for (int64_t g = 0; g < G; ++g)
       for (int64_t i = 0; i < rows; ++i) {
         float* row = scratch.q.get() + (g * kQueries + i) * D_;
@@ -255,7 +258,7 @@ class Prefill {
 
     for (int64_t g = 0; g < G; ++g)
       for (int64_t i = 0; i < tile.count; ++i) {
-        const int64_t row = (a_.cu_q[tile.b] + tile.first + i) * kv_.H * G + tile.h * G + g;
+        const int64_t row = (a_.cu_seqlens_q[tile.b] + tile.first + i) * kv_.H * G + tile.h * G + g;
         const float total = scratch.sum[g * kQueries + i];
         store_row(scratch.out.get() + (g * kQueries + i) * D_, D_, total == 0 ? 0.0f : 1.0f / total,
                   static_cast<T*>(a_.out) + row * D_);
@@ -263,7 +266,7 @@ class Prefill {
       }
   }
 
-  // Where the tokens change from pool to raw buffer, from there to the new ones, or wrap around in the raw buffer.
+  // Where the tokens change from pool to residual buffer, from there to the new ones, or wrap around in the residual buffer.
   int64_t segment_end(int64_t b, int64_t position) const {
     if (position >= held(b)) return INT64_MAX;
     return std::min((position / kv_.P + 1) * kv_.P, held(b));
@@ -276,9 +279,9 @@ class Prefill {
       run = cached_run(kv_, tile.b, tile.h, position, count);
       if (run.count == 0) return false;
     } else {
-      const int64_t token = a_.cu_k[tile.b] + position - held(tile.b);
+      const int64_t token = a_.cu_seqlens_k[tile.b] + position - held(tile.b);
       run = Run{};
-      run.raw = true;
+      run.floating = true;
       run.k = static_cast<const T*>(a_.k.data) + token * a_.k.stride0 + tile.h * a_.k.stride1;
       run.v = static_cast<const T*>(a_.v.data) + token * a_.v.stride0 + tile.h * a_.v.stride1;
       run.k_stride = a_.k.stride0, run.v_stride = a_.v.stride0;
@@ -287,7 +290,7 @@ class Prefill {
       float* k = scratch.rows.get() + (at_key + i) % 16 * D_;
       float* v = scratch.v.get() + (at_key + i) * D_;
       scratch.position[at_key + i] = position + i;
-      if (run.raw) {
+      if (run.floating) {
         load_row(static_cast<const T*>(run.k) + i * run.k_stride, D_, 1.0f, k);
         load_row(static_cast<const T*>(run.v) + i * run.v_stride, D_, kHeadroom, v);
       } else {

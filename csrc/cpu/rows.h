@@ -10,7 +10,7 @@ namespace lserve::cpu {
 // Tokens that lie one after another in one page: `count` rows from `position` on.
 struct Run {
   int64_t position, count;
-  bool raw;           // in the model's dtype, from the raw buffer or the new tokens
+  bool floating;      // in the model's dtype, from the residual buffer or the new tokens
   const void *k, *v;  // [count, D]
   int64_t k_stride, v_stride;
   const void* stats;                 // [P/L, 2, D] of the page, if its codes lie on that grid
@@ -31,10 +31,10 @@ inline Run cached_run(const Paged& kv, int64_t b, int64_t h, int64_t position, i
   run.position = position, run.count = count, run.offset = offset;
   run.k_stride = run.v_stride = kv.D;
   if (page >= kv.sealed[b]) {
-    const int64_t row = b * kv.raw_stride0 + h * kv.raw_stride1 + position % (2 * kv.P) * kv.D;
-    run.raw = true;
-    run.k = at(kv.raw_k, row, width(kv.dtype));
-    run.v = at(kv.raw_v, row, width(kv.dtype));
+    const int64_t row = b * kv.residual_stride0 + h * kv.residual_stride1 + position % (2 * kv.P) * kv.D;
+    run.floating = true;
+    run.k = at(kv.residual_k, row, width(kv.dtype));
+    run.v = at(kv.residual_v, row, width(kv.dtype));
     return run;
   }
   const int64_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + page];
@@ -43,10 +43,10 @@ inline Run cached_run(const Paged& kv, int64_t b, int64_t h, int64_t position, i
     run.count = 0;
     return run;
   }
-  run.raw = kv.kv_dtype != Dtype::u8;
+  run.floating = kv.kv_dtype != Dtype::u8;
   run.k = at(kv.k_pool, slot * kv.k_stride + offset * kv.D, width(kv.kv_dtype));
   run.v = at(kv.v_pool, slot * kv.v_stride + offset * kv.D, width(kv.kv_dtype));
-  if (!run.raw) {
+  if (!run.floating) {
     const float* scales = kv.scales + slot * kv.scales_stride;
     run.v_scales = scales + offset * 2;
     if (kv.stats) run.stats = at(kv.stats, block * kv.stats_stride, width(kv.dtype));
@@ -57,11 +57,11 @@ inline Run cached_run(const Paged& kv, int64_t b, int64_t h, int64_t position, i
 
 // ---- checks, before any work: kernels read tables without looking
 
-inline void check_lengths(const std::string& op, const Paged& kv, const int32_t* lengths) {
-  const int64_t raw = kv.raw_k ? 2 * kv.P : 0;
+inline void check_lengths(const std::string& op, const char* name, const Paged& kv, const int32_t* lengths) {
+  const int64_t residual = kv.residual_k ? 2 * kv.P : 0;
   for (int64_t b = 0; b < kv.B; ++b) {
-    if (lengths[b] < 0 || lengths[b] > kv.M * kv.P) fail_range((op + ": lengths").c_str(), lengths[b], 0, kv.M * kv.P, b);
-    const int64_t least = std::max<int64_t>(0, (lengths[b] - raw + kv.P - 1) / kv.P);  // all but the raw buffer's
+    if (lengths[b] < 0 || lengths[b] > kv.M * kv.P) fail_range((op + ": " + name).c_str(), lengths[b], 0, kv.M * kv.P, b);
+    const int64_t least = std::max<int64_t>(0, (lengths[b] - residual + kv.P - 1) / kv.P);  // all but the residual buffer's
     if (kv.sealed[b] < least || kv.sealed[b] > kv.M) fail_range((op + ": sealed").c_str(), kv.sealed[b], least, kv.M, b);
   }
 }

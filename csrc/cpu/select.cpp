@@ -119,11 +119,11 @@ void page_scores(const PageScoresArgs& a) {
 
 void select_pages(const SelectPagesArgs& a) {
   for (int64_t b = 0; b < a.B; ++b) {
-    check_range("select_pages: lengths", a.lengths[b], 0, INT32_MAX, b);
+    check_range("select_pages: seq_lens", a.seq_lens[b], 0, INT32_MAX, b);
     check_range("select_pages: sealed", a.sealed[b], 0, a.M, b);
   }
   for (int64_t b = 0; b < a.B; ++b) {
-    const int64_t page = (a.lengths[b] + a.P - 1) / a.P - 1;  // of the query; -1 if the sequence is empty
+    const int64_t page = (a.seq_lens[b] + a.P - 1) / a.P - 1;  // of the query; -1 if the sequence is empty
     const int64_t window = std::min<int64_t>(page - a.local + 1, a.sealed[b]);
     a.local_start[b] = static_cast<int32_t>(std::max<int64_t>(window, 0));
   }
@@ -136,16 +136,14 @@ void select_pages(const SelectPagesArgs& a) {
 
 void select_tokens(const SelectTokensArgs& a) {
   for (int64_t b = 0; b < a.B; ++b) {
-    check_range("select_tokens: lengths", a.lengths[b], 0, INT32_MAX, b);
+    check_range("select_tokens: seq_lens", a.seq_lens[b], 0, INT32_MAX, b);
     check_range("select_tokens: sealed", a.sealed[b], 0, a.width / a.P, b);
+    check_range("select_tokens: counts", a.counts[b], 0, INT32_MAX, b);
   }
-  // Half of the budget. std::nearbyint rounds a half to even, as Python's round does.
-  const auto picks = [&](int64_t b) {
-    return static_cast<int64_t>(std::clamp(std::nearbyint(a.lengths[b] * a.ratio / 2), 0.0, static_cast<double>(a.K)));
-  };
+  const auto picks = [&](int64_t b) { return std::min<int64_t>(a.counts[b], a.K); };
   for (int64_t b = 0; b < a.B; ++b) {
-    const int64_t n = a.lengths[b], raw = n - a.sealed[b] * a.P;
-    a.local_start[b] = static_cast<int32_t>(std::max<int64_t>(n - std::max(picks(b), raw), 0));
+    const int64_t n = a.seq_lens[b], residual = n - a.sealed[b] * a.P;
+    a.local_start[b] = static_cast<int32_t>(std::max<int64_t>(n - std::max(picks(b), residual), 0));
   }
   parallel_for(a.B * a.H, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)

@@ -47,9 +47,9 @@ struct Sequence {
     }
     const int P = static_cast<int>(kv.P), page = position / P, offset = position - page * P;
     if (page >= kv.sealed[b]) {
-      const int64_t at = b * kv.raw_stride0 + h * kv.raw_stride1 + position % (2 * P) * kv.D;
-      row.k = static_cast<const T*>(kv.raw_k) + at;
-      row.v = static_cast<const T*>(kv.raw_v) + at;
+      const int64_t at = b * kv.residual_stride0 + h * kv.residual_stride1 + position % (2 * P) * kv.D;
+      row.k = static_cast<const T*>(kv.residual_k) + at;
+      row.v = static_cast<const T*>(kv.residual_v) + at;
       return row;
     }
     const int64_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + page];
@@ -78,8 +78,8 @@ struct Sequence {
 // The tokens that a query attends, ascending and counted from 0: those of the pools, then those in the model's dtype.
 struct Tokens {
   Entries entries;
-  int unit, last;  // tokens of an entry; the newest position that may be attended
-  int count, raw;  // tokens of all entries, of which the first `raw` lie in sealed pages
+  int unit, last;     // tokens of an entry; the newest position that may be attended
+  int count, sealed;  // tokens of all entries, of which the first `sealed` lie in sealed pages
 
   __device__ Tokens(const Entries& e, const Rule& rule, int64_t P, int64_t sealed, int64_t last)
       : entries(e), unit(static_cast<int>(rule.unit)), last(static_cast<int>(last)) {
@@ -92,7 +92,7 @@ struct Tokens {
       else after = middle;
     }
     count = entries * unit;
-    raw = before * unit;
+    sealed = before * unit;
   }
 
   __device__ int position(int i) const { return static_cast<int>(entries[i / unit]) * unit + i % unit; }

@@ -32,7 +32,7 @@ __host__ __device__ inline int split_tokens(const Rule& rule, int tokens) {
 // What the query of (b, h) attends.
 __device__ __forceinline__ Tokens decode_tokens(const DecodeArgs& a, int b, int h) {
   const Rule& rule = a.rule;
-  const int64_t t = a.lengths[b] - 1, sealed = a.kv.sealed[b];
+  const int64_t t = a.seq_lens[b] - 1, sealed = a.kv.sealed[b];
   Entries e;
   if (t >= 0) {
     e = entries(rule, rule.windows[h], rule.lists ? rule.lists + b * rule.list_stride0 + h * rule.list_stride1 : nullptr,
@@ -156,8 +156,8 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
 
   const T* const queries = static_cast<const T*>(a.q.data) + b * a.q.stride0 + head * a.q.stride1;
   const auto query = [&](int row) { return row < heads ? queries + row * a.q.stride1 : nullptr; };
-  const Sequence<T> sequence{a.kv, b, h, a.lengths[b]};
-  const int raw = kStorage == Storage::plain ? first : max(first, min(last, tokens.raw));
+  const Sequence<T> sequence{a.kv, b, h, a.seq_lens[b]};
+  const int boundary = kStorage == Storage::plain ? first : max(first, min(last, tokens.sealed));
   const float scale = a.scale * kLog2e;
   State<T, kD> state;
 
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
 
   if constexpr (kStorage != Storage::plain) {
     constexpr bool kGroups = kStorage == Storage::codes_of_groups;
-    if (first < raw) {
+    if (first < boundary) {
       load_queries<kGroup, true>(q, D, query);
       typename Rings::Codes ring{reinterpret_cast<uint8_t*>(data), tables};
       float total[2] = {};  // of q: k = min + step * code gives q · k = min * total + step * q · code
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
         }
         for (float& x : total) x = over_quad(x, [](float a, float b) { return a + b; });
       }
-      ring.run(sequence, tokens, first, raw, D, [&](const auto& tile) {
+      ring.run(sequence, tokens, first, boundary, D, [&](const auto& tile) {
         attend(Coded<T, kD, kGroups>{tile.k, tile.v, tile.grids + warp * 2 * kD}, tile.table, [&](float s, int key, int r) {
           return kGroups ? s : fmaf(tile.table.k_grid[key].x, s, tile.table.k_grid[key].y * total[r]);
         });
@@ -210,10 +210,10 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
       natural_order(state);
     }
   }
-  if (raw < last) {
+  if (boundary < last) {
     load_queries<kGroup, false>(q, D, query);
     const typename Rings::Values ring{reinterpret_cast<T*>(data), tables};
-    ring.run(sequence, tokens, raw, last, D,
+    ring.run(sequence, tokens, boundary, last, D,
              [&](const auto& tile) { attend(Plain<T, kD>{tile.k, tile.v}, tile.table, [](float s, int, int) { return s; }); });
   }
 
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (first >= last) return;
   const float* const q = load_query(static_cast<const T*>(a.q.data) + b * a.q.stride0 + head * a.q.stride1, D);
   const int64_t partial = (static_cast<int64_t>(b) * heads + head) * partials.splits + split;
-  const float lse = attend_warp(Sequence<T>{a.kv, b, h, a.lengths[b]}, tokens, first, last, q, D, a.scale,
+  const float lse = attend_warp(Sequence<T>{a.kv, b, h, a.seq_lens[b]}, tokens, first, last, q, D, a.scale,
                                 [&](int d, float x) { partials.out[partial * D + d] = x; });
   if (threadIdx.x % 32 == 0) partials.lse[partial] = lse;
 }

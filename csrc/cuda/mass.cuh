@@ -37,7 +37,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) mass_kernel(const __grid_constant__ MassArgs a) {
   const int key = threadIdx.x % kKeys, half = threadIdx.x / kKeys, h = blockIdx.y, b = blockIdx.z;
   const int position = blockIdx.x * kKeys + key, tokens = static_cast<int>(a.kv.M * a.kv.P);
-  const int D = static_cast<int>(a.kv.D), G = static_cast<int>(a.G), length = a.lengths[b];
+  const int D = static_cast<int>(a.kv.D), G = static_cast<int>(a.G), length = a.seq_lens[b];
   const int first = max(0, length - static_cast<int>(a.T));  // the oldest query
   const int32_t window = a.rule.windows[h];
 

@@ -14,7 +14,7 @@ namespace lserve::cuda {
 
 constexpr int kPageThreads = 128;
 
-// The rows of one page: the first `split` from the raw buffer, the rest from the new tokens.
+// The rows of one page: the first `split` from the residual buffer, the rest from the new tokens.
 template <typename T>
 struct PageRows {
   const T* old;    // row stride D
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kPageThreads, 4) dequantize_kernel(const __gri
 __host__ __device__ inline int64_t append_blocks_before(int64_t b, int64_t tokens, int P) { return tokens / P + 2 * b; }
 
 // A block of threads takes one page of one (sequence, kv head) and seals it if P tokens follow it now. The first two of a
-// sequence take the pages that the raw buffer may hold, and write, once these are sealed, the new raw rows of their half
+// sequence take the pages that the residual buffer may hold, and write, once these are sealed, the new rows of their half
 // of the buffer: nobody else reads or writes it.
 template <typename T, int N>
 __global__ void __launch_bounds__(kPageThreads, 4) append_kernel(const __grid_constant__ AppendArgs a) {
@@ -235,23 +235,24 @@ __global__ void __launch_bounds__(kPageThreads, 4) append_kernel(const __grid_co
   int b = 0;  // the last sequence whose blocks begin at or before this one
   for (int end = static_cast<int>(kv.B); b + 1 < end;) {
     const int middle = (b + end) / 2;
-    if (append_blocks_before(middle, a.cu_seqlens[middle], P) <= blockIdx.x) b = middle;
+    if (append_blocks_before(middle, a.cu_seqlens_k[middle], P) <= blockIdx.x) b = middle;
     else end = middle;
   }
-  const int own = static_cast<int>(blockIdx.x - append_blocks_before(b, a.cu_seqlens[b], P));
+  const int own = static_cast<int>(blockIdx.x - append_blocks_before(b, a.cu_seqlens_k[b], P));
   if (own < 0) return;  // tokens before those of the first sequence
-  const int before = a.lengths[b], after = before + a.cu_seqlens[b + 1] - a.cu_seqlens[b], sealed = kv.sealed[b];
+  const int before = a.context_lens[b], after = before + a.cu_seqlens_k[b + 1] - a.cu_seqlens_k[b], sealed = kv.sealed[b];
   const int unsealed = max(sealed, after / P - 1), page = before / P - 1 + own;  // of the pages, once this is done
-  const int64_t raw = b * kv.raw_stride0 + h * kv.raw_stride1;
-  const T* const new_k = static_cast<const T*>(a.k.data) + a.cu_seqlens[b] * a.k.stride0 + h * a.k.stride1;
-  const T* const new_v = static_cast<const T*>(a.v.data) + a.cu_seqlens[b] * a.v.stride0 + h * a.v.stride1;
+  const int64_t residual = b * kv.residual_stride0 + h * kv.residual_stride1;
+  const T* const new_k = static_cast<const T*>(a.k.data) + a.cu_seqlens_k[b] * a.k.stride0 + h * a.k.stride1;
+  const T* const new_v = static_cast<const T*>(a.v.data) + a.cu_seqlens_k[b] * a.v.stride0 + h * a.v.stride1;
 
   const int64_t slot = page >= sealed && page < unsealed ? kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + page] : -1;
   if (slot >= 0) {  // else it is past already for a streaming head, or not due
     const int split = max(0, min(before - page * P, P));
-    const int64_t first = page * static_cast<int64_t>(P) + split - before, half = raw + static_cast<int64_t>(page % 2) * P * D;
-    const PageRows<T> k{static_cast<const T*>(kv.raw_k) + half, new_k + first * a.k.stride0, a.k.stride0, split, D};
-    const PageRows<T> v{static_cast<const T*>(kv.raw_v) + half, new_v + first * a.v.stride0, a.v.stride0, split, D};
+    const int64_t first = page * static_cast<int64_t>(P) + split - before,
+                  half = residual + static_cast<int64_t>(page % 2) * P * D;
+    const PageRows<T> k{static_cast<const T*>(kv.residual_k) + half, new_k + first * a.k.stride0, a.k.stride0, split, D};
+    const PageRows<T> v{static_cast<const T*>(kv.residual_v) + half, new_v + first * a.v.stride0, a.v.stride0, split, D};
     PageOut<T> out{};
     out.P = P, out.L = static_cast<int>(kv.L), out.D = D;
     if (kv.stats) {
@@ -274,9 +275,9 @@ __global__ void __launch_bounds__(kPageThreads, 4) append_kernel(const __grid_co
   for (int i = threadIdx.x; i < (after - first) * parts; i += kPageThreads) {
     const int t = first + i / parts, d = i % parts * N;
     if ((t / P - page) % 2 != 0) continue;
-    const int64_t to = raw + static_cast<int64_t>(t % (2 * P)) * D + d;
-    store_vector(static_cast<T*>(kv.raw_k) + to, load_vector<T, N>(new_k + (t - before) * a.k.stride0 + d));
-    store_vector(static_cast<T*>(kv.raw_v) + to, load_vector<T, N>(new_v + (t - before) * a.v.stride0 + d));
+    const int64_t to = residual + static_cast<int64_t>(t % (2 * P)) * D + d;
+    store_vector(static_cast<T*>(kv.residual_k) + to, load_vector<T, N>(new_k + (t - before) * a.k.stride0 + d));
+    store_vector(static_cast<T*>(kv.residual_v) + to, load_vector<T, N>(new_v + (t - before) * a.v.stride0 + d));
   }
 }
 

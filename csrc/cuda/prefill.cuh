@@ -25,18 +25,19 @@ __host__ __device__ inline int64_t tiles_before(int64_t b, int64_t queries, int 
   return queries * tiles_of_span(span) / span + 2 * tiles_of_span(span) * b;
 }
 
-__device__ __forceinline__ int held_tokens(const PrefillArgs& a, int b) { return a.lengths ? a.lengths[b] : 0; }
+__device__ __forceinline__ int held_tokens(const PrefillArgs& a, int b) { return a.context_lens ? a.context_lens[b] : 0; }
 
 __device__ __forceinline__ QueryTile query_tile(const PrefillArgs& a, int index, int32_t window) {
   const int span = tile_span(window, a.kv.P), per_span = tiles_of_span(span);
   int b = 0;  // the last sequence whose tiles begin at or before index
   for (int end = static_cast<int>(a.kv.B); b + 1 < end;) {
     const int middle = (b + end) / 2;
-    if (tiles_before(middle, a.cu_q[middle], span) <= index) b = middle;
+    if (tiles_before(middle, a.cu_seqlens_q[middle], span) <= index) b = middle;
     else end = middle;
   }
-  const int own = index - static_cast<int>(tiles_before(b, a.cu_q[b], span)), queries = a.cu_q[b + 1] - a.cu_q[b];
-  const int start = held_tokens(a, b) + (a.cu_k[b + 1] - a.cu_k[b]) - queries;
+  const int own = index - static_cast<int>(tiles_before(b, a.cu_seqlens_q[b], span)),
+            queries = a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b];
+  const int start = held_tokens(a, b) + (a.cu_seqlens_k[b + 1] - a.cu_seqlens_k[b]) - queries;
   const int origin = window == kDense ? start : start / span * span;  // spans are counted from here
   const int begin = origin + own / per_span * span, offset = own % per_span * kQueries;
   const int first = max(begin + offset, start);
@@ -55,7 +56,7 @@ __device__ __forceinline__ Tokens prefill_tokens(const PrefillArgs& a, const Que
   // The newest P to 2P - 1 tokens before a query are unsealed when it is decoded, so always attended.
   const int64_t unsealed = window == kDense ? 0 : window == 0 ? page : max(page - 1, 0);
   const Entries e = entries(a.rule, window, list, page, last, P, unsealed);
-  return Tokens(e, a.rule, P, a.lengths ? a.kv.sealed[tile.b] : 0, last);
+  return Tokens(e, a.rule, P, a.context_lens ? a.kv.sealed[tile.b] : 0, last);
 }
 
 template <typename T>
@@ -64,8 +65,8 @@ __device__ __forceinline__ Sequence<T> prefill_sequence(const PrefillArgs& a, in
           b,
           h,
           held_tokens(a, b),
-          static_cast<const T*>(a.k.data) + a.cu_k[b] * a.k.stride0 + h * a.k.stride1,
-          static_cast<const T*>(a.v.data) + a.cu_k[b] * a.v.stride0 + h * a.v.stride1,
+          static_cast<const T*>(a.k.data) + a.cu_seqlens_k[b] * a.k.stride0 + h * a.k.stride1,
+          static_cast<const T*>(a.v.data) + a.cu_seqlens_k[b] * a.v.stride0 + h * a.v.stride1,
           a.k.stride0,
           a.v.stride0};
 }
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
   KeyTable* const tables = shared.take<KeyTable>(Rings::kTables);
   char* const data = shared.take<char>(Rings::template kData<kInt8>);
 
-  const int64_t first_row = a.cu_q[tile.b] + tile.first;
+  const int64_t first_row = a.cu_seqlens_q[tile.b] + tile.first;
   const T* const queries = static_cast<const T*>(a.q.data) + first_row * a.q.stride0 + head * a.q.stride1;
   load_queries<kQueries, false>(q, D, [&](int row) { return row < tile.count ? queries + row * a.q.stride0 : nullptr; });
 
@@ -192,19 +193,19 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
     state.template add<kKeys>(s, source, 0);
   };
 
-  const int raw = kInt8 ? tokens.raw : 0;
+  const int boundary = kInt8 ? tokens.sealed : 0;
   if constexpr (kInt8) {
     const typename Rings::Codes ring{reinterpret_cast<uint8_t*>(data), tables};
     const Rows<T, kD> k{reinterpret_cast<T*>(data + Rings::Codes::kBytes)};
     const Rows<T, kD> v{reinterpret_cast<T*>(data + Rings::Codes::kBytes + Rings::kTile)};
-    ring.run(sequence, tokens, 0, raw, D, [&](const auto& codes) {
+    ring.run(sequence, tokens, 0, boundary, D, [&](const auto& codes) {
       dequantize(codes.k, codes.v, codes.table, D, k, v);
       __syncthreads();
       attend({k, v}, codes.table, std::false_type{});  // sealed: older than all queries
     });
   }
   const typename Rings::Values ring{reinterpret_cast<T*>(data), tables};
-  ring.run(sequence, tokens, raw, tokens.count, D,
+  ring.run(sequence, tokens, boundary, tokens.count, D,
            [&](const auto& values) { attend({values.k, values.v}, values.table, std::true_type{}); });
 
 #pragma unroll
@@ -232,11 +233,11 @@ __global__ void __launch_bounds__(kThreads, 4) general_prefill_kernel(const __gr
   int b = 0;
   for (int end = static_cast<int>(a.kv.B); b + 1 < end;) {
     const int middle = (b + end) / 2;
-    if (a.cu_q[middle] <= row) b = middle;
+    if (a.cu_seqlens_q[middle] <= row) b = middle;
     else end = middle;
   }
-  const int first = static_cast<int>(row - a.cu_q[b]), queries = a.cu_q[b + 1] - a.cu_q[b];
-  const int start = held_tokens(a, b) + (a.cu_k[b + 1] - a.cu_k[b]) - queries;
+  const int first = static_cast<int>(row - a.cu_seqlens_q[b]), queries = a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b];
+  const int start = held_tokens(a, b) + (a.cu_seqlens_k[b + 1] - a.cu_seqlens_k[b]) - queries;
   const QueryTile tile{b, first, 1, start + first, start};
   const Tokens tokens = prefill_tokens(a, tile, h, a.rule.windows[h]);
   const float* const q = load_query(static_cast<const T*>(a.q.data) + row * a.q.stride0 + head * a.q.stride1, D);

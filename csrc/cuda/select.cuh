@@ -313,7 +313,7 @@ __device__ __forceinline__ void write_picks(const Choice& c, const Cut& cut, Sha
 
 // Pages between the sink and the window that is local for the newest token; unsealed pages are local too.
 __device__ __forceinline__ Choice choice(const SelectPagesArgs& a, int64_t b, int64_t h) {
-  const int page = (a.lengths[b] - 1) / static_cast<int>(a.P), K = static_cast<int>(a.K);  // page: the query's
+  const int page = (a.seq_lens[b] - 1) / static_cast<int>(a.P), K = static_cast<int>(a.K);  // page: the query's
   const int end = max(min(page - static_cast<int>(a.local) + 1, a.sealed[b]), 0);
   return {a.scores + b * a.score_stride0 + h * a.score_stride1,
           static_cast<int>(min(a.sink, static_cast<int64_t>(end))),
@@ -323,11 +323,10 @@ __device__ __forceinline__ Choice choice(const SelectPagesArgs& a, int64_t b, in
           K};
 }
 
-// Half of the budget of tokens goes to those with the greatest mass, the other half to local ones; unsealed tokens are
-// local too. A half is rounded to even, as on the CPU.
+// As many tokens are local as are picked; unsealed tokens are local too.
 __device__ __forceinline__ Choice choice(const SelectTokensArgs& a, int64_t b, int64_t h) {
-  const int tokens = a.lengths[b], raw = tokens - a.sealed[b] * static_cast<int>(a.P), K = static_cast<int>(a.K);
-  const int picks = min(static_cast<int>(rint(tokens * a.ratio / 2)), K), end = max(tokens - max(picks, raw), 0);
+  const int tokens = a.seq_lens[b], residual = tokens - a.sealed[b] * static_cast<int>(a.P), K = static_cast<int>(a.K);
+  const int picks = max(min(a.counts[b], K), 0), end = max(tokens - max(picks, residual), 0);
   return {a.mass + b * a.mass_stride0 + h * a.mass_stride1, 0, end, picks, a.tokens + (b * a.H + h) * K, K};
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..cache import Memory
+from ..blocks import Memory
 from ..config import SparseConfig
 from ..hf import SparseCache, cache_argument
 from . import metrics

@@ -1,7 +1,7 @@
 """transformers: `attn_implementation="lserve"` and a `Cache` for it.
 
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="lserve")
-    cache = SparseCache(model.config, SparseConfig.lserve(streaming="heads.json"))
+    cache = SparseCache(model.config, SparseConfig.lserve(streaming_heads="heads.json"))
     model.generate(**inputs, cache=cache)  # past_key_values=cache before transformers 5.24
 
 The model calls `cache.update(k, v, layer)` and hands its result on to the attention function untouched. So `update`

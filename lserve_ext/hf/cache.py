@@ -24,7 +24,8 @@ from transformers.cache_utils import (
 )
 
 from .. import heads, ops
-from ..cache import LayerCache, Memory
+from ..blocks import Memory
+from ..cache import LayerCache
 from ..config import SparseConfig
 from ..files import write_beside
 from ..heads import HeadPattern
@@ -163,19 +164,19 @@ class SparseLayer(CacheLayerMixin):
         self, state: dict[str, Tensor], kv_heads: int, head_dim: int | None, device: torch.device | str
     ) -> LayerCache:
         """A cache from what `LayerCache.state` gave, for that many heads (or a tensor parallel part of them)."""
-        raw, P = state.get("raw_k"), self.config.page_size
-        if raw is None or raw.dim() != 4 or not raw.is_floating_point():
-            raise ValueError(f"{self.index}.raw_k: expected [B, {kv_heads}, {2 * P}, D] of the model's dtype, got "
-                             f"{'none' if raw is None else f'{list(raw.shape)} of {raw.dtype}'}")  # fmt: skip
+        residual, P = state.get("residual_k"), self.config.page_size
+        name = f"{self.index}.residual_k"
+        if residual is None or residual.dim() != 4 or not residual.is_floating_point():
+            got = "none" if residual is None else f"{list(residual.shape)} of {residual.dtype}"
+            raise ValueError(f"{name}: expected [B, {kv_heads}, {2 * P}, D] of the model's dtype, got {got}")
         parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-        heads_fit = raw.shape[1] == kv_heads or (parallel and raw.shape[1] > 0 and kv_heads % raw.shape[1] == 0)
+        held = residual.shape[1]
+        heads_fit = held == kv_heads or (parallel and held > 0 and kv_heads % held == 0)
         D = None if head_dim is None else -(-head_dim // 16) * 16
-        if not heads_fit or raw.shape[2] != 2 * P or D not in (None, raw.shape[3]):
-            raise ValueError(
-                f"{self.index}.raw_k: expected [B, {kv_heads}, {2 * P}, {'D' if D is None else D}] for this model, got "
-                f"{list(raw.shape)}"
-            )
-        kv = self.make(raw[:, :, :0].to(device))
+        if not heads_fit or residual.shape[2] != 2 * P or D not in (None, residual.shape[3]):
+            wanted = f"[B, {kv_heads}, {2 * P}, {'D' if D is None else D}]"
+            raise ValueError(f"{name}: expected {wanted} for this model, got {list(residual.shape)}")
+        kv = self.make(residual[:, :, :0].to(device))
         try:
             kv.restore(state)
         except ValueError as error:
@@ -298,8 +299,8 @@ class SparseCache(Cache):
 
     def __init__(self, config: PretrainedConfig, sparse: SparseConfig | None = None) -> None:
         self.sparse = sparse if sparse is not None else SparseConfig.dense()
-        if isinstance(self.sparse.streaming, (str, os.PathLike)):  # a cache is whole without the file
-            self.sparse = self.sparse.replace(streaming=HeadPattern.load(self.sparse.streaming))
+        if isinstance(self.sparse.streaming_heads, (str, os.PathLike)):  # a cache is whole without the file
+            self.sparse = self.sparse.replace(streaming_heads=HeadPattern.load(self.sparse.streaming_heads))
         self._config = config.get_text_config(decoder=True)
         self._forward: _Forward | None = None
         self._used: set[int] | None = None  # layers that a whole forward has touched
@@ -321,7 +322,7 @@ class SparseCache(Cache):
                 f"layers are {kinds}{hint}"
             )
         kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        patterns = heads.resolve(self.sparse.streaming, len(layers), kv_heads, ours)
+        patterns = heads.resolve(self.sparse.streaming_heads, len(layers), kv_heads, ours)
         for i in ours:
             arguments = (self.sparse, text, patterns[i], i)
             if isinstance(layers[i], LinearAttentionLayer):
@@ -573,7 +574,7 @@ class SparseCache(Cache):
         return cache
 
 
-_FORMAT = 2  # of files
+_FORMAT = 3  # of files
 
 
 def _head_dim(config: PretrainedConfig) -> int | None:
@@ -622,5 +623,5 @@ def _local_heads(pattern: Sequence[bool] | bool, local: int) -> Sequence[bool]:
     local, while the model's config still holds the global ones."""
     parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not parallel and not isinstance(pattern, bool) and local != len(pattern):
-        raise ValueError(f"streaming: expected {len(pattern)} kv heads, got {local}")
+        raise ValueError(f"streaming_heads: expected {len(pattern)} kv heads, got {local}")
     return heads.of_rank(pattern, local, torch.distributed.get_rank() if parallel else 0)

@@ -153,12 +153,12 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, kv_start: np.ndarray | None, scale: 
         bounds = np.cumsum([0, *map(len, rows)])
         return torch.cat(rows), torch.from_numpy(bounds.astype(np.int32)).to(x.device)
 
-    (q_new, cu_q), (k_new, cu_k), (v_new, _) = pack(q, q_rows), pack(k, starts), pack(v, starts)
+    (q_new, cu_seqlens_q), (k_new, cu_seqlens_k), (v_new, _) = pack(q, q_rows), pack(k, starts), pack(v, starts)
     windows = torch.full((k.shape[1],), ops.DENSE, dtype=torch.int32, device=q.device)
-    packed, _ = ops.prefill(q_new, k_new, v_new, cu_q, cu_k, windows, scale=scale)
+    packed, _ = ops.prefill(q_new, k_new, v_new, cu_seqlens_q, cu_seqlens_k, ops.Mask(windows), scale=scale)
     out = q.new_zeros(B, T, Hq, D)
     for b, first in enumerate(q_rows):
-        out[b, first:] = packed[int(cu_q[b]) : int(cu_q[b + 1])]
+        out[b, first:] = packed[int(cu_seqlens_q[b]) : int(cu_seqlens_q[b + 1])]
     return out
 
 

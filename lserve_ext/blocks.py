@@ -1,0 +1,175 @@
+"""Blocks of KV: who uses which (`BlockAllocator`), and the tensors that hold them (`Pool`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import weakref
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import SparseConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of a tier: in use now, reserved from the allocator, and the most that ever were in use."""
+
+    used: int = 0
+    reserved: int = 0
+    peak: int = 0
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(self.used + other.used, self.reserved + other.reserved, self.peak + other.peak)
+
+
+class BlockTable:
+    """[B, H, M] blocks of an allocator, on the host; -1: none. Never changed. While it lives, its blocks are in use."""
+
+    def __init__(self, allocator: BlockAllocator, ids: np.ndarray) -> None:
+        self.allocator, self.ids = allocator, ids
+
+    def __del__(self) -> None:
+        if hasattr(self, "ids") and not sys.is_finalizing():
+            self.allocator.release(self)
+
+
+class BlockAllocator:
+    """Which blocks are free, and how many tables name each of the others.
+
+    The counts are kept as tables come and go. Whatever interrupts that, even between two lines, is mended from the
+    tables that live at the next call.
+    """
+
+    def __init__(self) -> None:
+        self.peak = 0
+        """The most blocks that ever were in use."""
+        self._tables: weakref.WeakSet[BlockTable] = weakref.WeakSet()
+        self._references = np.zeros(0, np.int64)
+        self._free: list[int] = []
+        self._counted = 0  # tables that the counts include; another number than that of tables: count anew
+
+    @property
+    def capacity(self) -> int:
+        return len(self._references)
+
+    @property
+    def free(self) -> int:
+        """Blocks that no table names."""
+        return len(self._free)
+
+    @property
+    def used(self) -> int:
+        """Blocks that a table names."""
+        return self.capacity - len(self._free)
+
+    def grow(self, capacity: int) -> None:
+        """More free blocks."""
+        old = self.capacity
+        self._references = np.concatenate([self._references, np.zeros(capacity - old, np.int64)])
+        self._free[:0] = range(capacity - 1, old - 1, -1)
+
+    def allocate(self, count: int) -> list[int]:
+        """Free blocks, which must be retained before the next call."""
+        self.unsettle()
+        return [self._free.pop() for _ in range(count)]
+
+    def retain(self, ids: np.ndarray) -> BlockTable:
+        """A table that names these blocks."""
+        self.unsettle()
+        np.add.at(self._references, ids[ids >= 0], 1)
+        table = BlockTable(self, ids)
+        self._tables.add(table)
+        self.peak = max(self.peak, self.used)
+        self._counted = len(self._tables)
+        return table
+
+    def release(self, table: BlockTable) -> None:
+        """Called by a table that nobody has any more; blocks without any table are free again."""
+        held = table.ids[table.ids >= 0]
+        np.subtract.at(self._references, held, 1)
+        free = np.unique(held[self._references[held] == 0])
+        self._free.extend(free[::-1].tolist())
+        self._counted -= self._counted > 0
+
+    def unsettle(self) -> None:
+        """A change begins. It ends with `retain` or `settle`."""
+        self._counted = -1
+
+    def is_settled(self) -> bool:
+        """Whether the counts are those of the tables that live."""
+        return self._counted == len(self._tables)
+
+    def settle(self, capacity: int) -> None:
+        """Counts anew, over so many blocks."""
+        counts = np.zeros(capacity, np.int64)
+        for table in self._tables:
+            np.add.at(counts, table.ids[table.ids >= 0], 1)
+        self._references = counts
+        self._free = np.flatnonzero(counts == 0)[::-1].tolist()
+        self._counted = len(self._tables)
+
+
+class Pool:
+    """The tensors of one layer's blocks in one tier, `PagedKV`'s pools, statistics and scales, grown on demand.
+
+    Args:
+        config: says which tensors there are.
+        like: [..., D], of whose dtype and device they are.
+        capacity: blocks.
+    """
+
+    GROWTH = 1.5
+
+    def __init__(self, config: SparseConfig, like: Tensor, capacity: int) -> None:
+        P, D, dtype = config.page_size, like.shape[-1], like.dtype
+        int8 = config.kv_dtype == "int8"
+        rows: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "k": ((P, D), torch.uint8 if int8 else dtype),
+            "v": ((P, D), torch.uint8 if int8 else dtype),
+        }
+        if config.needs_stats:
+            rows["stats"] = ((P // config.stats_group, 2, D), dtype)
+        if int8:
+            rows["scales"] = ((1 if config.needs_stats else 2, P, 2), torch.float32)
+        self.allocator = BlockAllocator()
+        self.tensors = {name: like.new_empty((0, *shape), dtype=kind) for name, (shape, kind) in rows.items()}
+        self.block_bytes = sum(t.element_size() * t.shape[1:].numel() for t in self.tensors.values())
+        self.grow(capacity)
+
+    @property
+    def memory(self) -> Memory:
+        self.settle()
+        counts = (self.allocator.used, self.allocator.capacity, self.allocator.peak)
+        return Memory(*(count * self.block_bytes for count in counts))
+
+    def table(self, ids: np.ndarray, wanted: np.ndarray | None = None) -> BlockTable:
+        """A table of these blocks (-1: none), with free ones where `wanted`; the pool grows if there are too few."""
+        self.settle()
+        ids = ids.astype(np.int32)
+        if wanted is not None and wanted.any():
+            count = int(wanted.sum())
+            if count > self.allocator.free:
+                capacity = self.allocator.capacity
+                self.grow(max(self.allocator.used + count, int(capacity * self.GROWTH)))
+            ids[wanted] = self.allocator.allocate(count)
+        return self.allocator.retain(ids)
+
+    def grow(self, capacity: int) -> None:
+        """One tensor after the other: the peak is one copy, not all."""
+        self.allocator.unsettle()
+        old = self.allocator.capacity
+        for name, tensor in self.tensors.items():
+            grown = tensor.new_empty((capacity, *tensor.shape[1:]))
+            grown[:old] = tensor[:old]
+            self.tensors[name] = grown
+        self.allocator.grow(capacity)
+
+    def settle(self) -> None:
+        """Mends what an interrupt has left of a change."""
+        if not self.allocator.is_settled():
+            capacity = min(len(tensor) for tensor in self.tensors.values())
+            self.tensors = {name: tensor[:capacity] for name, tensor in self.tensors.items()}
+            self.allocator.settle(capacity)
