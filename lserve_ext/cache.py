@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, step
 from .blocks import BlockTable, Memory, Pool
 from .config import SparseConfig
 from .ops import DENSE, LISTED, Mask, PagedKV
-from .select import PREFILL_QUERIES, Selection, make_selector
+from .scorers import Selection
+from .sequences import Sequences, Step, on_device
 
 
 class State(NamedTuple):
@@ -30,24 +31,16 @@ class State(NamedTuple):
     (prefill), or the row of a token that has long been sealed (decode).
     """
 
+    sequences: Sequences
+    """The batch, one object for all layers of a model."""
     blocks: BlockTable
     block_table: Tensor
-    """[B, H, M] the same on the device."""
-    lengths: np.ndarray
-    """[B] tokens held, without padding."""
-    sealed: np.ndarray
-    """[B] pages in the pools."""
-    freed: np.ndarray
-    """[B] streaming heads hold no page from the sink up to here."""
-    window: int
-    """Pages that streaming heads keep: until the first decode step those of the longer window."""
-    columns: int
-    """Columns of the padded batch that have been fed."""
+    """[B, H, M] of `blocks` on the device."""
+    slot_table: Tensor
+    """[B, H, M] where a block's codes lie: as long as all are resident, the same tensor."""
     residual_k: Tensor
     """[B, H, 2P, D], as in `PagedKV`."""
     residual_v: Tensor
-    device_lengths: Tensor
-    device_sealed: Tensor
     selection: Selection
 
 
@@ -59,12 +52,22 @@ class LayerCache:
         streaming_heads: which kv heads stream, [H].
         dense: heads that do not stream attend everything in decode too.
         like: [B, H, T, D] keys whose shape, dtype and device the layer takes.
+        pool: of its blocks; by default one of its own.
+        sequences: the batch, which it holds nothing of yet; by default one of its own.
 
-    Each sequence has its own length; lengths live on the host. A cache belongs to one thread. After an exception, even
-    a KeyboardInterrupt between two lines, it is as before the call or as after it.
+    Each sequence has its own length. A cache belongs to one thread. After an exception, even a KeyboardInterrupt
+    between two lines, it is as before the call or as after it.
     """
 
-    def __init__(self, config: SparseConfig, streaming_heads: Sequence[bool], dense: bool, like: Tensor) -> None:
+    def __init__(
+        self,
+        config: SparseConfig,
+        streaming_heads: Sequence[bool],
+        dense: bool,
+        like: Tensor,
+        pool: Pool | None = None,
+        sequences: Sequences | None = None,
+    ) -> None:
         B, H, _, D = like.shape
         if len(streaming_heads) != H:
             raise ValueError(f"streaming_heads: expected {H} kv heads, got {len(streaming_heads)}")
@@ -72,42 +75,41 @@ class LayerCache:
         self.heads, self.head_dim = H, D
         P = config.page_size
         self._streaming = np.array(streaming_heads, bool)
-        self._sink = max(config.sink_pages, config.prefill_sink_pages)
         self._dense = dense
-        self._selector = None if dense or self._streaming.all() else make_selector(config)
+        self._scorer = None if dense or self._streaming.all() else config.make_scorer()
+        listed = DENSE if self._scorer is None else LISTED
         with torch.inference_mode(False):
-            listed = DENSE if self._selector is None else LISTED
-            self._decode_windows = self._ints(np.where(self._streaming, config.local_pages, listed))
-            self._prefill_windows = self._ints(np.where(self._streaming, config.prefill_local_pages, DENSE))
+            decode = on_device(np.where(self._streaming, config.local_pages, listed), self.device)
+            prefill = on_device(np.where(self._streaming, config.prefill_local_pages, DENSE), self.device)
+            self._decode_mask = Mask(decode, sink=config.sink_pages)
+            self._prefill_mask = Mask(prefill, sink=config.prefill_sink_pages)
             pages = -(-config.max_tokens // P) if config.max_tokens else 4
-            self._pool = Pool(config, like, B * H * pages if config.max_tokens else 0)
-            raw = [like.new_zeros(B, H, 2 * P, D) for _ in "kv"]  # files hold rows that no token has filled
-            self._state = self._make_state(
-                blocks=self._pool.table(np.full((B, H, pages), -1, np.int32)),
-                lengths=np.zeros(B, np.int64),
-                sealed=np.zeros(B, np.int64),
-                freed=np.full(B, self._sink, np.int64),
-                window=self._longest_window,
-                columns=0,
-                residual_k=raw[0],
-                residual_v=raw[1],
-                selection=Selection(),
-            )
+            self._pool = Pool(config, like, B * H * pages if config.max_tokens else 0) if pool is None else pool
+            blocks = self._pool.table(np.full((B, H, pages), -1, np.int32))
+            table = on_device(blocks.ids, self.device)
+            k, v = (like.new_zeros(B, H, 2 * P, D) for _ in "kv")  # files hold rows that no token has filled
+            batch = Sequences.empty(config.pages, B) if sequences is None else sequences
+            self._state = State(batch, blocks, table, table, k, v, Selection())
 
     # ---- what it holds ----------------------------------------------------------------------------------------------
     @property
+    def sequences(self) -> Sequences:
+        """The batch as this layer holds it."""
+        return self._state.sequences
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens held of each sequence, pad tokens not counted."""
-        return [int(n) for n in self._state.lengths]
+        return [int(n) for n in self.sequences.lengths]
 
     @property
     def columns(self) -> int:
         """Columns of the padded batch that have been fed, less those that were cropped."""
-        return self._state.columns
+        return self.sequences.columns
 
     @property
     def batch_size(self) -> int:
-        return len(self._state.lengths)
+        return len(self.sequences)
 
     @property
     def kv(self) -> PagedKV:
@@ -115,143 +117,104 @@ class LayerCache:
         return self._paged(self._state)
 
     def _paged(self, s: State) -> PagedKV:
-        tensors = self._pool.tensors
+        tensors, sealed = self._pool.tensors, s.sequences.facts(self.device).sealed
         return PagedKV(tensors["k"], tensors["v"], tensors.get("stats"), tensors.get("scales"), s.block_table,
-                       s.block_table, s.residual_k, s.residual_v, s.device_sealed)  # fmt: skip
-
-    @property
-    def _longest_window(self) -> int:
-        return max(self.config.local_pages, self.config.prefill_local_pages)
-
-    def _ints(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values.astype(np.int32)).to(self.device)
-
-    def _make_state(self, lengths: np.ndarray, sealed: np.ndarray, blocks: BlockTable, **fields: Any) -> State:
-        """A state whose tensors on the device follow from its arrays."""
-        return State(lengths=lengths, sealed=sealed, device_lengths=self._ints(lengths), blocks=blocks,
-                     device_sealed=self._ints(sealed), block_table=self._ints(blocks.ids), **fields)  # fmt: skip
+                       s.slot_table, s.residual_k, s.residual_v, sealed)  # fmt: skip
 
     def memory(self) -> Memory:
         """Bytes of KV on the device. Blocks that forks share are counted in each of them."""
-        raw = 2 * self._state.residual_k.nbytes
-        return self._pool.memory + Memory(raw, raw, raw)
+        residual = 2 * self._state.residual_k.nbytes
+        return self._pool.memory + Memory(residual, residual, residual)
 
     def attended(self) -> tuple[int, int]:
         """Tokens that a decode step of this moment attends, and those of a dense one, over kv heads and sequences."""
-        P, sink = self.config.page_size, self.config.sink_pages * self.config.page_size
-        s, lists, local_start = self._state, self._state.selection.lists, self._state.selection.local_start
+        P, mask, batch = self.config.page_size, self._decode_mask, self.sequences
+        lists, local_start = self._state.selection.lists, self._state.selection.local_start
         total = 0
-        for b, n in enumerate(s.lengths):
-            for h, window in enumerate(self._decode_windows.tolist()):
+        for b, n in enumerate(batch.lengths):
+            for h, window in enumerate(mask.windows.tolist()):
                 local, listed = max(0, (n - 1) // P - window + 1) * P, 0
                 if window == LISTED:
                     local = 0
                     if lists is not None:  # else: as the next step will see it, before it selects
-                        assert self._selector is not None and local_start is not None
-                        unit = self._selector.unit
+                        assert self._scorer is not None and local_start is not None
+                        unit = self._scorer.unit_tokens
                         local, listed = int(local_start[b]) * unit, int((lists[b, h] >= 0).sum()) * unit
-                local = min(local, s.sealed[b] * P)
-                total += min(sink, local) + listed + n - local
-        return int(total), int(s.lengths.sum()) * self.heads
+                local = min(local, batch.sealed[b] * P)
+                total += min(mask.sink * P, local) + listed + n - local
+        return int(total), int(batch.lengths.sum()) * self.heads
 
     # ---- attention --------------------------------------------------------------------------------------------------
     @torch.inference_mode(False)
     @torch.no_grad()
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, pads: Sequence[int], scale: float, sinks: Tensor | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, new: Step | Sequence[int], scale: float, sinks: Tensor | None = None
     ) -> Tensor:
-        """Appends the new tokens and attends: T = 1 is decode, more is prefill.
+        """Appends the new tokens and attends: one token a sequence is decode, more is prefill.
 
         Args:
-            q: [B, Hq, T, D]; k, v: [B, H, T, D], after rotary embedding.
-            pads: [B], how many of the T tokens are padding, on the left.
+            q: [N, Hq, D] packed, after rotary embedding; in decode [B, Hq, D], for empty sequences too.
+            k, v: [N, H, D].
+            new: [B] tokens of each sequence; or the step that all layers of a model take together.
             scale: of q·k.
             sinks: [Hq] a logit that each head's softmax has in its denominator and nowhere else (GPT-OSS).
 
         Returns:
-            [B, T, Hq, D]; 0 for pad tokens.
+            Of q's shape; 0 where nothing is attended.
         """
-        if k.shape[:2] != (self.batch_size, self.heads) or k.shape[3] != self.head_dim:
-            held = f"[{self.batch_size}, {self.heads}, T, {self.head_dim}]"
-            raise ValueError(f"k: expected {held}, as the cache holds, got {list(k.shape)}")
+        now = new if isinstance(new, Step) else Step(self.sequences, new)
+        if now.before is not self.sequences:
+            raise ValueError("new: expected a step that begins with this layer's sequences, got another one")
+        expected = (int(now.new.sum()), self.heads, self.head_dim)
+        if k.shape != expected:
+            raise ValueError(f"k: expected {list(expected)}, as the cache holds and new says, got {list(k.shape)}")
         self._pool.settle()
-        step = self._decode if k.shape[2] == 1 else self._prefill
-        out, self._state = step(q, k, v, np.asarray(pads, np.int64), scale, sinks)
+        s, (blocks, table) = self._state, self._tables(now)
+        after = s._replace(sequences=now.after, blocks=blocks, block_table=table, slot_table=table)
+        options: dict[str, Any] = {"scale": scale, "sinks": sinks}
+        if now.decode:
+            kv = self._paged(after)._replace(sealed=now.on(self.device).sealed)
+            out, selection = step.decode(q, k, v, kv, now.on(self.device), self._decode_mask, self._scorer,
+                                         s.selection, **options)  # fmt: skip
+        else:
+            after = after._replace(residual_k=s.residual_k.clone(), residual_v=s.residual_v.clone())
+            kv = self._paged(after)._replace(sealed=now.on(self.device).sealed)
+            out, selection = step.prefill(q, k, v, self._paged(s), kv, now, self._prefill_mask, self._scorer,
+                                          s.selection, **options)  # fmt: skip
+        self._state = after._replace(selection=selection)
         return out
 
-    def _prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, pads: np.ndarray, scale: float, sinks: Tensor | None
-    ) -> tuple[Tensor, State]:
-        B, Hq, T, D = q.shape
-        s, new = self._state, T - pads
-        if pads.any():
-            columns = torch.arange(T, device=self.device) >= torch.from_numpy(pads).to(self.device)[:, None]
-            q_new, k_new, v_new = (x.transpose(1, 2)[columns] for x in (q, k, v))
-        else:
-            columns = None
-            q_new, k_new, v_new = (x.transpose(1, 2).reshape(B * T, x.shape[1], D) for x in (q, k, v))
-        bounds = self._ints(np.concatenate([[0], np.cumsum(new)]))
-        mask = Mask(self._prefill_windows, sink=self.config.prefill_sink_pages)
-        out, lse = ops.prefill(q_new, k_new, v_new, bounds, bounds, mask, self._paged(s), s.device_lengths, scale=scale)
-        out, lse = with_sinks(out, lse, sinks)
-        own_buffer = s._replace(residual_k=s.residual_k.clone(), residual_v=s.residual_v.clone())
-        s = self._appended(own_buffer, k_new, v_new, bounds, new, T)
-        if columns is not None:
-            out = out.new_zeros(B, T, Hq, D).index_put_((columns,), out)
-            lse = lse.new_full((B, T, Hq), float("-inf")).index_put_((columns,), lse)
-        selection = s.selection.without_lists()
-        if self._selector is not None and self._selector.observes:
-            tail = q.transpose(1, 2)[:, -PREFILL_QUERIES:]
-            lse_tail = lse.reshape(B, T, Hq)[:, -PREFILL_QUERIES:].contiguous()
-            mass = ops.attention_mass(tail, lse_tail, mask, self._paged(s), s.device_lengths, scale=scale)
-            selection = self._selector.observe(selection, mass, s.device_lengths, T)
-        return out.reshape(B, T, Hq, D), s._replace(selection=selection)
+    def _tables(self, now: Step) -> tuple[BlockTable, Tensor]:
+        """The tables after a step. At a page border they are made for all layers that take it, and copied at once."""
+        s = self._state
+        if (
+            not now.is_border
+            and -(-int(now.after.lengths.max(initial=0)) // self.config.page_size) <= s.blocks.ids.shape[2]
+        ):
+            return s.blocks, s.block_table
+        if id(self) not in now.tables:
+            layers = [layer for layer in now.layers if layer.device == self.device and id(layer) not in now.tables]
+            layers = layers if self in layers else [self]
+            tables = [layer._grown(now) for layer in layers]
+            flat = on_device(np.concatenate([table.ids.ravel() for table in tables]), self.device)
+            parts = flat.split([table.ids.size for table in tables])
+            for layer, table, part in zip(layers, tables, parts, strict=True):
+                now.tables[id(layer)] = (table, part.view(table.ids.shape))
+        blocks, table = now.tables[id(self)]
+        return blocks, table
 
-    def _decode(
-        self, q: Tensor, k: Tensor, v: Tensor, pads: np.ndarray, scale: float, sinks: Tensor | None
-    ) -> tuple[Tensor, State]:
-        q, k, v = q[:, :, 0], k[:, :, 0], v[:, :, 0]
-        if pads.any():  # a left-padded chunk of one token: those sequences are still empty
-            rows = torch.from_numpy(pads == 0).to(self.device)
-            k, v = k[rows], v[rows]
-        s = self._state._replace(window=self.config.local_pages)
-        sealed = s.device_sealed  # a step reads the pages as they lay when it began
-        bounds = self._ints(np.concatenate([[0], np.cumsum(1 - pads)]))
-        s = self._appended(s, k, v, bounds, 1 - pads, 1)
-        kv, selection, unit = self._paged(s)._replace(sealed=sealed), s.selection, None
-        if self._selector is not None:
-            selection = self._selector.select(selection, q, kv, s.device_lengths, self._decode_windows)
-            unit = self._selector.unit
-        mask = Mask(self._decode_windows, selection.lists, selection.local_start, self.config.sink_pages, unit)
-        out, lse = with_sinks(*ops.decode(q, mask, kv, s.device_lengths, scale=scale), sinks)
-        if self._selector is not None and self._selector.observes:
-            mass = ops.attention_mass(q[:, None], lse[:, None], mask, kv, s.device_lengths, scale=scale)
-            selection = self._selector.observe(selection, mass, s.device_lengths, 1)
-        return out[:, None], s._replace(selection=selection)
-
-    def _appended(self, s: State, k: Tensor, v: Tensor, bounds: Tensor, new: np.ndarray, columns: int) -> State:
-        """s with these tokens."""
-        P = self.config.page_size
-        lengths = s.lengths + new
-        sealed = np.maximum(s.sealed, lengths // P - 1)
-        # Streaming heads keep one page more than their window, for exact crops.
-        freed = np.maximum(s.freed, lengths // P - s.window) if self._streaming.any() else s.freed
-        blocks, table, held = s.blocks, s.block_table, s.blocks.ids.shape[2]
-        needed = -(-int(lengths.max(initial=0)) // P)
-        if needed > held or (sealed > s.sealed).any() or (freed > s.freed).any():
-            needed = max(needed, int(held * Pool.GROWTH)) if needed > held else held
-            ids = np.pad(s.blocks.ids, ((0, 0), (0, 0), (0, needed - held)), constant_values=-1)
-            page = np.arange(needed)
-            kept = (page < self._sink) | (page >= freed[:, None])  # [B, M]
-            ids[(self._streaming[:, None] & ~kept[:, None]) & np.ones_like(ids, bool)] = -1
-            due = (page >= s.sealed[:, None]) & (page < sealed[:, None])
-            blocks = self._pool.table(ids, due[:, None] & (~self._streaming[:, None] | kept[:, None]))
-            table = self._ints(blocks.ids)
-        # The pages that are due are sealed by this call: it finds them below `after // P - 1`.
-        ops.append_kv(k, v, bounds, s.device_lengths, self._paged(s._replace(block_table=table)))
-        return s._replace(lengths=lengths, sealed=sealed, blocks=blocks, block_table=table, freed=freed,
-                          device_lengths=self._ints(lengths), device_sealed=self._ints(sealed),
-                          columns=s.columns + columns)  # fmt: skip
+    def _grown(self, now: Step) -> BlockTable:
+        """With a block for every page that the step seals, and none for those that streaming heads are past."""
+        before, after, blocks, P = now.before, now.after, self._state.blocks, self.config.page_size
+        held = blocks.ids.shape[2]
+        needed = -(-int(after.lengths.max(initial=0)) // P)
+        needed = max(needed, int(held * Pool.GROWTH)) if needed > held else held
+        ids = np.pad(blocks.ids, ((0, 0), (0, 0), (0, needed - held)), constant_values=-1)
+        page = np.arange(needed)
+        kept = (page < after.pages.sink) | (page >= after.freed[:, None])  # [B, M]
+        ids[(self._streaming[:, None] & ~kept[:, None]) & np.ones_like(ids, bool)] = -1
+        due = (page >= before.sealed[:, None]) & (page < after.sealed[:, None])
+        return self._pool.table(ids, due[:, None] & (~self._streaming[:, None] | kept[:, None]))
 
     # ---- crop, batch operations, forks ------------------------------------------------------------------------------
     @torch.inference_mode(False)
@@ -263,39 +226,29 @@ class LayerCache:
         a second time later. Raises ValueError, and changes nothing, if streaming heads have freed what it needs.
         """
         s, P = self._state, self.config.page_size
-        lengths = np.maximum(s.lengths - tokens, 0)
-        self._check_crop(tokens, lengths)
+        before, after = s.sequences, s.sequences.crop(tokens)
+        self._check_crop(tokens, after.lengths)
         residual_k, residual_v = s.residual_k, s.residual_v
-        page = np.where(lengths < s.sealed * P, lengths // P, s.sealed)
-        cut = np.flatnonzero((page < s.sealed) & (lengths % P > 0))
+        cut = np.flatnonzero((after.sealed < before.sealed) & (after.lengths % P > 0))
         if len(cut):
             residual_k, residual_v = residual_k.clone(), residual_v.clone()
         for b in cut:
-            self._unseal(int(b), int(page[b]), residual_k, residual_v)
-        blocks = s.blocks
-        if (page < s.sealed).any():
-            beyond = np.arange(blocks.ids.shape[2]) >= page[:, None]
+            self._unseal(int(b), int(after.sealed[b]), residual_k, residual_v)
+        blocks, table = s.blocks, s.block_table
+        if (after.sealed < before.sealed).any():
+            beyond = np.arange(blocks.ids.shape[2]) >= after.sealed[:, None]
             blocks = self._pool.table(np.where(beyond[:, None], -1, blocks.ids))
-        state = self._make_state(
-            lengths=lengths,
-            sealed=page,
-            blocks=blocks,
-            freed=np.maximum(np.minimum(s.freed, lengths // P), self._sink),
-            window=s.window if lengths.any() else self._longest_window,  # without tokens: as new
-            columns=max(0, s.columns - tokens),
-            residual_k=residual_k,
-            residual_v=residual_v,
-            selection=s.selection,
-        )
-        self._state = state._replace(selection=s.selection.without_lists(state.device_lengths))
+            table = on_device(blocks.ids, self.device)
+        selection = s.selection.without_lists(after.facts(self.device).lengths)
+        self._state = State(after, blocks, table, table, residual_k, residual_v, selection)
 
     def _check_crop(self, tokens: int, lengths: np.ndarray) -> None:
         s, P = self._state, self.config.page_size
         for b, length in enumerate(lengths if self._streaming.any() else ()):
-            first = max(length // P - s.window + 1, self._sink)
-            last = min(-(-length // P), s.sealed[b])  # the page that is cut, too
+            first = max(length // P - s.sequences.window + 1, s.sequences.pages.sink)
+            last = min(-(-length // P), s.sequences.sealed[b])  # the page that is cut, too
             gone = (s.blocks.ids[b, self._streaming, first:last] < 0).any(0)
-            if length < s.lengths[b] and gone.any():
+            if length < s.sequences.lengths[b] and gone.any():
                 raise ValueError(
                     f"crop: expected no more than streaming heads still hold, got {tokens} tokens, which needs page "
                     f"{first + int(gone.argmax())} of sequence {b}"
@@ -305,7 +258,7 @@ class LayerCache:
         """Copies a page from the pools into the residual buffer."""
         P, tensors, table = self.config.page_size, self._pool.tensors, self._state.blocks.ids
         held = np.flatnonzero(table[b, :, page] >= 0)  # not those of streaming heads that are past
-        ids = self._ints(table[b, held, page]).long()
+        ids = on_device(table[b, held, page], self.device).long()
         k, v = tensors["k"][ids], tensors["v"][ids]
         if "scales" in tensors:
             stats = tensors["stats"][ids] if "stats" in tensors else None
@@ -322,26 +275,29 @@ class LayerCache:
         index = rows.cpu().numpy()
         if len(index) and (index.min() < 0 or index.max() >= self.batch_size):
             raise ValueError(f"rows: expected sequences 0..{self.batch_size - 1}, got {index.tolist()}")
-        self._state = self._make_state(
-            lengths=s.lengths[index],
-            sealed=s.sealed[index],
-            blocks=self._pool.table(s.blocks.ids[index]),
-            freed=s.freed[index],
-            window=s.window,
-            columns=s.columns,
-            residual_k=s.residual_k[rows],
-            residual_v=s.residual_v[rows],
-            selection=s.selection.take_rows(rows),
-        )
+        blocks = self._pool.table(s.blocks.ids[index])
+        table = on_device(blocks.ids, self.device)
+        residual_k, residual_v, selection = s.residual_k[rows], s.residual_v[rows], s.selection.take_rows(rows)
+        self._state = State(s.sequences.take_rows(index), blocks, table, table, residual_k, residual_v, selection)
+
+    def share(self, sequences: Sequences) -> None:
+        """Takes the batch of another layer, which must say the same as its own: one object for all layers.
+
+        Raises:
+            ValueError: it says something else.
+        """
+        if not sequences.same_as(self.sequences):
+            raise ValueError(
+                f"sequences: expected {self.lengths} tokens as in the other layers, got {sequences.lengths}"
+            )
+        self._state = self._state._replace(sequences=sequences)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def fork(self) -> LayerCache:
         """A copy that shares the sealed blocks."""
-        twin = copy.copy(self)
-        twin._state = self._state._replace(
-            residual_k=self._state.residual_k.clone(), residual_v=self._state.residual_v.clone()
-        )
+        twin, s = copy.copy(self), self._state
+        twin._state = s._replace(residual_k=s.residual_k.clone(), residual_v=s.residual_v.clone())
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerCache:
@@ -349,56 +305,46 @@ class LayerCache:
         s = self._state
         like = s.residual_k.new_empty(self.batch_size, self.heads, 0, self.head_dim)
         twin = LayerCache(self.config, self._streaming.tolist(), self._dense, like)
-        twin.restore({name: tensor.clone() for name, tensor in self.state().items()})
+        twin.restore({name: tensor.clone() for name, tensor in self.state().items()}, s.sequences)
         return twin
 
     # ---- files ------------------------------------------------------------------------------------------------------
     def state(self) -> dict[str, Tensor]:
-        """Everything that `restore` needs; only blocks in use, renumbered."""
-        s, table = self._state, self._state.blocks.ids
-        used = np.unique(table[table >= 0])
-        ids = torch.from_numpy(used).to(self.device).long()
-        table = np.where(table >= 0, np.searchsorted(used, table), -1).astype(np.int32)
-        hosts = {"table": table, "lengths": s.lengths, "sealed": s.sealed, "freed": s.freed}
-        state = {name: torch.from_numpy(array) for name, array in hosts.items()}
-        state |= {f"pool.{name}": tensor[ids] for name, tensor in self._pool.tensors.items()}
+        """Everything but `sequences` that `restore` needs; only blocks in use, renumbered."""
+        s, ids = self._state, self._state.blocks.ids
+        used = np.unique(ids[ids >= 0])
+        rows = torch.from_numpy(used).to(self.device).long()
+        table = np.where(ids >= 0, np.searchsorted(used, ids), -1).astype(np.int32)
+        state = {"table": torch.from_numpy(table), "selection.age": torch.tensor(s.selection.age)}
+        state |= {f"pool.{name}": tensor[rows] for name, tensor in self._pool.tensors.items()}
         state |= {"residual_k": s.residual_k, "residual_v": s.residual_v}
-        numbers = {"window": s.window, "columns": s.columns, "selection.age": s.selection.age}
-        state |= {name: torch.tensor(value) for name, value in numbers.items()}
         return state | {f"selection.{name}": x.contiguous() for name, x in s.selection.tensors().items()}
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: dict[str, Tensor], sequences: Sequences) -> None:
         """The inverse of `state`, in a layer just made for it.
 
         Raises:
             ValueError: a tensor is missing or unknown, has another shape or dtype, or holds what no cache can.
         """
-        self._check_file(state)
-        table, pools = state["table"].numpy(), [name for name in state if name.startswith("pool.")]
-        blocks = self._pool.table(np.full(len(state["pool.k"]), -1), np.ones(len(state["pool.k"]), bool))
-        ids = torch.from_numpy(blocks.ids).to(self.device).long()
+        self._check_file(state, sequences)
+        ids, pools = state["table"].numpy(), [name for name in state if name.startswith("pool.")]
+        taken = self._pool.table(np.full(len(state["pool.k"]), -1), np.ones(len(state["pool.k"]), bool))
+        rows = on_device(taken.ids, self.device).long()
         for name in pools:
-            self._pool.tensors[name.removeprefix("pool.")][ids] = state[name].to(self.device)
-        named = np.where(table >= 0, blocks.ids[table], -1) if len(blocks.ids) else table
-        selection = {name: state.get(f"selection.{name}") for name in ("lists", "local_start", "mass")}
-        self._state = self._make_state(
-            lengths=state["lengths"].numpy().copy(),
-            sealed=state["sealed"].numpy().copy(),
-            blocks=self._pool.table(named),
-            freed=state["freed"].numpy().copy(),
-            window=int(state["window"]),
-            columns=int(state["columns"]),
-            residual_k=state["residual_k"].to(self.device),
-            residual_v=state["residual_v"].to(self.device),
-            selection=Selection(
-                age=int(state["selection.age"]),
-                **{name: None if x is None else x.to(self.device) for name, x in selection.items()},
-            ),
+            self._pool.tensors[name.removeprefix("pool.")][rows] = state[name].to(self.device)
+        blocks = self._pool.table(np.where(ids >= 0, taken.ids[ids], -1) if len(taken.ids) else ids)
+        table = on_device(blocks.ids, self.device)
+        fields = {name: state.get(f"selection.{name}") for name in ("lists", "local_start", "mass")}
+        selection = Selection(
+            age=int(state["selection.age"]),
+            **{name: None if x is None else x.to(self.device) for name, x in fields.items()},
         )
+        k, v = (state[name].to(self.device) for name in ("residual_k", "residual_v"))
+        self._state = State(sequences, blocks, table, table, k, v, selection)
 
-    def _check_file(self, state: dict[str, Tensor]) -> None:
+    def _check_file(self, state: dict[str, Tensor], sequences: Sequences) -> None:
         """Raises ValueError with the name of the tensor that does not fit."""
         B, H, P, D = self.batch_size, self.heads, self.config.page_size, self.head_dim
 
@@ -445,17 +391,12 @@ class LayerCache:
             tensor(name, self.dtype, B, H, 2 * P, D)
         table = tensor("table", torch.int32, B, H, None).numpy()
         M = table.shape[2]
-        lengths, sealed, freed = (tensor(name, torch.int64, B).numpy() for name in ("lengths", "sealed", "freed"))
-        within("lengths", lengths, 0, M * P)
-        within("sealed", sealed, np.maximum(lengths // P - 1, 0), lengths // P)
-        within("freed", freed, self._sink, np.maximum(lengths // P, self._sink))
-        within("window", tensor("window", torch.int64), min(self.config.local_pages, self._longest_window),
-               self._longest_window)  # fmt: skip
-        within("columns", tensor("columns", torch.int64), lengths.max(initial=0), np.iinfo(np.int32).max)
+        lengths, sealed = sequences.lengths, sequences.sealed
+        expect("table", lengths.max(initial=0) <= M * P, f"a page for each of {lengths.max(initial=0)} tokens", M)
         within("table", table, -1, count - 1)
         page = np.arange(M)
         inside = (page < sealed[:, None])[:, None] & np.ones_like(table, bool)
-        past = (page >= self._sink) & (page < freed[:, None])
+        past = (page >= sequences.pages.sink) & (page < sequences.freed[:, None])
         expect("table", (table[~inside] < 0).all(), "-1 behind the sealed pages", "blocks")
         needed = inside & ~(self._streaming[:, None] & past[:, None])
         expect("table", (table[needed] >= 0).all(), "a block for every sealed page that is held", "-1")
@@ -472,12 +413,12 @@ class LayerCache:
         within("selection.age", np.array(age), 0, self.config.reuse_interval)
         both = ("selection.lists" in state, "selection.local_start" in state)
         expect("selection.lists", both[0] == both[1], "lists and local_start, or neither", "one")
-        observes = self._selector is not None and self._selector.observes
-        expect("selection.lists", not both[0] or self._selector is not None, "none with this config", "lists")
+        observes = self._scorer is not None and self._scorer.observes
+        expect("selection.lists", not both[0] or self._scorer is not None, "none with this config", "lists")
         expect("selection.mass", observes or "selection.mass" not in state, "none with this config", "a tensor")
         if both[0]:
-            assert self._selector is not None
-            units = M * P // self._selector.unit
+            assert self._scorer is not None
+            units = M * P // self._scorer.unit_tokens
             lists = tensor("selection.lists", torch.int32, B, H, None).numpy()
             within("selection.lists", lists, -1, units - 1)
             rising = (lists[..., 1:] > lists[..., :-1]) | (lists[..., 1:] < 0)
@@ -491,11 +432,3 @@ class LayerCache:
             expect("selection.mass", mass.shape[1] in (1, H) and mass.shape[2] <= M * P, f"[{B}, 1 or {H}, <= {M * P}]",
                    list(mass.shape))  # fmt: skip
             finite("selection.mass", mass)
-
-
-def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention whose softmax has one more term in its denominator: out [..., Hq, D], lse [..., Hq], sinks [Hq]."""
-    if sinks is None:
-        return out, lse
-    total = torch.logaddexp(lse, sinks.float())
-    return (out * (lse - total).exp()[..., None]).to(out.dtype), total

@@ -13,9 +13,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from . import hf, ops
-from .cache import with_sinks
 from .eval import tasks
 from .heads import HeadPattern
+from .step import with_sinks
 
 _NAMES = ("Alice", "Bob", "Carol", "David", "Emma", "Frank", "Grace", "Henry")
 _PAGE = 64

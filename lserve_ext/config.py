@@ -7,14 +7,12 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias
-
-import torch
+from typing import Any, Literal
 
 from . import files
 from .heads import HeadPattern
-
-Scorer: TypeAlias = Callable[..., torch.Tensor]
+from .scorers import SCORERS, Budget, Function, PageScores, Scorer
+from .sequences import Pages
 
 _OPTIONAL = ("prefill_sink_tokens", "prefill_local_tokens", "budget_tokens", "max_tokens")
 
@@ -37,8 +35,8 @@ class SparseConfig:
     kv_sparsity           the share of tokens it does not attend, in place of budget_tokens (unit "token" only)
     reuse_interval        decode steps that share one selection
     scorer                "minmax": bounds of pages; "mass": accumulated attention of tokens; "decayed_mass": the same,
-                          forgetting, one set of tokens a layer; or a callable with the arguments and result of
-                          `ops.page_scores`
+                          forgetting, one set of tokens a layer; any other name that `scorers.register` knows; or a
+                          callable with the arguments and result of `ops.page_scores`
     unit                  what a list holds, "page" or "token"; half of a budget of tokens is local
     streaming_heads       heads that keep sink and local only: None (no head), a HeadPattern, its file or the name of a
                           shipped one, or a fraction (1.0: every head; others need a pattern)
@@ -56,7 +54,7 @@ class SparseConfig:
     budget_tokens: int | None = None
     kv_sparsity: float | None = None
     reuse_interval: int = 1
-    scorer: str | Scorer = "minmax"
+    scorer: str | PageScores = "minmax"
     unit: Literal["page", "token"] = "page"
     streaming_heads: HeadPattern | str | os.PathLike[str] | float | None = None
     dense_layers: int = 0
@@ -148,15 +146,31 @@ class SparseConfig:
         return self.budget_tokens // self.page_size - self.sink_pages - self.local_pages
 
     @property
-    def token_ratio(self) -> float:
-        """Share of a sequence's tokens that a list of tokens leaves, half of it local (`ops.select_tokens`); 2
-        without a sparsity: then only token_picks bounds it."""
-        return 2.0 if self.kv_sparsity is None else 1.0 - self.kv_sparsity
+    def pages(self) -> Pages:
+        """When pages are sealed, and freed by streaming heads."""
+        longest = max(self.local_pages, self.prefill_local_pages)
+        return Pages(self.page_size, max(self.sink_pages, self.prefill_sink_pages), self.local_pages, longest)
 
     @property
-    def token_picks(self) -> int | None:
-        """Length of a list of tokens: half the budget; None: it grows with the sequence, at token_ratio / 2."""
-        return None if self.budget_tokens is None else self.budget_tokens // 2
+    def budget(self) -> Budget:
+        """What a scorer may pick. Half of a budget of tokens is local."""
+        token = self.unit == "token"
+        return Budget(
+            page_size=self.page_size,
+            sink=self.sink_pages,
+            local=self.local_pages,
+            picks=self.list_pages if not token else None if self.budget_tokens is None else self.budget_tokens // 2,
+            ratio=(1.0 - self.kv_sparsity) / 2 if token and self.kv_sparsity is not None else None,
+            reuse_interval=self.reuse_interval,
+        )
+
+    def make_scorer(self) -> Scorer | None:
+        """The policy of layers whose retrieval heads follow lists; None if they are dense."""
+        if not self.selects:
+            return None
+        if callable(self.scorer):
+            return Function(self.budget, self.scorer)
+        return SCORERS[self.scorer](self.budget)
 
     @property
     def needs_stats(self) -> bool:
@@ -212,7 +226,7 @@ class SparseConfig:
         self._check_name("kv_dtype", "auto", "int8")
         self._check_name("unit", "page", "token")
         if not callable(self.scorer):
-            self._check_name("scorer", "minmax", "mass", "decayed_mass")
+            self._check_name("scorer", *SCORERS)
         if self.page_size % self.stats_group:
             raise self._error("stats_group", f"a divisor of page_size {self.page_size}")
         self._check_streaming()
@@ -236,10 +250,11 @@ class SparseConfig:
                 raise self._error("kv_sparsity", f"None beside budget_tokens {self.budget_tokens}")
             if self.unit == "page":
                 raise self._error("kv_sparsity", "None with unit 'page', which takes budget_tokens")
-        if self.selects and self.unit == "token" and self.scorer not in ("mass", "decayed_mass"):
-            raise self._error("scorer", "'mass' or 'decayed_mass' with unit 'token'")
-        if self.selects and self.unit == "page" and self.scorer in ("mass", "decayed_mass"):
-            raise self._error("scorer", "'minmax' or a callable with unit 'page'")
+        names = [name for name, scorer in SCORERS.items() if scorer.unit == self.unit]
+        fits = self.scorer in names if isinstance(self.scorer, str) else self.unit == "page"
+        if self.selects and not fits:
+            known = " or ".join([*map(repr, names), *(["a callable"] if self.unit == "page" else [])])
+            raise self._error("scorer", f"{known} with unit {self.unit!r}")
         if self.selects and self.unit == "token" and self.sink_tokens:
             raise self._error("sink_tokens", "0 with unit 'token', where heavy tokens take the sink's place")
         forced = (self.sink_pages + self.local_pages) * self.page_size

@@ -14,6 +14,7 @@ from torch import Tensor
 from lserve_ext import LayerCache, SparseConfig, ops, reference
 from lserve_ext.blocks import Pool
 from lserve_ext.ops import Mask
+from lserve_ext.sequences import Step
 
 P, H, G, D = 8, 2, 3, 16
 SMALL: dict[str, Any] = {"page_size": P, "stats_group": 4, "sink_tokens": P, "local_tokens": 2 * P}
@@ -42,10 +43,21 @@ def tokens(count: int, batch: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, T
     return tuple(torch.randn(batch, heads, count, D, generator=rng) for heads in (H * G, H, H))  # type: ignore[return-value]
 
 
+def attend(cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, pads: list[int] | None = None) -> Tensor:
+    """What a padded batch [B, heads, T, D] attends: [B, T, Hq, D]."""
+    (B, _, T, _), pads = k.shape, pads or [0] * len(k)
+    columns = torch.arange(T) >= torch.tensor(pads)[:, None]
+    new, (k, v) = [T - pad for pad in pads], (x.transpose(1, 2)[columns] for x in (k, v))
+    if T == 1:
+        return cache.attend(q[:, :, 0], k, v, new, D**-0.5)[:, None]
+    out = cache.attend(q.transpose(1, 2)[columns], k, v, new, D**-0.5)
+    return out.new_zeros(B, T, *out.shape[1:]).index_put_((columns,), out)
+
+
 def feed(cache: LayerCache, qkv: tuple[Tensor, Tensor, Tensor], cuts: list[int]) -> Tensor:
     """Attends tokens [0, cuts[0]), [cuts[0], cuts[1]), ...; the output of all of them."""
     parts = zip([0, *cuts[:-1]], cuts, strict=True)
-    return torch.cat([cache.attend(*(x[:, :, a:b] for x in qkv), [0] * len(qkv[0]), D**-0.5) for a, b in parts], 1)
+    return torch.cat([attend(cache, *(x[:, :, a:b] for x in qkv)) for a, b in parts], 1)
 
 
 def contents(cache: LayerCache) -> list[Tensor]:
@@ -59,7 +71,7 @@ def contents(cache: LayerCache) -> list[Tensor]:
         for h in range(H):
             blocks = kv.block_table[b, h, :sealed]
             if cache._streaming[h]:  # what lies between sink and window is about to be freed, or already is
-                blocks = torch.cat([blocks[:1], blocks[max(1, n // P - cache._state.window) :]])
+                blocks = torch.cat([blocks[:1], blocks[max(1, n // P - cache.sequences.window) :]])
             found.append(blocks >= 0)
             found += [pool[blocks[blocks >= 0].long()] for pool in kv[:4] if pool is not None]
     return found
@@ -190,7 +202,7 @@ def test_a_crop_does_not_change_what_is_attended(local: int) -> None:
         cache = LayerCache(config, [True, False], False, torch.empty(1, H, 1, D))
         feed(cache, qkv, [10 * P - 1])
         if detour:
-            cache.attend(*(x[:, :, :detour] for x in tokens(detour, seed=8)), [0], D**-0.5)
+            attend(cache, *(x[:, :, :detour] for x in tokens(detour, seed=8)))
             cache.crop(detour)
         outs.append(feed(cache, tuple(x[:, :, 10 * P - 1 :] for x in qkv), list(range(1, P))))  # type: ignore[arg-type]
     torch.testing.assert_close(*outs)
@@ -236,8 +248,8 @@ def test_a_sequence_of_a_ragged_batch_is_as_if_alone(name: str) -> None:
     count, pads = 4 * P + 3, [0, P + 2, 4 * P]
     q, k, v = tokens(count + 6, batch=3)
     batch = make(name, 3)
-    outs = [batch.attend(q[:, :, :count], k[:, :, :count], v[:, :, :count], pads, D**-0.5)]
-    outs += [batch.attend(*(x[:, :, t : t + 1] for x in (q, k, v)), [0] * 3, D**-0.5) for t in range(count, count + 6)]
+    outs = [attend(batch, q[:, :, :count], k[:, :, :count], v[:, :, :count], pads)]
+    outs += [attend(batch, *(x[:, :, t : t + 1] for x in (q, k, v))) for t in range(count, count + 6)]
     for row, pad in enumerate(pads):
         alone = make(name)
         cuts = [count - pad, *range(count - pad + 1, count - pad + 7)]
@@ -252,7 +264,7 @@ def test_a_chunk_of_one_pad_token() -> None:
     q, k, v = tokens(3, batch=2)
     cache = make("pages", 2)
     for t in range(3):
-        out = cache.attend(*(x[:, :, t : t + 1] for x in (q, k, v)), [0, int(t < 2)], D**-0.5)
+        out = attend(cache, *(x[:, :, t : t + 1] for x in (q, k, v)), [0, int(t < 2)])
         assert bool((out[1] == 0).all()) == (t < 2)
     assert cache.lengths == [3, 1]
 
@@ -378,8 +390,13 @@ def test_a_step_that_fails_after_its_append_is_taken_back(name: str, monkeypatch
 def test_keys_of_another_shape_are_refused() -> None:
     cache = make("dense")
     q, k, v = tokens(4)
-    with pytest.raises(ValueError, match=r"k: expected \[1, 2, T, 16\]"):
-        cache.attend(q, k[:, :1], v[:, :1], [0], 1.0)
+    with pytest.raises(ValueError, match=r"k: expected \[4, 2, 16\], as the cache holds"):
+        attend(cache, q, k[:, :1], v[:, :1])
+    with pytest.raises(ValueError, match=r"new: expected the tokens of 1 sequences, got \[4, 4\]"):
+        cache.attend(q, k, v, [4, 4], 1.0)
+    other = Step(make("dense").sequences, [4])
+    with pytest.raises(ValueError, match="new: expected a step that begins with this layer's sequences"):
+        cache.attend(q, k, v, other, 1.0)
 
 
 # ---- reusable selections

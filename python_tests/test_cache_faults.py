@@ -25,7 +25,10 @@ from lserve_ext import HeadPattern, LayerCache, SparseCache, SparseConfig, hf, o
 pytest.importorskip("transformers")
 
 PACKAGE = Path(lserve_ext.__file__).parent
-FILES = {str(PACKAGE / name) for name in ("blocks.py", "cache.py", "select.py", "hf/cache.py", "hf/interface.py")}
+FILES = {
+    str(PACKAGE / f"{name}.py")
+    for name in ("blocks", "cache", "scorers", "sequences", "step", "hf/cache", "hf/interface")
+}
 LAYERS, KV_HEADS, VOCABULARY = 3, 2, 258
 PRESETS = {
     **{name: config for name, config in CONFIGS.items() if name not in ("half", "pages")},
@@ -60,15 +63,15 @@ def contents(cache: SparseCache) -> list[Any]:
         found += [
             kv.lengths,
             kv.columns,
-            s.window,
+            kv.sequences.window,
             s.selection.age,
-            torch.from_numpy(s.sealed),
-            torch.from_numpy(s.freed),
+            torch.from_numpy(kv.sequences.sealed),
+            torch.from_numpy(kv.sequences.freed),
         ]
         found += [x for _, x in sorted(s.selection.tensors().items())]
         found += [ids >= 0, *(pool[ids[ids >= 0].long()] for _, pool in sorted(kv._pool.tensors.items()))]
         for b, n in enumerate(kv.lengths):
-            rows = torch.arange(int(s.sealed[b]) * P, n) % (2 * P)
+            rows = torch.arange(int(kv.sequences.sealed[b]) * P, n) % (2 * P)
             found += [s.residual_k[b, :, rows], s.residual_v[b, :, rows]]
     return found
 
@@ -390,16 +393,16 @@ TAMPERED: list[tuple[str, Callable[[Tensor], Tensor | None]]] = [
     ("1.table", put(-2, 0, 0, 0)),
     ("1.table", lambda x: x[..., :1]),
     ("1.table", lambda x: x[:, :, [1, 1, *range(2, x.shape[2])]]),
-    ("1.lengths", put(10**9, 0)),
-    ("1.lengths", put(-1, 0)),
-    ("1.lengths", lambda x: x + 8),
-    ("1.lengths", lambda x: x.int()),
-    ("1.sealed", lambda x: x + 1),
-    ("1.sealed", lambda x: x - 1),
-    ("1.freed", put(10**6, 0)),
-    ("1.window", put(10**6)),
-    ("1.columns", put(0)),
-    ("1.columns", lambda x: x + 1),
+    ("sequences.lengths", put(10**9, 0)),
+    ("sequences.lengths", put(-1, 0)),
+    ("sequences.lengths", lambda x: x + 8),
+    ("sequences.lengths", lambda x: x.int()),
+    ("sequences.sealed", lambda x: x + 1),
+    ("sequences.sealed", lambda x: x - 1),
+    ("sequences.freed", put(10**6, 0)),
+    ("sequences.window", put(10**6)),
+    ("sequences.columns", put(0)),
+    ("sequences.columns", lambda x: x[None]),
     ("1.selection.age", put(99)),
     ("1.selection.lists", put(10**6, 0, 0, 0)),
     ("1.selection.lists", lambda _: None),

@@ -72,9 +72,9 @@ def test_presets_are_the_published_methods() -> None:
     assert (lserve.page_size, lserve.stats_group, lserve.sink_pages, lserve.local_pages) == (64, 16, 2, 4)
     assert (lserve.list_pages, lserve.reuse_interval, lserve.kv_dtype) == (4096 // 64 - 6, 4, "int8")
     h2o, alisa = SparseConfig.h2o(), SparseConfig.alisa()
-    assert (h2o.unit, h2o.scorer, h2o.token_picks, h2o.token_ratio, h2o.sink_pages) == ("token", "mass", 512, 2.0, 0)
-    assert (alisa.unit, alisa.scorer, alisa.token_picks, alisa.kv_dtype) == ("token", "decayed_mass", None, "int8")
-    assert alisa.token_ratio == pytest.approx(0.2)
+    assert (h2o.unit, h2o.scorer, h2o.budget.picks, h2o.budget.ratio, h2o.sink_pages) == ("token", "mass", 512, None, 0)
+    assert (alisa.unit, alisa.scorer, alisa.budget.picks, alisa.kv_dtype) == ("token", "decayed_mass", None, "int8")
+    assert alisa.budget.ratio == pytest.approx(0.1)
     assert h2o.selects and alisa.selects and not h2o.needs_stats and not alisa.needs_stats
 
 
@@ -108,7 +108,7 @@ def test_prefill_has_its_own_windows() -> None:
 
 def test_a_budget_and_a_sparsity_take_each_others_place() -> None:
     alisa = SparseConfig.alisa(budget_tokens=512)
-    assert alisa.kv_sparsity is None and alisa.token_picks == 256
+    assert alisa.kv_sparsity is None and alisa.budget.picks == 256
     assert SparseConfig.h2o(kv_sparsity=0.5).budget_tokens is None
     assert alisa.replace(kv_sparsity=0.9).budget_tokens is None
     assert alisa.replace(max_tokens=9) == SparseConfig.alisa(budget_tokens=512, max_tokens=9)

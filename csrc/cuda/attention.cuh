@@ -81,10 +81,10 @@ struct Tokens {
   int unit, last;     // tokens of an entry; the newest position that may be attended
   int count, sealed;  // tokens of all entries, of which the first `sealed` lie in sealed pages
 
-  __device__ Tokens(const Entries& e, const Rule& rule, int64_t P, int64_t sealed, int64_t last)
+  __device__ Tokens(const Entries& e, const Rule& rule, int64_t P, int64_t sealed_pages, int64_t last)
       : entries(e), unit(static_cast<int>(rule.unit)), last(static_cast<int>(last)) {
     const int entries = static_cast<int>(e.count());
-    const int64_t end = sealed * (static_cast<int>(P) / unit);  // of the sealed units
+    const int64_t end = sealed_pages * (static_cast<int>(P) / unit);  // of the sealed units
     int before = 0;
     for (int after = entries; before < after;) {
       const int middle = (before + after) / 2;

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from ..cache import LayerCache
 from ..config import SparseConfig
 from ..files import write_beside
 from ..heads import HeadPattern
+from ..sequences import Sequences, Step
 from .handle import NAME, WHO, Handle
 
 
@@ -37,6 +37,7 @@ class PendingKV(Handle):
 
     def __init__(self, layer: SparseLayer, k: Tensor, v: Tensor) -> None:
         self.layer, self.k, self.v = layer, k, v
+        self.forward: Forward | None = None  # which a `SparseCache` sets
         self.used = False
 
     def _refuse(self, touch: str) -> NoReturn:
@@ -143,25 +144,45 @@ class SparseLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         return PendingKV(self, key_states, value_states), value_states
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, starts: np.ndarray | None, scale: float, sinks: Tensor | None = None
-    ) -> Tensor:
-        """Appends k and v [B, H, T, D] and attends with q [B, Hq, T, D]: [B, T, Hq, D]."""
-        assert self.kv is not None
-        T = k.shape[2]
-        padding = np.zeros(k.shape[0], np.int64) if starts is None else starts
-        same_batch = len(padding) == self.kv.batch_size  # else the cache says so
-        if same_batch and self.kv.lengths != np.maximum(self.seen - padding, 0).tolist():
-            raise ValueError(
-                f"attention_mask: expected the padding of earlier calls, after which the sequences hold "
-                f"{self.kv.lengths} of {self.seen} tokens, got {padding.tolist()} tokens of padding"
-            )
-        D, new_padding = self.kv.head_dim, np.clip(padding - self.seen, 0, T).tolist()
-        out = self.kv.attend(widen(q, D), widen(k, D), widen(v, D), new_padding, scale, sinks)
-        return out[..., : v.shape[-1]]
+    def attend(self, q: Tensor, new: PendingKV, mask: Padding | None, scale: float, sinks: Tensor | None) -> Tensor:
+        """Appends what an update brought, [B, H, T, D] with padding on the left, and attends with q [B, Hq, T, D].
+
+        Returns:
+            [B, T, Hq, D]; 0 for pad tokens.
+        """
+        kv, forward, (B, H, T, _) = self.kv, new.forward, new.k.shape
+        assert kv is not None and forward is not None
+        if (kv.batch_size, kv.heads) != (B, H):
+            held = f"[{kv.batch_size}, {kv.heads}, T, {new.k.shape[3]}]"
+            raise ValueError(f"k: expected {held}, as the cache holds, got {list(new.k.shape)}")
+        now = forward.step(kv, T, mask)
+        q, k, v = (widen(x, kv.head_dim) for x in (q, new.k, new.v))
+        padded = bool((now.new < T).any())
+        if now.decode:
+            k, v = k[:, :, 0], v[:, :, 0]
+            if padded:  # a left-padded chunk of one token: those sequences are still empty
+                rows = torch.from_numpy(now.new > 0).to(k.device)
+                k, v = k[rows], v[rows]
+            out = kv.attend(q[:, :, 0], k, v, now, scale, sinks)[:, None]
+        elif padded:
+            pads = torch.from_numpy(T - now.new).to(k.device)
+            columns = torch.arange(T, device=k.device) >= pads[:, None]
+            q, k, v = (x.transpose(1, 2)[columns] for x in (q, k, v))
+            packed = kv.attend(q, k, v, now, scale, sinks)
+            out = packed.new_zeros(B, T, *packed.shape[1:]).index_put_((columns,), packed)
+        else:
+            q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+            packed = kv.attend(q, k, v, now, scale, sinks)
+            out = packed.unflatten(0, (B, T))
+        return out[..., : new.v.shape[-1]]
 
     def restored(
-        self, state: dict[str, Tensor], kv_heads: int, head_dim: int | None, device: torch.device | str
+        self,
+        state: dict[str, Tensor],
+        sequences: Sequences,
+        kv_heads: int,
+        head_dim: int | None,
+        device: torch.device | str,
     ) -> LayerCache:
         """A cache from what `LayerCache.state` gave, for that many heads (or a tensor parallel part of them)."""
         residual, P = state.get("residual_k"), self.config.page_size
@@ -178,7 +199,7 @@ class SparseLayer(CacheLayerMixin):
             raise ValueError(f"{name}: expected {wanted} for this model, got {list(residual.shape)}")
         kv = self.make(residual[:, :, :0].to(device))
         try:
-            kv.restore(state)
+            kv.restore(state, sequences)
         except ValueError as error:
             raise ValueError(f"{self.index}.{error}") from None
         return kv
@@ -289,26 +310,27 @@ class SparseCache(Cache):
     model keep transformers' own cache layers, and are attended by transformers.
 
     Args:
-        config: the model's config; its layers and their kinds are read, and its kv heads, to check head patterns.
-        sparse: what is attended and how it is stored; by default dense, in the model's dtype.
+        model_config: the model's config; its layers and their kinds are read, and its kv heads, to check head patterns.
+        config: what is attended and how it is stored; by default dense, in the model's dtype.
 
     Raises:
         ValueError: the pattern of streaming heads does not fit the model, there is none to cut a fraction from, or the
             model has no layer with full attention.
     """
 
-    def __init__(self, config: PretrainedConfig, sparse: SparseConfig | None = None) -> None:
-        self.sparse = sparse if sparse is not None else SparseConfig.dense()
-        if isinstance(self.sparse.streaming_heads, (str, os.PathLike)):  # a cache is whole without the file
-            self.sparse = self.sparse.replace(streaming_heads=HeadPattern.load(self.sparse.streaming_heads))
-        self._config = config.get_text_config(decoder=True)
-        self._forward: _Forward | None = None
+    def __init__(self, model_config: PretrainedConfig, config: SparseConfig | None = None) -> None:
+        self.config = config if config is not None else SparseConfig.dense()
+        if isinstance(self.config.streaming_heads, (str, os.PathLike)):  # a cache is whole without the file
+            self.config = self.config.replace(streaming_heads=HeadPattern.load(self.config.streaming_heads))
+        self.model_config = model_config.get_text_config(decoder=True)
+        self._forward: Forward | None = None
+        self._misfit: Tensor | None = None  # on a GPU: whether a mask since the last border was another than expected
         self._used: set[int] | None = None  # layers that a whole forward has touched
         self._dead: str | None = None
         super().__init__(layers=self._new_layers())
 
     def _new_layers(self) -> list[Any]:
-        text, layers = self._config, _their_layers(self._config)
+        text, layers = self.model_config, _their_layers(self.model_config)
         ours = [i for i, layer in enumerate(layers) if _is_ours(layer, i, text)]
         if not ours:
             kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
@@ -322,9 +344,9 @@ class SparseCache(Cache):
                 f"layers are {kinds}{hint}"
             )
         kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        patterns = heads.resolve(self.sparse.streaming_heads, len(layers), kv_heads, ours)
+        patterns = heads.resolve(self.config.streaming_heads, len(layers), kv_heads, ours)
         for i in ours:
-            arguments = (self.sparse, text, patterns[i], i)
+            arguments = (self.config, text, patterns[i], i)
             if isinstance(layers[i], LinearAttentionLayer):
                 layers[i] = SparseHybridLayer(*arguments, number_of_states=layers[i].number_of_states)
             else:
@@ -339,7 +361,10 @@ class SparseCache(Cache):
     # ---- one forward after the other --------------------------------------------------------------------------------
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         self._touch(layer_idx, "kv")
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        handle, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if isinstance(handle, PendingKV):
+            handle.forward = self._forward
+        return handle, values
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
         self._touch(layer_idx, f"conv{state_idx}")
@@ -358,7 +383,7 @@ class SparseCache(Cache):
         forward = self._forward
         if forward is None or index < max(forward.touched, default=0) or kind in forward.touched.get(index, ()):
             self._settle()
-            forward = self._forward = _Forward([_copied(layer) for layer in self.layers])
+            forward = self._forward = Forward(self, [_copied(layer) for layer in self.layers])
         layer = self.layers[index]
         if isinstance(layer, SparseLayer) and layer.seen != forward.columns:
             raise RuntimeError(
@@ -399,7 +424,19 @@ class SparseCache(Cache):
             self._used = set(forward.touched)
         self._forward = None
 
-    def _is_whole(self, forward: _Forward) -> bool:
+    def _note(self, misfit: Tensor) -> None:
+        self._misfit = misfit if self._misfit is None else self._misfit | misfit.to(self._misfit.device)
+
+    def _check_masks(self) -> None:
+        """Raises if a mask that was not read when it came was wrong."""
+        misfit, self._misfit = self._misfit, None
+        if misfit is not None and bool(misfit):
+            raise ValueError(
+                "attention_mask: expected the padding of earlier calls, on the left, got another one in a step since "
+                "the last page border: its results are wrong"
+            )
+
+    def _is_whole(self, forward: Forward) -> bool:
         """Whether a forward has come to its end."""
         if not forward.touched:
             return True
@@ -415,6 +452,7 @@ class SparseCache(Cache):
         layers = [_copied(layer) for layer in self.layers]
         for layer in layers:
             action(layer)
+        _share(layers)
         self.layers = layers
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -466,7 +504,7 @@ class SparseCache(Cache):
     def reset(self) -> None:
         """As new."""
         self.layers = self._new_layers()
-        self._forward, self._dead = None, None
+        self._forward, self._dead, self._misfit = None, None, None
 
     def memory(self) -> dict[str, Memory]:
         """Bytes of KV a tier: used, reserved, peak. Layers of transformers' own count with what they hold now."""
@@ -507,6 +545,9 @@ class SparseCache(Cache):
 
         self._settle()
         tensors: dict[str, Tensor] = {}
+        first = self.ours[0].kv
+        if first is not None:
+            tensors = {f"sequences.{name}": x for name, x in first.sequences.state().items()}
         for i, layer in enumerate(self.layers):
             if _tensors(layer):
                 raise ValueError(
@@ -515,12 +556,12 @@ class SparseCache(Cache):
                 )
             if isinstance(layer, SparseLayer) and layer.kv is not None:
                 tensors |= {f"{i}.{name}": tensor.cpu().contiguous() for name, tensor in layer.kv.state().items()}
-        head = {"format": _FORMAT, "sparse": self.sparse.to_dict(), "layers": len(self.layers)}
+        head = {"format": _FORMAT, "config": self.config.to_dict(), "layers": len(self.layers)}
         write_beside(path, lambda beside: save_file(tensors, beside, {"lserve_ext": json.dumps(head)}))
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], config: PretrainedConfig, device: torch.device | str = "cpu"
+        cls, path: str | os.PathLike[str], model_config: PretrainedConfig, device: torch.device | str = "cpu"
     ) -> SparseCache:
         """Reads what `save` wrote, for the same model, onto one device.
 
@@ -537,40 +578,44 @@ class SparseCache(Cache):
                     raise ValueError("expected a file of SparseCache.save, got another one")
                 head = json.loads(metadata["lserve_ext"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
-            return cls._from_file(head, tensors, config, device)
+            return cls._from_file(head, tensors, model_config, device)
         except (ValueError, TypeError, RecursionError, SafetensorError) as error:
             raise ValueError(f"SparseCache.load: {name}: {error}") from None
 
     @classmethod
     def _from_file(
-        cls, head: Any, tensors: dict[str, Tensor], config: PretrainedConfig, device: torch.device | str
+        cls, head: Any, tensors: dict[str, Tensor], model_config: PretrainedConfig, device: torch.device | str
     ) -> SparseCache:
         if not isinstance(head, dict) or head.get("format") != _FORMAT:
             got = head.get("format") if isinstance(head, dict) else type(head).__name__
             raise ValueError(f"format: expected {_FORMAT}, got {got!r}: written by another version of lserve_ext")
-        cache = cls(config, SparseConfig.from_dict(head.get("sparse")))  # type: ignore[arg-type]  # checked there
+        cache = cls(model_config, SparseConfig.from_dict(head.get("config")))  # type: ignore[arg-type]  # checked there
         if len(cache.layers) != head.get("layers"):
             raise ValueError(f"layers: expected the {len(cache.layers)} of the model, got {head.get('layers')!r}")
         states: dict[int, dict[str, Tensor]] = {}
+        batch: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
-            number, _, name = key.partition(".")
-            if not (number.isdecimal() and len(number) < 6 and name):
+            part, _, name = key.partition(".")
+            if part == "sequences":
+                batch[name] = tensor
+            elif part.isdecimal() and len(part) < 6 and name:
+                states.setdefault(int(part), {})[name] = tensor
+            else:
                 raise ValueError(f"{key}: expected a layer and a name, got another tensor")
-            states.setdefault(int(number), {})[name] = tensor
         ours = [layer.index for layer in cache.ours]
-        if states and sorted(states) != ours:
+        if not tensors:
+            return cache
+        if sorted(states) != ours:
             raise ValueError(f"expected tensors of the layers {ours}, got {sorted(states)}")
-        text = config.get_text_config(decoder=True)
+        try:
+            sequences = Sequences.restore(batch, cache.config.pages)
+        except ValueError as error:
+            raise ValueError(f"sequences.{error}") from None
+        text = model_config.get_text_config(decoder=True)
         kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        for layer in cache.ours if states else ():
-            layer.kv = layer.restored(states[layer.index], kv_heads, _head_dim(text), device)
-        fed = {layer.index: layer.seen for layer in cache.ours}
-        batches = {layer.index: layer.batch_size for layer in cache.ours}
-        for what, values in (("columns", fed), ("batch size", batches)):
-            if len(set(values.values())) > 1:
-                raise ValueError(f"{what}: expected the same in all layers, got {values}")
-        if states:
-            cache._used = set(states)
+        for layer in cache.ours:
+            layer.kv = layer.restored(states[layer.index], sequences, kv_heads, _head_dim(text), device)
+        cache._used = set(states)
         return cache
 
 
@@ -584,17 +629,73 @@ def _head_dim(config: PretrainedConfig) -> int | None:
     return getattr(config, "head_dim", None) or int(config.hidden_size // config.num_attention_heads)
 
 
-@dataclasses.dataclass
-class _Forward:
-    """A forward on its way through the layers."""
+class Padding(Protocol):
+    """What a forward knows of the padding of its batch."""
 
-    before: list[Any]
-    """The layers as they were."""
-    touched: dict[int, set[str]] = dataclasses.field(default_factory=dict)
-    """Layers that it has come to, and which of their states it has asked for."""
+    def starts(self) -> np.ndarray | None:
+        """[B] columns of padding on the left, on the host; None: there is none."""
 
-    def __post_init__(self) -> None:
-        self.columns = max(layer.seen for layer in self.before if isinstance(layer, SparseLayer))
+    def misfit(self, batch: Sequences) -> Tensor | None:
+        """A bool on the mask's device: whether the padding of a decode step is another than that of earlier calls;
+        None: it costs nothing to look."""
+
+
+class Forward:
+    """A forward on its way through the layers of a cache."""
+
+    def __init__(self, cache: SparseCache, before: list[Any]) -> None:
+        self.before = before
+        """The layers as they were."""
+        self.touched: dict[int, set[str]] = {}
+        """Layers that it has come to, and which of their states it has asked for."""
+        self.columns = max(layer.seen for layer in before if isinstance(layer, SparseLayer))
+        self._cache = cache
+        self._step: Step | None = None
+
+    def step(self, kv: LayerCache, columns: int, mask: Padding | None) -> Step:
+        """What all layers do to the batch; the first one that attends begins it.
+
+        Raises:
+            ValueError: the padding is another than before, or layers bring different numbers of tokens.
+        """
+        if self._step is None:
+            batch = kv.sequences
+            new = columns - np.clip(self._starts(batch, columns, mask) - batch.columns, 0, columns)
+            layers = [layer.kv for layer in self._cache.ours if layer.kv is not None]
+            self._step = Step(batch, new, columns, columns == 1, layers)
+            if self._step.is_border or not self._step.decode:
+                self._cache._check_masks()
+        if columns != self._step.columns:
+            raise ValueError(f"k: expected {self._step.columns} tokens as in the other layers, got {columns}")
+        if kv.sequences is not self._step.before:
+            kv.share(self._step.before)
+        return self._step
+
+    def _starts(self, batch: Sequences, columns: int, mask: Padding | None) -> np.ndarray:
+        """[B] columns of padding."""
+        padding = np.zeros(len(batch), np.int64)
+        if mask is not None:
+            known = batch.columns - batch.lengths
+            misfit = mask.misfit(batch) if columns == 1 and batch.columns else None
+            if misfit is not None:  # reading it now would wait for the GPU
+                self._cache._note(misfit)
+                return known
+            starts = mask.starts()
+            padding = padding if starts is None else starts
+        if padding.shape != batch.lengths.shape or (batch.lengths != np.maximum(batch.columns - padding, 0)).any():
+            raise ValueError(
+                f"attention_mask: expected the padding of earlier calls, after which the sequences hold "
+                f"{batch.lengths.tolist()} of {batch.columns} tokens, got {padding.tolist()} tokens of padding"
+            )
+        return padding
+
+
+def _share(layers: Sequence[Any]) -> None:
+    """Gives all layers one object for their batch."""
+    held = [layer.kv for layer in layers if isinstance(layer, SparseLayer) and layer.kv is not None]
+    for kv in held[1:]:
+        if kv.columns == held[0].columns:
+            kv.share(held[0].sequences)
 
 
 def _copied(layer: Any) -> Any:

@@ -15,6 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import ops
+from ..sequences import Sequences
 from .cache import PendingKV, widen
 from .handle import NAME, WHO, Handle
 
@@ -49,11 +50,25 @@ class AttentionMask(Handle):
         Raises:
             ValueError: the mask is not causal, or there is padding elsewhere.
         """
-        if self.why_not is not None:
-            raise ValueError(self.why_not)
+        self.check()
         if self._starts is None:
             self._starts = (_padding(**self._arguments),)
         return self._starts[0]
+
+    def check(self) -> None:
+        """Raises ValueError if the mask is not causal."""
+        if self.why_not is not None:
+            raise ValueError(self.why_not)
+
+    def misfit(self, batch: Sequences) -> Tensor | None:
+        """Whether a decode step's padding is another than that of earlier calls, as a bool on the GPU; None: it is on
+        the CPU, or of a wrong shape, so that one can look."""
+        padding: Tensor | None = self._arguments["attention_mask"]
+        if padding is None or not _is_slow_to_read(padding) or padding.shape != (len(batch), batch.columns + 1):
+            return None
+        starts = batch.columns - batch.facts(padding.device).lengths
+        expected = torch.arange(batch.columns + 1, device=padding.device) >= starts[:, None]
+        return (padding.bool() != expected).any()
 
     def is_causal(self) -> bool:
         """Whether our attention serves it."""
@@ -68,6 +83,11 @@ class AttentionMask(Handle):
         if kind not in self._dense:
             self._dense[kind] = ALL_MASK_ATTENTION_FUNCTIONS[kind](**self._arguments)
         return self._dense[kind]
+
+
+def _is_slow_to_read(tensor: Tensor) -> bool:
+    """Whether reading it waits for a GPU."""
+    return tensor.device.type != "cpu"
 
 
 def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
@@ -113,21 +133,21 @@ def attention(
     extra = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     sinks = next((kwargs[name] for name in SINKS if kwargs.get(name) is not None), None)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    starts: np.ndarray | None = None
     if isinstance(key, PendingKV):
         if extra:
             raise ValueError(f"{WHO} does not support {extra[0]}: expected None, got {kwargs[extra[0]]!r:.60}")
         if not causal:
             raise ValueError(f"{WHO} is causal, and this attention is not")
         if isinstance(attention_mask, AttentionMask):
-            starts = attention_mask.starts()
+            attention_mask.check()
         elif attention_mask is not None:
             raise ValueError(f"{WHO}: expected a 2D attention_mask, got one that a model made 4D or was given so")
         window = kwargs.get("sliding_window")
         if window is not None and key.layer.seen + query.shape[2] > window:
             raise ValueError(f"{WHO} does not support sliding_window: {_NO_WINDOW.format(window)}")
         key.use(value)
-        return key.layer.attend(query.to(value.dtype), key.k, key.v, starts, scale, sinks), None
+        return key.layer.attend(query.to(value.dtype), key, attention_mask, scale, sinks), None
+    starts: np.ndarray | None = None
     if isinstance(attention_mask, AttentionMask):
         causal = causal and attention_mask.is_causal()
         starts = attention_mask.starts() if causal else None
