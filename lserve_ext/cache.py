@@ -169,16 +169,16 @@ class LayerCache:
         if k.shape != expected:
             raise ValueError(f"k: expected {list(expected)}, as the cache holds and new says, got {list(k.shape)}")
         self._pool.settle()
+        on = now.on(self.device)
         s, (blocks, table) = self._state, self._tables(now)
         after = s._replace(sequences=now.after, blocks=blocks, block_table=table, slot_table=table)
         options: dict[str, Any] = {"scale": scale, "sinks": sinks}
         if now.decode:
-            kv = self._paged(after)._replace(sealed=now.on(self.device).sealed)
-            out, selection = step.decode(q, k, v, kv, now.on(self.device), self._decode_mask, self._scorer,
-                                         s.selection, **options)  # fmt: skip
+            kv = self._paged(after)._replace(sealed=on.sealed)
+            out, selection = step.decode(q, k, v, kv, on, self._decode_mask, self._scorer, s.selection, **options)
         else:
             after = after._replace(residual_k=s.residual_k.clone(), residual_v=s.residual_v.clone())
-            kv = self._paged(after)._replace(sealed=now.on(self.device).sealed)
+            kv = self._paged(after)._replace(sealed=on.sealed)
             out, selection = step.prefill(q, k, v, self._paged(s), kv, now, self._prefill_mask, self._scorer,
                                           s.selection, **options)  # fmt: skip
         self._state = after._replace(selection=selection)
@@ -187,10 +187,7 @@ class LayerCache:
     def _tables(self, now: Step) -> tuple[BlockTable, Tensor]:
         """The tables after a step. At a page border they are made for all layers that take it, and copied at once."""
         s = self._state
-        if (
-            not now.is_border
-            and -(-int(now.after.lengths.max(initial=0)) // self.config.page_size) <= s.blocks.ids.shape[2]
-        ):
+        if not now.is_border and now.pages <= s.blocks.ids.shape[2]:
             return s.blocks, s.block_table
         if id(self) not in now.tables:
             layers = [layer for layer in now.layers if layer.device == self.device and id(layer) not in now.tables]
@@ -207,8 +204,8 @@ class LayerCache:
         """With a block for every page that the step seals, and none for those that streaming heads are past."""
         before, after, blocks, P = now.before, now.after, self._state.blocks, self.config.page_size
         held = blocks.ids.shape[2]
-        needed = -(-int(after.lengths.max(initial=0)) // P)
-        needed = max(needed, int(held * Pool.GROWTH)) if needed > held else held
+        full = int(after.lengths.max(initial=0)) == held * P and not self.config.max_tokens  # grow now, at a border
+        needed = max(now.pages, int(held * Pool.GROWTH)) if now.pages > held or full else held
         ids = np.pad(blocks.ids, ((0, 0), (0, 0), (0, needed - held)), constant_values=-1)
         page = np.arange(needed)
         kept = (page < after.pages.sink) | (page >= after.freed[:, None])  # [B, M]

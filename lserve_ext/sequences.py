@@ -194,6 +194,8 @@ class Step:
         )
         self.is_border = bool((self.after.sealed > before.sealed).any() or (self.after.freed > before.freed).any())
         """Whether a layer's table changes."""
+        self.pages = -(-int(lengths.max(initial=0)) // P)
+        """Columns that a table must have."""
         self.layers = layers
         self.tables: dict[int, Any] = {}
         """Of the layers that have asked, by `id`: what `LayerCache` makes of them."""
