@@ -145,8 +145,6 @@ class LayerCache:
         return int(total), int(batch.lengths.sum()) * self.heads
 
     # ---- attention --------------------------------------------------------------------------------------------------
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, new: Step | Sequence[int], scale: float, sinks: Tensor | None = None
     ) -> Tensor:
@@ -165,9 +163,14 @@ class LayerCache:
         now = new if isinstance(new, Step) else Step(self.sequences, new)
         if now.before is not self.sequences:
             raise ValueError("new: expected a step that begins with this layer's sequences, got another one")
-        expected = (int(now.new.sum()), self.heads, self.head_dim)
+        expected = (now.tokens, self.heads, self.head_dim)
         if k.shape != expected:
             raise ValueError(f"k: expected {list(expected)}, as the cache holds and new says, got {list(k.shape)}")
+        # Below autograd, which has nothing to do here: its keys cost each op a detour through Python.
+        with torch.inference_mode(False), torch._C._AutoDispatchBelowAutograd():
+            return self._attend(q, k, v, now, scale, sinks)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, now: Step, scale: float, sinks: Tensor | None) -> Tensor:
         self._pool.settle()
         on = now.on(self.device)
         s, (blocks, table) = self._state, self._tables(now)
@@ -288,6 +291,12 @@ class LayerCache:
                 f"sequences: expected {self.lengths} tokens as in the other layers, got {sequences.lengths}"
             )
         self._state = self._state._replace(sequences=sequences)
+
+    def __copy__(self) -> LayerCache:
+        """The same tokens and blocks, until one of the two goes on."""
+        twin = object.__new__(LayerCache)
+        twin.__dict__.update(self.__dict__)
+        return twin
 
     @torch.inference_mode(False)
     @torch.no_grad()

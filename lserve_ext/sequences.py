@@ -182,6 +182,9 @@ class Step:
         self.before, self.new = before, new
         self.columns = int(new.max(initial=0)) if columns is None else columns
         self.decode = int(new.max(initial=0)) <= 1 if decode is None else decode
+        self.tokens = int(new.sum())
+        """New tokens of all sequences."""
+        self.is_padded = self.tokens < len(new) * self.columns
         P, window = before.pages.page_size, before.pages.decode_window if self.decode else before.window
         lengths = before.lengths + new
         self.after = Sequences(
@@ -205,7 +208,7 @@ class Step:
         """The facts of both ends on a device. Between borders of decode nothing is copied there."""
         if device not in self._on:
             lengths, sealed, ones = self.before.facts(device)
-            if self.decode and bool((self.new == 1).all()):
+            if self.decode and self.tokens == len(self.new):
                 cu_seqlens, seq_lens = ones, lengths + 1
             else:
                 cu_seqlens = on_device(np.concatenate([[0], np.cumsum(self.new)]), device)

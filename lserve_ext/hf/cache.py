@@ -156,15 +156,16 @@ class SparseLayer(CacheLayerMixin):
             held = f"[{kv.batch_size}, {kv.heads}, T, {new.k.shape[3]}]"
             raise ValueError(f"k: expected {held}, as the cache holds, got {list(new.k.shape)}")
         now = forward.step(kv, T, mask)
-        q, k, v = (widen(x, kv.head_dim) for x in (q, new.k, new.v))
-        padded = bool((now.new < T).any())
+        k, v, D = new.k, new.v, kv.head_dim
+        if not q.shape[3] == k.shape[3] == v.shape[3] == D:
+            q, k, v = widen(q, D), widen(k, D), widen(v, D)
         if now.decode:
             k, v = k[:, :, 0], v[:, :, 0]
-            if padded:  # a left-padded chunk of one token: those sequences are still empty
+            if now.is_padded:  # a left-padded chunk of one token: those sequences are still empty
                 rows = torch.from_numpy(now.new > 0).to(k.device)
                 k, v = k[rows], v[rows]
             out = kv.attend(q[:, :, 0], k, v, now, scale, sinks)[:, None]
-        elif padded:
+        elif now.is_padded:
             pads = torch.from_numpy(T - now.new).to(k.device)
             columns = torch.arange(T, device=k.device) >= pads[:, None]
             q, k, v = (x.transpose(1, 2)[columns] for x in (q, k, v))
@@ -174,7 +175,7 @@ class SparseLayer(CacheLayerMixin):
             q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
             packed = kv.attend(q, k, v, now, scale, sinks)
             out = packed.unflatten(0, (B, T))
-        return out[..., : new.v.shape[-1]]
+        return out if new.v.shape[3] == D else out[..., : new.v.shape[3]]
 
     def restored(
         self,
@@ -381,7 +382,7 @@ class SparseCache(Cache):
     def _touch(self, index: int, kind: str) -> None:
         """Notes that a forward has come to a layer, and begins a new one where layers begin anew."""
         forward = self._forward
-        if forward is None or index < max(forward.touched, default=0) or kind in forward.touched.get(index, ()):
+        if forward is None or index < forward.last or kind in forward.touched.get(index, ()):
             self._settle()
             forward = self._forward = Forward(self, [_copied(layer) for layer in self.layers])
         layer = self.layers[index]
@@ -390,6 +391,7 @@ class SparseCache(Cache):
                 f"SparseCache: expected {forward.columns} columns in layer {index}, as in the other layers, got "
                 f"{layer.seen}: an earlier forward has left this layer out"
             )
+        forward.last = index
         forward.touched.setdefault(index, set()).add(kind)
 
     def _settle(self) -> None:
@@ -648,6 +650,8 @@ class Forward:
         """The layers as they were."""
         self.touched: dict[int, set[str]] = {}
         """Layers that it has come to, and which of their states it has asked for."""
+        self.last = 0
+        """The layer that it has come to."""
         self.columns = max(layer.seen for layer in before if isinstance(layer, SparseLayer))
         self._cache = cache
         self._step: Step | None = None
@@ -701,6 +705,8 @@ def _share(layers: Sequence[Any]) -> None:
 def _copied(layer: Any) -> Any:
     """A copy that stays as it is while the layer goes on. Only linear layers change their tensors in place."""
     twin = copy.copy(layer)
+    if type(layer) is SparseLayer:
+        return twin
     vars(twin).update({name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)})
     return twin
 
