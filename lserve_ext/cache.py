@@ -19,6 +19,7 @@ from . import ops, step
 from .blocks import BlockTable, Memory, Pool
 from .config import SparseConfig
 from .ops import DENSE, LISTED, Mask, PagedKV
+from .reserved import ReservedBatch, ReservedLayer
 from .scorers import Selection
 from .sequences import Sequences, Step, on_device
 
@@ -73,7 +74,7 @@ class LayerCache:
             raise ValueError(f"streaming_heads: expected {H} kv heads, got {len(streaming_heads)}")
         self.config, self.dtype, self.device = config, like.dtype, like.device
         self.heads, self.head_dim = H, D
-        P = config.page_size
+        self._reserved: ReservedLayer | None = None
         self._streaming = np.array(streaming_heads, bool)
         self._dense = dense
         self._scorer = None if dense or self._streaming.all() else config.make_scorer()
@@ -83,13 +84,21 @@ class LayerCache:
             prefill = on_device(np.where(self._streaming, config.prefill_local_pages, DENSE), self.device)
             self._decode_mask = Mask(decode, sink=config.sink_pages)
             self._prefill_mask = Mask(prefill, sink=config.prefill_sink_pages)
-            pages = -(-config.max_tokens // P) if config.max_tokens else 4
-            self._pool = Pool(config, like, B * H * pages if config.max_tokens else 0) if pool is None else pool
-            blocks = self._pool.table(np.full((B, H, pages), -1, np.int32))
+            self._pool = Pool(config, like, self._reserved_blocks(B)) if pool is None else pool
+            blocks = self._pool.table(np.full((B, H, config.max_pages or 4), -1, np.int32))
             table = on_device(blocks.ids, self.device)
-            k, v = (like.new_zeros(B, H, 2 * P, D) for _ in "kv")  # files hold rows that no token has filled
+            k, v = (like.new_zeros(B, H, 2 * config.page_size, D) for _ in "kv")  # zeros: files hold all rows
             batch = Sequences.empty(config.pages, B) if sequences is None else sequences
             self._state = State(batch, blocks, table, table, k, v, Selection())
+
+    def _reserved_blocks(self, batch: int) -> int:
+        """Blocks to allocate at once: all that dense heads will need; of streaming heads those of a prefill's window,
+        and of the cycle that follows it."""
+        if not self.config.max_pages:
+            return 0
+        pages, M, streaming = self.config.pages, self.config.max_pages, int(self._streaming.sum())
+        cyclic = min(M, pages.sink + pages.longest_window + 1) + pages.decode_window
+        return batch * (streaming * cyclic + (self.heads - streaming) * M)
 
     # ---- what it holds ----------------------------------------------------------------------------------------------
     @property
@@ -187,6 +196,55 @@ class LayerCache:
         self._state = after._replace(selection=selection)
         return out
 
+    # ---- reserved memory --------------------------------------------------------------------------------------------
+    def enter_reserved(self) -> None:
+        """From now on `decode_reserved` decodes, until `leave_reserved`."""
+        s, residual = self._state, self._state.residual_k
+        layer = self._reserved
+        if layer is None or layer.batch_size != self.batch_size:
+            assert self.config.max_pages is not None
+            layer = ReservedLayer(self._pool, residual, self._streaming, self.config.max_pages, self._scorer)
+        layer.load(s.blocks, s.sequences, s.residual_k, s.residual_v, s.selection)
+        self._reserved = layer
+
+    def decode_reserved(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: ReservedBatch, scale: float, sinks: Tensor | None = None
+    ) -> Tensor:
+        """A decode step as `attend` takes it, q [B, Hq, D] and k, v [B, H, D], without the host."""
+        layer, on = self._reserved, batch.on
+        assert layer is not None and on is not None
+        out, selection = step.decode(q, k, v, layer.kv(on.sealed), on, self._decode_mask, self._scorer,
+                                     layer.before(batch.age), scale=scale, sinks=sinks)  # fmt: skip
+        layer.keep(selection)
+        return out
+
+    def leave_reserved(self, sequences: Sequences, age: int) -> None:
+        """Takes what has been decoded since."""
+        layer = self._reserved
+        assert layer is not None
+        if sequences is not self.sequences:
+            blocks = layer.held(sequences)
+            table = on_device(blocks.ids, self.device)
+            selection = layer.chosen(age, self.config.reuse_interval)
+            residual_k, residual_v = layer.residual_k.clone(), layer.residual_v.clone()
+            self._state = State(sequences, blocks, table, table, residual_k, residual_v, selection)
+
+    def drop_reserved(self) -> None:
+        """Gives back the blocks of pages to come."""
+        if self._reserved is not None:
+            self._reserved.blocks = None
+
+    @property
+    def observes(self) -> bool:
+        """Whether its lists follow the attention mass of every step."""
+        return self._scorer is not None and self._scorer.observes
+
+    @property
+    def age(self) -> int:
+        """Steps that the lists of retrieval heads have served; 0: there are none."""
+        return self._state.selection.age
+
+    # ---- tables -----------------------------------------------------------------------------------------------------
     def _tables(self, now: Step) -> tuple[BlockTable, Tensor]:
         """The tables after a step. At a page border they are made for all layers that take it, and copied at once."""
         s = self._state
@@ -206,8 +264,11 @@ class LayerCache:
     def _grown(self, now: Step) -> BlockTable:
         """With a block for every page that the step seals, and none for those that streaming heads are past."""
         before, after, blocks, P = now.before, now.after, self._state.blocks, self.config.page_size
-        held = blocks.ids.shape[2]
-        full = int(after.lengths.max(initial=0)) == held * P and not self.config.max_tokens  # grow now, at a border
+        held, most = blocks.ids.shape[2], self.config.max_pages
+        if most is not None and now.pages > most:
+            got = int(after.lengths.max())
+            raise ValueError(f"max_tokens: expected at most {most * P} tokens a sequence, as are reserved, got {got}")
+        full = int(after.lengths.max(initial=0)) == held * P and most is None  # grow now, at a border
         needed = max(now.pages, int(held * Pool.GROWTH)) if now.pages > held or full else held
         ids = np.pad(blocks.ids, ((0, 0), (0, 0), (0, needed - held)), constant_values=-1)
         page = np.arange(needed)
@@ -303,6 +364,7 @@ class LayerCache:
     def fork(self) -> LayerCache:
         """A copy that shares the sealed blocks."""
         twin, s = copy.copy(self), self._state
+        twin._reserved = None
         twin._state = s._replace(residual_k=s.residual_k.clone(), residual_v=s.residual_v.clone())
         return twin
 

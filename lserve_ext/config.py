@@ -41,7 +41,8 @@ class SparseConfig:
     streaming_heads       heads that keep sink and local only: None (no head), a HeadPattern, its file or the name of a
                           shipped one, or a fraction (1.0: every head; others need a pattern)
     dense_layers          the first n layers attend everything
-    max_tokens            tokens a sequence to reserve memory for; None: memory grows on demand
+    max_tokens            tokens a sequence to reserve memory for, so that torch.compile makes one graph of a decode
+                          step; None: memory grows on demand
     """
 
     page_size: int = 64
@@ -144,6 +145,11 @@ class SparseConfig:
         if self.budget_tokens is None:
             return 0
         return self.budget_tokens // self.page_size - self.sink_pages - self.local_pages
+
+    @property
+    def max_pages(self) -> int | None:
+        """Pages a sequence to reserve; None: memory grows on demand."""
+        return None if self.max_tokens is None else math.ceil(self.max_tokens / self.page_size)
 
     @property
     def pages(self) -> Pages:

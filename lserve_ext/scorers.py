@@ -109,6 +109,11 @@ class Scorer(ABC):
         """With the attention mass [B, H, tokens] that the last `queries` tokens put on all."""
         return before
 
+    def buffers(self, batch: int, heads: int, pages: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Room for the lists, local_start and mass of sequences of so many pages."""
+        lists = torch.empty(batch, heads, self.budget.picks or 0, dtype=torch.int32, device=device)
+        return lists, torch.empty(batch, dtype=torch.int32, device=device), None
+
 
 S = TypeVar("S", bound=type[Scorer])
 SCORERS: dict[str, type[Scorer]] = {}
@@ -162,11 +167,20 @@ class Mass(Scorer):
         B, H, M = kv.block_table.shape
         P, tokens = self.budget.page_size, M * self.budget.page_size
         mass = _padded(before.mass, B, 1 if self.heads_share else H, tokens, q.device)
-        # Without a budget the list grows with the sequences; M bounds it without asking the device.
-        picks = self.budget.picks if self.budget.picks is not None else round(tokens * (self.budget.ratio or 0.0))
+        picks = self._picks(tokens)
         counts = step.once("counts", self._counts)
         lists, local_start = ops.select_tokens(mass, step.seq_lens, kv.sealed, counts, P, picks)
         return lists.expand(B, H, picks), local_start
+
+    def _picks(self, tokens: int) -> int:
+        """Width of a list. Without a budget it grows with the table, whose width is known without asking the device."""
+        return self.budget.picks if self.budget.picks is not None else round(tokens * (self.budget.ratio or 0.0))
+
+    def buffers(self, batch: int, heads: int, pages: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        tokens = pages * self.budget.page_size
+        lists = torch.empty(batch, heads, self._picks(tokens), dtype=torch.int32, device=device)
+        mass = torch.empty(batch, 1 if self.heads_share else heads, tokens, device=device)
+        return lists, torch.empty(batch, dtype=torch.int32, device=device), mass
 
     def _counts(self, seq_lens: Tensor) -> Tensor:
         """[B] int32 tokens to pick."""

@@ -1,7 +1,9 @@
-"""A decode step of a model needs no host: what it copies to the device and reads back, counted."""
+"""A decode step of a model needs no host: what it copies to the device and reads back is counted. In reserved memory it
+is one graph."""
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -123,3 +125,242 @@ def test_a_wrong_mask_on_a_gpu_is_noticed_at_the_next_border(llama: Any, monkeyp
             llama(prompt[:, :1], attention_mask=torch.ones(1, n), **cached(cache))
         with pytest.raises(ValueError, match="a column for every token"):
             llama(prompt[:, :1], attention_mask=torch.ones(1, 9), **cached(cache))
+
+
+# ---- reserved memory
+
+
+TOKENS = 512
+
+
+def padded_prompt() -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask and positions of two sequences, one of them padded."""
+    ids = torch.randint(3, 96, (2, 70), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :11] = 0
+    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def decoded(model: Any, cache: SparseCache, steps: int, forward: Callable[..., Any] | None = None) -> Tensor:
+    """Greedy tokens [2, steps + 1] of the prompt, by positions that the caller counts."""
+    ids, mask, positions = padded_prompt()
+    with torch.no_grad():
+        x = model(ids, attention_mask=mask, position_ids=positions, **cached(cache)).logits[:, -1:].argmax(-1)
+        return torch.cat([x, continued(model, cache, x, mask, positions[:, -1:], steps, forward)], 1)
+
+
+def continued(
+    model: Any, cache: SparseCache, x: Tensor, mask: Tensor, positions: Tensor, steps: int,
+    forward: Callable[..., Any] | None = None,
+) -> Tensor:  # fmt: skip
+    found = []
+    for _ in range(steps):
+        positions, mask = positions + 1, torch.cat([mask, mask.new_ones(2, 1)], 1)
+        options = {} if cache.is_compileable else {"attention_mask": mask}
+        logits = (forward or model)(x, position_ids=positions, use_cache=True, **options, **cached(cache)).logits
+        x = logits[:, -1:].argmax(-1)
+        found.append(x)
+    return torch.cat(found, 1)
+
+
+def reserved(name: str) -> SparseConfig:
+    return PRESETS[name].replace(max_tokens=TOKENS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_reserved_memory_gives_the_same_tokens(name: str, llama: Any) -> None:
+    growing, cache = SparseCache(llama.config, PRESETS[name]), SparseCache(llama.config, reserved(name))
+    assert cache.is_compileable and not growing.is_compileable
+    assert torch.equal(decoded(llama, growing, 120), decoded(llama, cache, 120))
+    assert cache.get_seq_length() == growing.get_seq_length() == 190
+    assert cache.attended() == growing.attended()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_step_in_reserved_memory_moves_nothing_at_borders_either(
+    name: str, llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = SparseCache(llama.config, reserved(name))
+    decoded(llama, cache, 1)
+    x, positions = torch.ones(2, 1, dtype=torch.int64), torch.tensor([[71], [60]])
+    with torch.no_grad():
+        for _ in range(3 * P):
+            positions = positions + 1
+            with monkeypatch.context() as patch, Traffic(patch) as traffic:
+                llama(x, position_ids=positions, use_cache=True, **cached(cache))
+            assert not traffic.counts
+
+
+def compiled(model: Any, backend: str) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step: Callable[..., Any] = torch.compile(model.forward, fullgraph=True, backend=backend, dynamic=False)
+    return step
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_step_is_one_graph_for_each_phase_of_the_reuse_interval(name: str, llama: Any) -> None:
+    """200 steps across page borders and selections: no graph break, no recompilation, the tokens of the eager run."""
+    cache, config = SparseCache(llama.config, reserved(name)), reserved(name)
+    got = decoded(llama, cache, 200, compiled(llama, "eager"))
+    phases = config.reuse_interval if config.selects else 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == phases
+    assert torch.equal(got, decoded(llama, SparseCache(llama.config, PRESETS[name]), 200))
+    # A second cache of the same shape finds the graphs ready.
+    again = torch.compile(llama.forward, fullgraph=True, backend="eager", dynamic=False)
+    assert torch.equal(got[:, :6], decoded(llama, SparseCache(llama.config, config), 5, again))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == phases
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "lserve"])
+def test_a_step_compiles_with_inductor(name: str, llama: Any) -> None:
+    got = decoded(llama, SparseCache(llama.config, reserved(name)), 40, compiled(llama, "inductor"))
+    assert torch.equal(got, decoded(llama, SparseCache(llama.config, PRESETS[name]), 40))
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize("name", ["dense", "lserve"])
+def test_generate_compiles_as_it_does_for_a_static_cache(name: str, options: dict[str, Any], llama: Any) -> None:
+    ids, mask, _ = padded_prompt()
+    options = options | {"max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0, "attention_mask": mask}
+    compile_config = transformers.CompileConfig(backend="eager", fullgraph=True, dynamic=False, mode=None)
+    compile_config._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    want = llama.generate(ids, **cached(SparseCache(llama.config, PRESETS[name])), **options)
+    torch.manual_seed(0)
+    cache = SparseCache(llama.config, reserved(name))
+    got = llama.generate(ids, **cached(cache), **options, compile_config=compile_config)
+    vars(llama).pop("_compiled_call", None)
+    assert torch.equal(got, want)
+    if "num_beams" not in options:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (4 if name == "lserve" else 1)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_the_host_does_between_steps(name: str, llama: Any, tmp_path: Path) -> None:
+    """Crop, batch operations, forks, copies, files and another turn, beside a cache that grows."""
+
+    def both(action: Callable[[SparseCache], Any]) -> None:
+        nonlocal growing, cache
+        growing, cache = (action(x) or x for x in (growing, cache))
+
+    def saved(x: SparseCache) -> SparseCache:
+        x.save(tmp_path / "cache.safetensors")
+        return SparseCache.load(tmp_path / "cache.safetensors", llama.config)
+
+    growing, cache = SparseCache(llama.config, PRESETS[name]), SparseCache(llama.config, reserved(name))
+    assert torch.equal(decoded(llama, growing, 21), decoded(llama, cache, 21))
+    turn = torch.randint(3, 96, (2, 13), generator=torch.Generator().manual_seed(3))
+
+    def swapped_twice(x: SparseCache) -> None:
+        x.reorder_cache(torch.tensor([1, 0]))
+        x.reorder_cache(torch.tensor([1, 0]))
+
+    actions: list[Callable[[SparseCache], Any]] = [
+        lambda x: x.memory() and None, lambda x: x.crop(-3), swapped_twice, copy.deepcopy, lambda x: x.fork(), saved,
+    ]  # fmt: skip
+    columns = 0
+    for action in actions:
+        both(action)
+        assert growing.get_seq_length() == cache.get_seq_length()
+        columns = int(growing.get_seq_length())
+        mask = torch.ones(2, columns, dtype=torch.int64)
+        mask[1, :11] = 0
+        x, at = torch.full((2, 1), 7), (mask.cumsum(1) - 1)[:, -1:]
+        with torch.no_grad():
+            want, got = (continued(llama, c, x, mask, at, 2 * P) for c in (growing, cache))
+        assert torch.equal(want, got), action
+    mask = torch.ones(2, columns + 2 * P + 13, dtype=torch.int64)
+    mask[1, :11] = 0
+    at = (mask.cumsum(1) - 1)[:, -13:]
+    with torch.no_grad():
+        want, got = (llama(turn, attention_mask=mask, position_ids=at, **cached(c)).logits for c in (growing, cache))
+        assert torch.equal(want, got)
+        want, got = (continued(llama, c, turn[:, :1], mask, at[:, -1:], 2 * P) for c in (growing, cache))
+    assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize("name", ["dense", "lserve", "alisa"])
+def test_an_interrupted_step_in_reserved_memory(name: str, llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, cache = (SparseCache(llama.config, reserved(name)) for _ in range(2))
+    decoded(llama, plain, 9)
+    decoded(llama, cache, 9)
+    x, at, calls = torch.full((2, 1), 7), torch.tensor([[79], [68]]), 0
+    decode = lserve_ext.ops.decode
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return decode(*args, **kwargs)
+
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(lserve_ext.ops, "decode", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                llama(x, position_ids=at, **cached(cache))
+        if name == "alisa":  # the first layers' mass has taken the step in
+            with pytest.raises(RuntimeError, match=r"the last step was interrupted.*call reset"):
+                llama(x, position_ids=at, **cached(cache))
+            return
+        want, got = (continued(llama, c, x, torch.ones(2, 79), at - 1, 3 * P) for c in (plain, cache))
+    assert torch.equal(want, got)
+
+
+def test_the_end_of_reserved_memory(llama: Any) -> None:
+    config = PRESETS["lserve"].replace(max_tokens=10 * P - 3)  # whole pages are reserved
+    for forward in (llama, compiled(llama, "eager")):
+        cache = SparseCache(llama.config, config)
+        decoded(llama, cache, 10 * P - 70, forward)
+        with pytest.raises(Exception, match=r"max_tokens: expected at most 80 tokens a sequence, got"):  # noqa: PT012
+            x, at = torch.full((2, 1), 7), torch.tensor([[80], [69]])
+            with torch.no_grad():
+                forward(x, position_ids=at, use_cache=True, **cached(cache))
+            cache.memory()
+    long = torch.ones(1, 81, dtype=torch.int64)
+    with torch.no_grad(), pytest.raises(ValueError, match="max_tokens: expected at most 80 tokens a sequence, as are"):
+        llama(long, **cached(SparseCache(llama.config, config)))
+
+
+def test_streaming_heads_take_constant_memory(llama: Any) -> None:
+    caches = [SparseCache(llama.config, PRESETS["streaming"].replace(max_tokens=n)) for n in (100 * P, 1000 * P)]
+    for cache in caches:
+        decoded(llama, cache, 3 * P)
+    few, many = (cache.memory()["device"] for cache in caches)
+    assert few.reserved == many.reserved and few.peak == many.peak
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_step_in_a_cuda_graph(name: str, llama: Any, device: str) -> None:
+    """200 replays, across page borders and all phases of the reuse interval: the tokens of the eager run."""
+    if device == "cpu":
+        pytest.skip("CUDA graphs need a GPU")
+    model, config = copy.deepcopy(llama).to(device), reserved(name)
+    ids, mask, positions = (x.to(device) for x in padded_prompt())
+    want = decoded(llama, SparseCache(llama.config, config), 200)
+    cache, phases = SparseCache(model.config, config), config.reuse_interval if config.selects else 1
+    with torch.no_grad():
+        x = model(ids, attention_mask=mask, position_ids=positions, **cached(cache)).logits[:, -1:].argmax(-1)
+        at, found, graphs = positions[:, -1:] + 1, [x.clone()], []
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(phases):  # eagerly, which also warms up
+                x.copy_(model(x, position_ids=at, use_cache=True, **cached(cache)).logits[:, -1:].argmax(-1))
+                at.add_(1)
+                found.append(x.clone())
+        torch.cuda.synchronize()
+        for _ in range(phases):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                x.copy_(model(x, position_ids=at, use_cache=True, **cached(cache)).logits[:, -1:].argmax(-1))
+                at.add_(1)
+            graphs.append(graph)
+        for i in range(200 - phases):
+            graphs[i % phases].replay()
+            found.append(x.clone())
+    assert torch.equal(torch.cat(found, 1).cpu(), want)

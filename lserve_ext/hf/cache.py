@@ -28,6 +28,7 @@ from ..cache import LayerCache
 from ..config import SparseConfig
 from ..files import write_beside
 from ..heads import HeadPattern
+from ..reserved import ReservedBatch
 from ..sequences import Sequences, Step
 from .handle import NAME, WHO, Handle
 
@@ -38,6 +39,8 @@ class PendingKV(Handle):
     def __init__(self, layer: SparseLayer, k: Tensor, v: Tensor) -> None:
         self.layer, self.k, self.v = layer, k, v
         self.forward: Forward | None = None  # which a `SparseCache` sets
+        self.batch: ReservedBatch | None = None  # likewise, in reserved memory
+        self.is_last = False
         self.used = False
 
     def _refuse(self, touch: str) -> NoReturn:
@@ -175,7 +178,21 @@ class SparseLayer(CacheLayerMixin):
             q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
             packed = kv.attend(q, k, v, now, scale, sinks)
             out = packed.unflatten(0, (B, T))
+        forward.leave(self.index)
         return out if new.v.shape[3] == D else out[..., : new.v.shape[3]]
+
+    def attend_reserved(
+        self, q: Tensor, new: PendingKV, batch: ReservedBatch, scale: float, sinks: Tensor | None
+    ) -> Tensor:
+        """The same for one token a sequence, in reserved memory."""
+        kv, D, width = self.kv, new.k.shape[3], new.v.shape[3]
+        assert kv is not None
+        if not q.shape[3] == D == width == kv.head_dim:
+            q, k, v = widen(q, kv.head_dim), widen(new.k, kv.head_dim), widen(new.v, kv.head_dim)
+        else:
+            k, v = new.k, new.v
+        out = kv.decode_reserved(q[:, :, 0], k[:, :, 0], v[:, :, 0], batch, scale, sinks)[:, None]
+        return out if width == kv.head_dim else out[..., :width]
 
     def restored(
         self,
@@ -216,10 +233,9 @@ class SparseLayer(CacheLayerMixin):
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
-        return -1
+        return self.config.max_tokens or -1
 
-    def get_max_cache_shape(self) -> int:
-        return -1
+    get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
         self.kv = None
@@ -325,6 +341,7 @@ class SparseCache(Cache):
             self.config = self.config.replace(streaming_heads=HeadPattern.load(self.config.streaming_heads))
         self.model_config = model_config.get_text_config(decoder=True)
         self._forward: Forward | None = None
+        self._batch: ReservedBatch | None = None  # while the cache decodes in reserved memory
         self._misfit: Tensor | None = None  # on a GPU: whether a mask since the last border was another than expected
         self._used: set[int] | None = None  # layers that a whole forward has touched
         self._dead: str | None = None
@@ -352,6 +369,9 @@ class SparseCache(Cache):
                 layers[i] = SparseHybridLayer(*arguments, number_of_states=layers[i].number_of_states)
             else:
                 layers[i] = SparseLayer(*arguments)
+        self._reserves = self.config.max_tokens is not None and all(type(layer) is SparseLayer for layer in layers)
+        for layer in layers if self._reserves else ():
+            layer.is_compileable = True
         return layers
 
     @property
@@ -361,6 +381,8 @@ class SparseCache(Cache):
 
     # ---- one forward after the other --------------------------------------------------------------------------------
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if self._batch is not None and key_states.shape[2] == 1:
+            return self._update_reserved(self._batch, key_states, value_states, layer_idx)
         self._touch(layer_idx, "kv")
         handle, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(handle, PendingKV):
@@ -394,12 +416,73 @@ class SparseCache(Cache):
         forward.last = index
         forward.touched.setdefault(index, set()).add(kind)
 
+    # ---- reserved memory --------------------------------------------------------------------------------------------
+    def _update_reserved(self, batch: ReservedBatch, k: Tensor, v: Tensor, index: int) -> tuple[Any, Any]:
+        """`update` of a decode step: what `torch.compile` follows, so no Python changes but the batch's."""
+        layer: Any = self.layers[index]
+        if index == self._first:
+            if batch.on is not None and self._observes:
+                self._dead = (
+                    "SparseCache: the last step was interrupted, and the attention mass of the first layers cannot be "
+                    "taken back: call reset() and prefill again"
+                )
+                self._batch = None
+                raise RuntimeError(self._dead)
+            batch.begin()
+        handle = PendingKV(layer, k.to(v.dtype), v)
+        handle.batch = batch
+        handle.is_last = index == self._last
+        return handle, v
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _enter_reserved(self) -> None:
+        """From now on decode steps need no host: called whenever the cache comes to rest."""
+        held = [layer.kv for layer in self.ours if layer.kv is not None]
+        if not self._reserves or self._dead is not None or not held or self._used is None:
+            return
+        sequences = held[0].sequences
+        if len({kv.device for kv in held}) > 1 or not len(sequences) or not sequences.lengths.all():
+            return  # spread over devices; or a sequence that is still empty, which padding might yet follow
+        P, pages = self.config.page_size, self.config.max_pages or 0
+        batch = ReservedBatch(sequences, held[0].device, pages * P, self.config.reuse_interval)
+        for kv in held:
+            kv.enter_reserved()
+        batch.load(sequences, max(kv.age for kv in held))
+        self._first, self._last = min(self._used), max(self._used)
+        self._observes = any(kv.observes for kv in held)
+        self._batch = batch
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _leave_reserved(self) -> None:
+        """Reads what has been decoded from the device."""
+        batch = self._batch
+        if batch is None:
+            return
+        layers = [_copied(layer) for layer in self.layers]
+        held = [layer.kv for layer in layers if layer.kv is not None]
+        try:
+            sequences = batch.read(held[0].sequences)
+        except ValueError as error:
+            self._dead = f"SparseCache: {error}: call reset() and prefill again"
+            self._batch = None
+            raise
+        for kv in held:
+            kv.leave_reserved(sequences, batch.age)
+        self.layers = layers
+        self._batch = None
+        for kv in held:
+            kv.drop_reserved()
+
+    # ---- one forward after the other --------------------------------------------------------------------------------
     def _settle(self) -> None:
         """Ends the last forward: an interrupted one is taken back, in all layers at once.
 
         Raises:
             RuntimeError: it cannot be taken back, because it has overwritten the state of a linear layer.
         """
+        self._leave_reserved()
         if self._dead is not None:
             raise RuntimeError(self._dead)
         forward = self._forward
@@ -456,10 +539,14 @@ class SparseCache(Cache):
             action(layer)
         _share(layers)
         self.layers = layers
+        self._enter_reserved()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns that the layers hold, or one layer but the first: 0 if no forward has come to it. During a forward,
-        and after an interrupted one: those from before it."""
+        and after an interrupted one: those from before it. In reserved memory a tensor on the device, as of
+        transformers' `StaticCache`."""
+        if self._batch is not None:
+            return self._batch.columns  # type: ignore[return-value]
         forward = self._forward
         layers = self.layers if forward is None or self._is_whole(forward) else forward.before
         layer = layers[layer_idx]
@@ -468,7 +555,9 @@ class SparseCache(Cache):
         return max(layer.seen for layer in layers if isinstance(layer, SparseLayer))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Keys that a layer will have, and the column of the first of them."""
+        """Keys that a layer will have, and the column of the first of them. (0, 0): none that a mask is wanted for."""
+        if self._batch is not None and query_length == 1:
+            return 0, 0
         layer = self.layers[layer_idx]
         if isinstance(layer, SparseLayer) or not isinstance(layer, CacheLayerMixin):
             return self.get_seq_length() + query_length, 0
@@ -506,7 +595,7 @@ class SparseCache(Cache):
     def reset(self) -> None:
         """As new."""
         self.layers = self._new_layers()
-        self._forward, self._dead, self._misfit = None, None, None
+        self._forward, self._dead, self._misfit, self._batch = None, None, None, None
 
     def memory(self) -> dict[str, Memory]:
         """Bytes of KV a tier: used, reserved, peak. Layers of transformers' own count with what they hold now."""
@@ -514,12 +603,15 @@ class SparseCache(Cache):
         total = sum((layer.kv.memory() for layer in self.ours if layer.kv is not None), Memory())
         size = sum(tensor.nbytes for layer in self.layers for tensor in _tensors(layer).values())
         total += Memory(size, size, size)
+        self._enter_reserved()
         return {"device": total}
 
     def attended(self) -> tuple[int, int]:
         """Tokens that a decode step attends and those that a dense one would, over the layers with full attention, kv
         heads and sequences."""
+        self._settle()
         counts = [layer.kv.attended() for layer in self.ours if layer.kv is not None]
+        self._enter_reserved()
         return sum(some for some, _ in counts), sum(all_ for _, all_ in counts)
 
     def fork(self) -> SparseCache:
@@ -528,6 +620,8 @@ class SparseCache(Cache):
         twin = copy.copy(self)
         shared = {id(layer.kv): layer.kv.fork() for layer in self.ours if layer.kv is not None}
         twin.layers = copy.deepcopy(self.layers, dict(shared))  # which takes these for copies made already
+        self._enter_reserved()
+        twin._enter_reserved()
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseCache:
@@ -535,6 +629,8 @@ class SparseCache(Cache):
         self._settle()
         twin = copy.copy(self)
         twin.layers = copy.deepcopy(self.layers, memo)
+        self._enter_reserved()
+        twin._enter_reserved()
         return twin
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -559,6 +655,7 @@ class SparseCache(Cache):
             if isinstance(layer, SparseLayer) and layer.kv is not None:
                 tensors |= {f"{i}.{name}": tensor.cpu().contiguous() for name, tensor in layer.kv.state().items()}
         head = {"format": _FORMAT, "config": self.config.to_dict(), "layers": len(self.layers)}
+        self._enter_reserved()
         write_beside(path, lambda beside: save_file(tensors, beside, {"lserve_ext": json.dumps(head)}))
 
     @classmethod
@@ -618,6 +715,7 @@ class SparseCache(Cache):
         for layer in cache.ours:
             layer.kv = layer.restored(states[layer.index], sequences, kv_heads, _head_dim(text), device)
         cache._used = set(states)
+        cache._enter_reserved()
         return cache
 
 
@@ -674,6 +772,13 @@ class Forward:
         if kv.sequences is not self._step.before:
             kv.share(self._step.before)
         return self._step
+
+    def leave(self, index: int) -> None:
+        """A layer of ours has attended. After the last one a reserved cache goes on on the device."""
+        cache = self._cache
+        if cache._reserves and cache._forward is self and index == len(cache.layers) - 1 and cache._is_whole(self):
+            cache._used, cache._forward = set(self.touched), None
+            cache._enter_reserved()
 
     def _starts(self, batch: Sequences, columns: int, mask: Padding | None) -> np.ndarray:
         """[B] columns of padding."""

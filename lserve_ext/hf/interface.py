@@ -40,6 +40,8 @@ class AttentionMask(Handle):
             "does not call the attention function, or changes what it attends"
         )
 
+    ndim = 2  # as of the mask of padding that it stands for
+
     def to(self, *args: Any, **kwargs: Any) -> AttentionMask:
         """Itself: models that are spread over devices move what they hand from layer to layer."""
         return self
@@ -145,6 +147,13 @@ def attention(
         window = kwargs.get("sliding_window")
         if window is not None and key.layer.seen + query.shape[2] > window:
             raise ValueError(f"{WHO} does not support sliding_window: {_NO_WINDOW.format(window)}")
+        if key.batch is not None:
+            if not torch.compiler.is_compiling():
+                key.use(value)
+            out = key.layer.attend_reserved(query.to(value.dtype), key, key.batch, scale, sinks)
+            if key.is_last:
+                key.batch.commit()
+            return out, None
         key.use(value)
         return key.layer.attend(query.to(value.dtype), key, attention_mask, scale, sinks), None
     starts: np.ndarray | None = None
@@ -241,8 +250,16 @@ def mask(
     mask_function: Any = causal_mask_function,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
-) -> AttentionMask:
-    """transformers' mask function, once a forward and kind of layer. Nothing is refused before attention asks."""
+) -> AttentionMask | None:
+    """transformers' mask function, once a forward and kind of layer. Nothing is refused before attention asks.
+
+    Returns:
+        None for a decode step in reserved memory, which knows the padding from the prefill.
+    """
+    if kv_length == 0:
+        return None
+    if isinstance(attention_mask, AttentionMask):  # made before the forward, as `generate` does it
+        return attention_mask
     arguments = {
         **kwargs,
         "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,

@@ -1,0 +1,188 @@
+"""Decode in reserved memory (`SparseConfig.max_tokens`): all that a step needs lies on the device, under addresses that
+do not change, and is advanced there. So a step of a whole model is one graph, for `torch.compile` and CUDA graphs.
+
+Blocks of all pages that will ever be are assigned beforehand. Streaming heads get a cycle of them: a page takes the
+place of the one that has left the window.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .blocks import BlockTable, Pool
+from .ops import PagedKV
+from .scorers import Scorer, Selection
+from .sequences import Facts, OnDevice, Sequences
+
+
+class ReservedBatch:
+    """The batch while it decodes in reserved memory, the same for all layers.
+
+    A step begins with the first layer and is committed by the last one, so an interrupted one has not happened. What a
+    step reads of Python is `age` alone: `torch.compile` makes one graph for each of its values.
+    """
+
+    def __init__(self, sequences: Sequences, device: torch.device, tokens: int, reuse_interval: int) -> None:
+        batch = len(sequences)
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.sealed = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.columns = torch.zeros((), dtype=torch.int64, device=device)
+        self.ones = sequences.facts(device).ones
+        self.tokens, self.page_size, self.reuse_interval = tokens, sequences.pages.page_size, reuse_interval
+        self.age = 0
+        """Steps since the last selection; 0: the next step selects."""
+        self.room = 0
+        """Tokens that still fit, as far as the host has counted; what compiled steps took it does not know."""
+        self.on: OnDevice | None = None
+        """The step that is under way."""
+        for tensor in (self.lengths, self.sealed, self.columns, self.ones):
+            torch._dynamo.mark_static_address(tensor)
+
+    def load(self, sequences: Sequences, age: int) -> None:
+        """Takes the facts of a batch."""
+        facts = sequences.facts(self.lengths.device)
+        self.lengths.copy_(facts.lengths)
+        self.sealed.copy_(facts.sealed)
+        self.columns.fill_(sequences.columns)
+        self.age, self.on = age % self.reuse_interval, None
+        self.room = self.tokens - int(sequences.lengths.max(initial=0))
+
+    def begin(self) -> None:
+        """Before the first layer.
+
+        Raises:
+            ValueError: the memory is full.
+        """
+        if not torch.compiler.is_compiling():
+            if self.room <= 0:
+                raise ValueError(f"max_tokens: expected at most {self.tokens} tokens a sequence, got one more")
+            self.room -= 1
+        # At the end of the memory lengths stay where they are, so that nothing is written behind it.
+        seq_lens = torch.clamp(self.lengths + 1, max=self.tokens)
+        sealed_after = torch.maximum(self.sealed, torch.div(seq_lens, self.page_size, rounding_mode="floor") - 1)
+        self.on = OnDevice(self.lengths, self.sealed, self.ones, seq_lens, sealed_after)
+
+    def commit(self) -> None:
+        """After the last layer."""
+        assert self.on is not None
+        self.lengths.copy_(self.on.seq_lens)
+        self.sealed.copy_(self.on.sealed_after)
+        self.columns.add_(1)
+        self.age = (self.age + 1) % self.reuse_interval
+        self.on = None
+
+    def read(self, before: Sequences) -> Sequences:
+        """The batch as it is now, after `before`, read from the device; `before` itself if there was no step.
+
+        Raises:
+            ValueError: more tokens came than there is memory for.
+        """
+        columns = int(self.columns)
+        steps = columns - before.columns
+        if steps == 0:
+            return before
+        most = int(before.lengths.max()) + steps
+        if most > self.tokens:
+            raise ValueError(f"max_tokens: expected at most {self.tokens} tokens a sequence, got {most}")
+        lengths, sealed = (x.cpu().numpy().astype(np.int64) for x in (self.lengths, self.sealed))
+        window, P = before.pages.decode_window, before.pages.page_size
+        after = Sequences(
+            before.pages, lengths, sealed, np.maximum(before.freed, lengths // P - window), window, columns
+        )
+        after._facts[self.lengths.device] = Facts(self.lengths.clone(), self.sealed.clone(), self.ones)
+        return after
+
+
+class ReservedLayer:
+    """One layer's tensors while it decodes in reserved memory."""
+
+    def __init__(self, pool: Pool, residual: Tensor, streaming: np.ndarray, pages: int, scorer: Scorer | None) -> None:
+        B, H, rows, D = residual.shape
+        device = residual.device
+        self._pool, self._streaming, self._pages, self._scorer = pool, streaming, pages, scorer
+        self.blocks: BlockTable | None = None
+        self.table = torch.full((B, H, pages), -1, dtype=torch.int32, device=device)
+        self.residual_k, self.residual_v = torch.empty(2, B, H, rows, D, dtype=residual.dtype, device=device).unbind()
+        self.selection = Selection()
+        if scorer is not None:
+            lists, local_start, mass = scorer.buffers(B, H, pages, device)
+            self.selection = Selection(lists, local_start, mass=mass)
+        for tensor in (self.table, self.residual_k, self.residual_v, *self.selection.tensors().values()):
+            torch._dynamo.mark_static_address(tensor)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.table)
+
+    def load(self, blocks: BlockTable, sequences: Sequences, residual_k: Tensor, residual_v: Tensor,
+             selection: Selection) -> None:  # fmt: skip
+        """Takes what a layer holds, and assigns the blocks of all pages to come."""
+        self.blocks = self._assigned(blocks.ids, sequences)
+        self.table.copy_(torch.from_numpy(self.blocks.ids))
+        self.residual_k.copy_(residual_k)
+        self.residual_v.copy_(residual_v)
+        for name, buffer in self.selection.tensors().items():
+            given = selection.tensors().get(name)
+            if given is None:
+                buffer.zero_()
+            elif name == "mass":
+                buffer.zero_()
+                buffer[..., : given.shape[2]] = given
+            else:
+                buffer.copy_(given)
+
+    def _assigned(self, ids: np.ndarray, sequences: Sequences) -> BlockTable:
+        """[B, H, pages] blocks; those of a streaming head's pages behind the sink repeat."""
+        window, sink, M = sequences.pages.decode_window, sequences.pages.sink, self._pages
+        ids = np.pad(ids[..., :M], ((0, 0), (0, 0), (0, max(0, M - ids.shape[2]))), constant_values=-1)
+        sealed = sequences.sealed[:, None]
+        kept = np.maximum(sequences.freed, sequences.lengths // sequences.pages.page_size - window)[:, None]
+        page = np.arange(M)
+        to_come = np.broadcast_to((page >= sealed)[:, None], ids.shape)
+        cyclic = np.broadcast_to((self._streaming[:, None] & (page >= sink)), ids.shape)
+        cycle = np.full((*ids.shape[:2], window), -1, np.int32)  # blocks by page % window
+        for p in range(max(sink, int(kept.min(initial=M))), int(sealed.max(initial=0))):
+            holds = (p >= kept) & (p < sealed) & self._streaming  # [B, H]
+            cycle[..., p % window] = np.where(holds, ids[..., p], cycle[..., p % window])
+        missing = (cycle < 0) & self._streaming[:, None]
+        wanted = np.concatenate([to_come & ~cyclic, missing], 2)
+        with_cycle = self._pool.table(np.concatenate([ids, cycle], 2), wanted)
+        new, cycle = with_cycle.ids[..., :M], with_cycle.ids[..., M:]
+        return self._pool.table(np.where(cyclic & to_come, cycle[..., page % window], new))
+
+    def held(self, sequences: Sequences) -> BlockTable:
+        """The blocks of sealed pages alone."""
+        assert self.blocks is not None
+        page, ids = np.arange(self._pages), self.blocks.ids
+        to_come = page >= sequences.sealed[:, None]
+        past = (page >= sequences.pages.sink) & (page < sequences.freed[:, None])
+        gone = to_come[:, None] | (past[:, None] & self._streaming[:, None])
+        return self._pool.table(np.where(gone, -1, ids))
+
+    def kv(self, sealed: Tensor) -> PagedKV:
+        """The tensors that ops take."""
+        t = self._pool.tensors
+        return PagedKV(t["k"], t["v"], t.get("stats"), t.get("scales"), self.table, self.table, self.residual_k,
+                       self.residual_v, sealed)  # fmt: skip
+
+    def before(self, age: int) -> Selection:
+        """What a step knows; at age 0 nothing of lists, so that it selects."""
+        if age == 0:
+            return self.selection._replace(lists=None, local_start=None)
+        return self.selection
+
+    def keep(self, selection: Selection) -> None:
+        """Writes what a step has chosen into the tensors that stay."""
+        for name, buffer in self.selection.tensors().items():
+            given = getattr(selection, name)
+            if given is not None and given is not buffer:
+                buffer.copy_(given)
+
+    def chosen(self, age: int, reuse_interval: int) -> Selection:
+        """The selection as a layer outside of reserved memory holds it, `age` steps after the last one."""
+        if self._scorer is None:
+            return Selection()
+        tensors = {name: buffer.clone() for name, buffer in self.selection.tensors().items()}
+        return Selection(age=age if age else reuse_interval, **tensors)
