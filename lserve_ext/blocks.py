@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import SparseConfig
+from .ops import PagedKV
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +145,14 @@ class Pool:
         self.settle()
         counts = (self.allocator.used, self.allocator.capacity, self.allocator.peak)
         return Memory(*(count * self.block_bytes for count in counts))
+
+    def kv(
+        self, block_table: Tensor, slot_table: Tensor, residual_k: Tensor, residual_v: Tensor, sealed: Tensor
+    ) -> PagedKV:
+        """With these tables, what ops take."""
+        t = self.tensors
+        return PagedKV(t["k"], t["v"], t.get("stats"), t.get("scales"), block_table, slot_table, residual_k,
+                       residual_v, sealed)  # fmt: skip
 
     def table(self, ids: np.ndarray, wanted: np.ndarray | None = None) -> BlockTable:
         """A table of these blocks (-1: none), with free ones where `wanted`; the pool grows if there are too few."""

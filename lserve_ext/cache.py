@@ -82,7 +82,7 @@ class LayerCache:
         with torch.inference_mode(False):
             decode = on_device(np.where(self._streaming, config.local_pages, listed), self.device)
             prefill = on_device(np.where(self._streaming, config.prefill_local_pages, DENSE), self.device)
-            self._decode_mask = Mask(decode, sink=config.sink_pages)
+            self._decode_mask = Mask(decode, sink=config.sink_pages, unit=config.page_size)
             self._prefill_mask = Mask(prefill, sink=config.prefill_sink_pages)
             self._pool = Pool(config, like, self._reserved_blocks(B)) if pool is None else pool
             blocks = self._pool.table(np.full((B, H, config.max_pages or 4), -1, np.int32))
@@ -123,12 +123,9 @@ class LayerCache:
     @property
     def kv(self) -> PagedKV:
         """The tensors that ops take."""
-        return self._paged(self._state)
-
-    def _paged(self, s: State) -> PagedKV:
-        tensors, sealed = self._pool.tensors, s.sequences.facts(self.device).sealed
-        return PagedKV(tensors["k"], tensors["v"], tensors.get("stats"), tensors.get("scales"), s.block_table,
-                       s.slot_table, s.residual_k, s.residual_v, sealed)  # fmt: skip
+        s = self._state
+        sealed = s.sequences.facts(self.device).sealed
+        return self._pool.kv(s.block_table, s.slot_table, s.residual_k, s.residual_v, sealed)
 
     def memory(self) -> Memory:
         """Bytes of KV on the device. Blocks that forks share are counted in each of them."""
@@ -170,30 +167,33 @@ class LayerCache:
             Of q's shape; 0 where nothing is attended.
         """
         now = new if isinstance(new, Step) else Step(self.sequences, new)
-        if now.before is not self.sequences:
+        if now.before is not self._state.sequences:
             raise ValueError("new: expected a step that begins with this layer's sequences, got another one")
-        expected = (now.tokens, self.heads, self.head_dim)
-        if k.shape != expected:
-            raise ValueError(f"k: expected {list(expected)}, as the cache holds and new says, got {list(k.shape)}")
+        if k.shape != (now.tokens, self.heads, self.head_dim):
+            expected = [now.tokens, self.heads, self.head_dim]
+            raise ValueError(f"k: expected {expected}, as the cache holds and new says, got {list(k.shape)}")
         # Below autograd, which has nothing to do here: its keys cost each op a detour through Python.
-        with torch.inference_mode(False), torch._C._AutoDispatchBelowAutograd():
+        if torch.is_inference_mode_enabled():  # is there already
+            return self._attend(q, k, v, now, scale, sinks)
+        with torch._C._AutoDispatchBelowAutograd():
             return self._attend(q, k, v, now, scale, sinks)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, now: Step, scale: float, sinks: Tensor | None) -> Tensor:
-        self._pool.settle()
-        on = now.on(self.device)
-        s, (blocks, table) = self._state, self._tables(now)
-        after = s._replace(sequences=now.after, blocks=blocks, block_table=table, slot_table=table)
-        options: dict[str, Any] = {"scale": scale, "sinks": sinks}
+        s, pool, on = self._state, self._pool, now.on(self.device)
+        pool.settle()
+        blocks, table = self._tables(now)
+        residual_k, residual_v = s.residual_k, s.residual_v
+        kv = pool.kv(table, table, residual_k, residual_v, on.sealed)
         if now.decode:
-            kv = self._paged(after)._replace(sealed=on.sealed)
-            out, selection = step.decode(q, k, v, kv, on, self._decode_mask, self._scorer, s.selection, **options)
+            out, selection = step.decode(q, k, v, kv, on, self._decode_mask, self._scorer, s.selection, scale, sinks)
         else:
-            after = after._replace(residual_k=s.residual_k.clone(), residual_v=s.residual_v.clone())
-            kv = self._paged(after)._replace(sealed=on.sealed)
-            out, selection = step.prefill(q, k, v, self._paged(s), kv, now, self._prefill_mask, self._scorer,
-                                          s.selection, **options)  # fmt: skip
-        self._state = after._replace(selection=selection)
+            before = kv._replace(block_table=s.block_table, slot_table=s.slot_table)
+            with torch.inference_mode(False):  # what later steps change in place
+                residual_k, residual_v = residual_k.clone(), residual_v.clone()
+            after = kv._replace(residual_k=residual_k, residual_v=residual_v)
+            mask = self._prefill_mask
+            out, selection = step.prefill(q, k, v, before, after, now, mask, self._scorer, s.selection, scale, sinks)
+        self._state = State(now.after, blocks, table, table, residual_k, residual_v, selection)
         return out
 
     # ---- reserved memory --------------------------------------------------------------------------------------------
@@ -213,8 +213,23 @@ class LayerCache:
         """A decode step as `attend` takes it, q [B, Hq, D] and k, v [B, H, D], without the host."""
         layer, on = self._reserved, batch.on
         assert layer is not None and on is not None
-        out, selection = step.decode(q, k, v, layer.kv(on.sealed), on, self._decode_mask, self._scorer,
-                                     layer.before(batch.age), scale=scale, sinks=sinks)  # fmt: skip
+        args = (
+            q,
+            k,
+            v,
+            layer.kv(on.sealed),
+            on,
+            self._decode_mask,
+            self._scorer,
+            layer.before(batch.age),
+            scale,
+            sinks,
+        )
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            out, selection = step.decode(*args)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():  # as in `attend`
+                out, selection = step.decode(*args)
         layer.keep(selection)
         return out
 
@@ -253,7 +268,8 @@ class LayerCache:
         if id(self) not in now.tables:
             layers = [layer for layer in now.layers if layer.device == self.device and id(layer) not in now.tables]
             layers = layers if self in layers else [self]
-            tables = [layer._grown(now) for layer in layers]
+            with torch.inference_mode(False):  # pools may grow
+                tables = [layer._grown(now) for layer in layers]
             flat = on_device(np.concatenate([table.ids.ravel() for table in tables]), self.device)
             parts = flat.split([table.ids.size for table in tables])
             for layer, table, part in zip(layers, tables, parts, strict=True):
@@ -355,8 +371,17 @@ class LayerCache:
 
     def __copy__(self) -> LayerCache:
         """The same tokens and blocks, until one of the two goes on."""
+        return self.as_it_was(self._state)
+
+    @property
+    def state_now(self) -> State:
+        """What `as_it_was` takes. It costs nothing, and holds its blocks."""
+        return self._state
+
+    def as_it_was(self, state: State) -> LayerCache:
+        """A copy in a state of before."""
         twin = object.__new__(LayerCache)
-        twin.__dict__.update(self.__dict__)
+        twin.__dict__.update(self.__dict__, _state=state)
         return twin
 
     @torch.inference_mode(False)

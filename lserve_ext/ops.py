@@ -158,11 +158,13 @@ def _cache(op: str, kv: PagedKV | None) -> tuple[Tensor | None, ...]:
     return kv
 
 
-def _mask(op: str, mask: Mask, page_size: int) -> Mask:
+def _mask(op: str, mask: Mask, kv: PagedKV | None, page_size: int | None = None) -> Mask:
     """With the unit that None stands for."""
     if not isinstance(mask, tuple) or len(mask) != len(Mask._fields):
         raise TypeError(f"lserve_ext::{op}: mask: expected a Mask, got {type(mask).__name__}")
-    return mask._replace(unit=page_size) if mask.unit is None else mask
+    if mask.unit is None:
+        return mask._replace(unit=page_size if kv is None or page_size is not None else _page_size(kv))
+    return mask
 
 
 def _page_size(kv: PagedKV) -> int:
@@ -176,10 +178,9 @@ def _scale(q: Tensor) -> float:
 
 
 def _check_finite(op: str, **inputs: Tensor) -> None:
-    if _DEBUG:
-        for name, x in inputs.items():
-            if not bool(torch.isfinite(x).all()):
-                raise ValueError(f"lserve_ext::{op}: {name}: expected finite numbers, got NaN or infinity")
+    for name, x in inputs.items():
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"lserve_ext::{op}: {name}: expected finite numbers, got NaN or infinity")
 
 
 def page_stats(k: Tensor, group: int) -> Tensor:
@@ -243,7 +244,8 @@ def append_kv(k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, 
         context_lens: [B] int32 tokens held before.
         kv: the layer's cache; pools, statistics, scales and residual buffer are written.
     """
-    _check_finite("append_kv", k=k, v=v)
+    if _DEBUG:
+        _check_finite("append_kv", k=k, v=v)
     _call(_ops.append_kv, k, v, cu_seqlens_k, context_lens, *_cache("append_kv", kv))
 
 
@@ -362,11 +364,12 @@ def prefill(
         page_size = _page_size(kv) if kv is not None else 64
     if scale is None:
         scale = _scale(q)
-    mask = _mask("prefill", mask, page_size)
+    mask = _mask("prefill", mask, kv, page_size)
     if mask.local_start is not None or mask.unit != page_size:
         name, want = ("local_start", None) if mask.local_start is not None else ("unit", page_size)
         raise ValueError(f"lserve_ext::prefill: {name}: expected {want}, got {getattr(mask, name)!r:.60}")
-    _check_finite("prefill", q=q, k=k, v=v)
+    if _DEBUG:
+        _check_finite("prefill", q=q, k=k, v=v)
     args = (q, k, v, cu_seqlens_q, cu_seqlens_k, mask.windows, mask.lists, mask.sink, *cache, context_lens)
     return cast("tuple[Tensor, Tensor]", _call(_ops.prefill, *args, page_size, scale))
 
@@ -390,10 +393,11 @@ def decode(
         out: [B, Hq, D] in q's dtype; lse: [B, Hq] float32. Nothing attended: 0 and -inf.
     """
     cache = _cache("decode", kv)
-    mask = _mask("decode", mask, _page_size(kv))
+    mask = _mask("decode", mask, kv)
     if scale is None:
         scale = _scale(q)
-    _check_finite("decode", q=q)
+    if _DEBUG:
+        _check_finite("decode", q=q)
     return cast("tuple[Tensor, Tensor]", _call(_ops.decode, q, *mask, *cache, seq_lens, scale))
 
 
@@ -412,7 +416,7 @@ def attention_mass(
         nothing is attended.
     """
     cache = _cache("attention_mass", kv)
-    mask = _mask("attention_mass", mask, _page_size(kv))
+    mask = _mask("attention_mass", mask, kv)
     if scale is None:
         scale = _scale(q)
     return cast(Tensor, _call(_ops.attention_mass, q, lse, *mask, *cache, seq_lens, scale))

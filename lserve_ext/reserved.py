@@ -29,7 +29,7 @@ class ReservedBatch:
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.sealed = torch.zeros(batch, dtype=torch.int32, device=device)
         self.columns = torch.zeros((), dtype=torch.int64, device=device)
-        self.ones = sequences.facts(device).ones
+        self.ones = sequences.facts(device).ones.clone()
         self.tokens, self.page_size, self.reuse_interval = tokens, sequences.pages.page_size, reuse_interval
         self.age = 0
         """Steps since the last selection; 0: the next step selects."""
@@ -163,9 +163,7 @@ class ReservedLayer:
 
     def kv(self, sealed: Tensor) -> PagedKV:
         """The tensors that ops take."""
-        t = self._pool.tensors
-        return PagedKV(t["k"], t["v"], t.get("stats"), t.get("scales"), self.table, self.table, self.residual_k,
-                       self.residual_v, sealed)  # fmt: skip
+        return self._pool.kv(self.table, self.table, self.residual_k, self.residual_v, sealed)
 
     def before(self, age: int) -> Selection:
         """What a step knows; at age 0 nothing of lists, so that it selects."""

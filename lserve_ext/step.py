@@ -21,7 +21,6 @@ def prefill(
     mask: Mask,
     scorer: Scorer | None,
     selection: Selection,
-    *,
     scale: float,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Selection]:
@@ -64,7 +63,6 @@ def decode(
     mask: Mask,
     scorer: Scorer | None,
     selection: Selection,
-    *,
     scale: float,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Selection]:

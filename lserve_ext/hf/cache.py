@@ -63,13 +63,18 @@ class PendingKV(Handle):
                 f"{WHO}: expected one call of attention for each update of the SparseCache, got a second one in layer "
                 f"{self.layer.index}: models that attend twice or share keys between layers are not supported"
             )
-        same = (value.data_ptr(), value.shape, value.stride()) == (self.v.data_ptr(), self.v.shape, self.v.stride())
-        if value is not self.v and not (same and value.dtype == self.v.dtype):
+        if value is not self.v and not _is_view(value, self.v):
             raise RuntimeError(
                 f"{WHO}: expected the values that layer {self.layer.index} gave to SparseCache.update, got others: "
                 "models that change values between cache and attention are not supported"
             )
         self.used = True
+
+
+def _is_view(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are the same memory in the same way."""
+    same = (x.data_ptr(), x.shape, x.stride(), x.dtype)
+    return same == (y.data_ptr(), y.shape, y.stride(), y.dtype)
 
 
 class SparseLayer(CacheLayerMixin):
@@ -107,8 +112,12 @@ class SparseLayer(CacheLayerMixin):
 
     def __copy__(self) -> SparseLayer:
         """The same tokens, until one of the two goes on: states of a `LayerCache` are never changed."""
+        return self.with_kv(copy.copy(self.kv))
+
+    def with_kv(self, kv: LayerCache | None) -> SparseLayer:
+        """A copy that holds something else."""
         twin = type(self).__new__(type(self))
-        twin.__dict__.update(vars(self), kv=copy.copy(self.kv))
+        twin.__dict__.update(vars(self), kv=kv)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseLayer:
@@ -142,7 +151,8 @@ class SparseLayer(CacheLayerMixin):
         return LayerCache(self.config, streaming, dense, like)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        key_states = key_states.to(value_states.dtype)  # under autocast rotary embedding leaves float32
+        if key_states.dtype != value_states.dtype:  # under autocast rotary embedding leaves float32
+            key_states = key_states.to(value_states.dtype)
         if self.kv is None:
             self.lazy_initialization(key_states, value_states)
         return PendingKV(self, key_states, value_states), value_states
@@ -153,12 +163,9 @@ class SparseLayer(CacheLayerMixin):
         Returns:
             [B, T, Hq, D]; 0 for pad tokens.
         """
-        kv, forward, (B, H, T, _) = self.kv, new.forward, new.k.shape
+        kv, forward, (B, _, T, _) = self.kv, new.forward, new.k.shape
         assert kv is not None and forward is not None
-        if (kv.batch_size, kv.heads) != (B, H):
-            held = f"[{kv.batch_size}, {kv.heads}, T, {new.k.shape[3]}]"
-            raise ValueError(f"k: expected {held}, as the cache holds, got {list(new.k.shape)}")
-        now = forward.step(kv, T, mask)
+        now = forward.step(kv, new.k, mask)
         k, v, D = new.k, new.v, kv.head_dim
         if not q.shape[3] == k.shape[3] == v.shape[3] == D:
             q, k, v = widen(q, D), widen(k, D), widen(v, D)
@@ -343,6 +350,7 @@ class SparseCache(Cache):
         self._forward: Forward | None = None
         self._batch: ReservedBatch | None = None  # while the cache decodes in reserved memory
         self._misfit: Tensor | None = None  # on a GPU: whether a mask since the last border was another than expected
+        self._columns: int | None = None  # of the layers, once counted
         self._used: set[int] | None = None  # layers that a whole forward has touched
         self._dead: str | None = None
         super().__init__(layers=self._new_layers())
@@ -384,9 +392,11 @@ class SparseCache(Cache):
         if self._batch is not None and key_states.shape[2] == 1:
             return self._update_reserved(self._batch, key_states, value_states, layer_idx)
         self._touch(layer_idx, "kv")
-        handle, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if isinstance(handle, PendingKV):
-            handle.forward = self._forward
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, SparseLayer):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        handle, values = layer.update(key_states, value_states)
+        handle.forward = self._forward
         return handle, values
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
@@ -406,7 +416,7 @@ class SparseCache(Cache):
         forward = self._forward
         if forward is None or index < forward.last or kind in forward.touched.get(index, ()):
             self._settle()
-            forward = self._forward = Forward(self, [_copied(layer) for layer in self.layers])
+            forward = self._forward = Forward(self)
         layer = self.layers[index]
         if isinstance(layer, SparseLayer) and layer.seen != forward.columns:
             raise RuntimeError(
@@ -470,6 +480,7 @@ class SparseCache(Cache):
             raise
         for kv in held:
             kv.leave_reserved(sequences, batch.age)
+        self._columns = None
         self.layers = layers
         self._batch = None
         for kv in held:
@@ -497,16 +508,18 @@ class SparseCache(Cache):
                     stacklevel=4,
                 )
             for index in forward.touched:
-                states = getattr(forward.before[index], "has_previous_state", {})
+                states = getattr(forward.before(index), "has_previous_state", {})
                 if any(states.values()):
                     self._dead = (
                         "SparseCache: the last forward was interrupted, and the linear layer "
                         f"{index} cannot be taken back: call reset() and prefill again"
                     )
                     raise RuntimeError(self._dead)
-            self.layers = forward.before
+            self.layers = [forward.before(index) for index in range(len(self.layers))]
+            self._columns = forward.columns
         elif forward.touched:
             self._used = set(forward.touched)
+            self._columns = forward.columns_after
         self._forward = None
 
     def _note(self, misfit: Tensor) -> None:
@@ -523,13 +536,14 @@ class SparseCache(Cache):
 
     def _is_whole(self, forward: Forward) -> bool:
         """Whether a forward has come to its end."""
-        if not forward.touched:
+        if forward.is_whole or not forward.touched:
             return True
         last = max(forward.touched)
         end = max(self._used) if self._used else max(i for i, x in enumerate(self.layers) if not _is_dummy(x))
         kinds = [kinds for i, kinds in forward.touched.items() if type(self.layers[i]) is type(self.layers[last])]
         attended = all(layer.seen > forward.columns for layer in self.ours if layer.index in forward.touched)
-        return last >= end and attended and forward.touched[last] >= set().union(*kinds)
+        forward.is_whole = last >= end and attended and forward.touched[last] >= set().union(*kinds)
+        return forward.is_whole
 
     def _on_all(self, action: Callable[[Any], object]) -> None:
         """Does something to every layer, or, if it fails in one, to none."""
@@ -538,6 +552,7 @@ class SparseCache(Cache):
         for layer in layers:
             action(layer)
         _share(layers)
+        self._columns = None
         self.layers = layers
         self._enter_reserved()
 
@@ -548,11 +563,16 @@ class SparseCache(Cache):
         if self._batch is not None:
             return self._batch.columns  # type: ignore[return-value]
         forward = self._forward
-        layers = self.layers if forward is None or self._is_whole(forward) else forward.before
-        layer = layers[layer_idx]
-        if layer_idx and isinstance(layer, SparseLayer):
-            return layer.seen
-        return max(layer.seen for layer in layers if isinstance(layer, SparseLayer))
+        whole = forward is None or self._is_whole(forward)
+        if layer_idx:
+            layer = self.layers[layer_idx] if forward is None or whole else forward.before(layer_idx)
+            if isinstance(layer, SparseLayer):
+                return layer.seen
+        if forward is not None:
+            return forward.columns_after if whole else forward.columns
+        if self._columns is None:
+            self._columns = max(layer.seen for layer in self.ours)
+        return self._columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Keys that a layer will have, and the column of the first of them. (0, 0): none that a mask is wanted for."""
@@ -562,7 +582,7 @@ class SparseCache(Cache):
         if isinstance(layer, SparseLayer) or not isinstance(layer, CacheLayerMixin):
             return self.get_seq_length() + query_length, 0
         if self._forward is not None and not self._is_whole(self._forward):
-            layer = self._forward.before[layer_idx]
+            layer = self._forward.before(layer_idx)
         sizes: tuple[int, int] = layer.get_mask_sizes(query_length)
         return sizes
 
@@ -594,6 +614,7 @@ class SparseCache(Cache):
 
     def reset(self) -> None:
         """As new."""
+        self._columns = None
         self.layers = self._new_layers()
         self._forward, self._dead, self._misfit, self._batch = None, None, None, None
 
@@ -714,7 +735,7 @@ class SparseCache(Cache):
         kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         for layer in cache.ours:
             layer.kv = layer.restored(states[layer.index], sequences, kv_heads, _head_dim(text), device)
-        cache._used = set(states)
+        cache._used, cache._columns = set(states), None
         cache._enter_reserved()
         return cache
 
@@ -743,23 +764,43 @@ class Padding(Protocol):
 class Forward:
     """A forward on its way through the layers of a cache."""
 
-    def __init__(self, cache: SparseCache, before: list[Any]) -> None:
-        self.before = before
-        """The layers as they were."""
+    def __init__(self, cache: SparseCache) -> None:
         self.touched: dict[int, set[str]] = {}
         """Layers that it has come to, and which of their states it has asked for."""
         self.last = 0
         """The layer that it has come to."""
-        self.columns = max(layer.seen for layer in before if isinstance(layer, SparseLayer))
+        self.columns = cache.get_seq_length()
+        self.is_whole = False
+        """Whether it is known to have come to its end."""
         self._cache = cache
         self._step: Step | None = None
+        self._layers = [layer if type(layer) is SparseLayer else _copied(layer) for layer in cache.layers]
+        self._states = [x.kv.state_now if type(x) is SparseLayer and x.kv is not None else None for x in self._layers]
 
-    def step(self, kv: LayerCache, columns: int, mask: Padding | None) -> Step:
-        """What all layers do to the batch; the first one that attends begins it.
+    def before(self, index: int) -> Any:
+        """A layer as it was."""
+        layer, state = self._layers[index], self._states[index]
+        if type(layer) is not SparseLayer:
+            return layer
+        return layer.with_kv(None if state is None or layer.kv is None else layer.kv.as_it_was(state))
+
+    @property
+    def columns_after(self) -> int:
+        """Columns of the padded batch once it has come to its end."""
+        return self.columns if self._step is None else self._step.after.columns
+
+    def step(self, kv: LayerCache, k: Tensor, mask: Padding | None) -> Step:
+        """What all layers do to the batch with new keys [B, H, T, D]; the first one that attends begins it.
 
         Raises:
-            ValueError: the padding is another than before, or layers bring different numbers of tokens.
+            ValueError: the keys are of another batch, the padding is another than before, or layers bring different
+                numbers of tokens.
         """
+        B, H, columns, D = k.shape
+        first = self._step is None or len(self._step.new) != B or kv.heads != H
+        if first and (kv.batch_size, kv.heads) != (B, H):
+            held = f"[{kv.batch_size}, {kv.heads}, T, {D}]"
+            raise ValueError(f"k: expected {held}, as the cache holds, got {list(k.shape)}")
         if self._step is None:
             batch = kv.sequences
             new = columns - np.clip(self._starts(batch, columns, mask) - batch.columns, 0, columns)
@@ -777,7 +818,7 @@ class Forward:
         """A layer of ours has attended. After the last one a reserved cache goes on on the device."""
         cache = self._cache
         if cache._reserves and cache._forward is self and index == len(cache.layers) - 1 and cache._is_whole(self):
-            cache._used, cache._forward = set(self.touched), None
+            cache._used, cache._columns, cache._forward = set(self.touched), self.columns_after, None
             cache._enter_reserved()
 
     def _starts(self, batch: Sequences, columns: int, mask: Padding | None) -> np.ndarray:

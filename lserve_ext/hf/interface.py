@@ -155,7 +155,9 @@ def attention(
                 key.batch.commit()
             return out, None
         key.use(value)
-        return key.layer.attend(query.to(value.dtype), key, attention_mask, scale, sinks), None
+        if query.dtype != value.dtype:
+            query = query.to(value.dtype)
+        return key.layer.attend(query, key, attention_mask, scale, sinks), None
     starts: np.ndarray | None = None
     if isinstance(attention_mask, AttentionMask):
         causal = causal and attention_mask.is_causal()
