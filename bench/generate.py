@@ -139,12 +139,13 @@ def attended_bytes(run: Run) -> int:
 @torch.inference_mode()
 def measure(model: Any, sdpa: Any, ids: Tensor, tokens: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     found = runs(model, sdpa, tokens, options.compile, options.only)
-    machine = Machine(256 << 20, options.device)
+    machine, rates = Machine(256 << 20, options.device), list[float]()
     for first in tqdm(range(0, tokens, CHUNK), desc=f"{tokens} tokens: prefill"):
         part = ids[:, first : min(first + CHUNK, tokens)]
         for run in found:
             run.chunks.append(run.step(part, first, prefill=True))
     for i in tqdm(range(options.steps), desc=f"{tokens} tokens: decode"):
+        rates.append(machine.bandwidth())
         for run in found:
             run.steps.append(run.step(ids[:, tokens + i : tokens + i + 1], tokens + i))
     for i in range(options.steps, options.steps + 8):
@@ -153,7 +154,7 @@ def measure(model: Any, sdpa: Any, ids: Tensor, tokens: int, options: argparse.N
                 with timed() as spent:
                     whole = run.step(ids[:, tokens + i : tokens + i + 1], tokens + i)
                 run.parts.append(spent | {"model": whole - sum(spent.values())})
-    bandwidth = median(machine.bandwidth() for _ in range(7))
+    bandwidth = median(rates)
     weights = sum(p.nbytes for p in {p.data_ptr(): p for p in model.parameters()}.values())
     base, results = median(found[0].steps[WARM_UP:]), []
     for run in found:

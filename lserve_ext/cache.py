@@ -461,17 +461,7 @@ class LayerCache:
             expect(name, torch.isfinite(x).all(), "finite numbers", "NaN or infinity")
 
         optional = {"selection.lists", "selection.local_start", "selection.mass"}
-        known = {
-            "table",
-            "lengths",
-            "sealed",
-            "freed",
-            "window",
-            "columns",
-            "residual_k",
-            "residual_v",
-            "selection.age",
-        }
+        known = {"table", "residual_k", "residual_v", "selection.age"}
         known |= {f"pool.{name}" for name in self._pool.tensors}
         for name in sorted(set(state) - known - optional):
             expect(name, False, "no such tensor", list(state[name].shape))

@@ -11,7 +11,7 @@ import torch
 
 # Plain completion in the words that stand before the key: a model of 135M parameters copies better than it answers.
 QUESTION = "Here is the secret pass key of {name}. Remember it. The secret pass key of {name} is"
-_NEEDLE = QUESTION + " {key}. The secret pass key of {name} is {key}.\n\n"
+NEEDLE = QUESTION + " {key}. The secret pass key of {name} is {key}.\n\n"
 
 
 def long_text() -> str:
@@ -38,7 +38,7 @@ def passkey_prompt(
     rng = random.Random(seed)
     key = str(rng.randrange(10_000, 100_000))
     question = encode(tokenizer, "\n\n" + QUESTION.format(name="this document"))
-    needle = encode(tokenizer, _NEEDLE.format(name="this document", key=key))
+    needle = encode(tokenizer, NEEDLE.format(name="this document", key=key))
     return torch.tensor([_hide(tokenizer, length, [(depth, needle)], question, rng, text)]), key
 
 
@@ -52,7 +52,7 @@ def passkey_recital(
     """
     rng = random.Random(seed)
     keys = {name: str(rng.randrange(10_000, 100_000)) for name in names}
-    needles = [encode(tokenizer, _NEEDLE.format(name=name, key=key)) for name, key in keys.items()]
+    needles = [encode(tokenizer, NEEDLE.format(name=name, key=key)) for name, key in keys.items()]
     end: list[int] = []
     predicts: list[bool] = []
     for name in rng.sample(list(names), len(names)):
