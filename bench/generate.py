@@ -66,16 +66,11 @@ class Run:
     steps: list[float] = field(default_factory=list)
     parts: list[dict[str, float]] = field(default_factory=list)
 
-    def step(self, ids: Tensor, position: int, prefill: bool = False) -> float:
+    def step(self, machine: Machine, ids: Tensor, position: int, prefill: bool = False) -> float:
         """Seconds of one forward."""
         positions = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
         options = cache_argument(self.model, self.cache) | {"position_ids": positions, "use_cache": True}
-        start = time.perf_counter()
-        logits = (self.model if prefill else self.forward)(ids, **options, logits_to_keep=1).logits
-        if ids.is_cuda:
-            torch.cuda.synchronize()
-        assert logits.shape[1] == 1
-        return time.perf_counter() - start
+        return machine.seconds(lambda: (self.model if prefill else self.forward)(ids, **options, logits_to_keep=1))
 
 
 def runs(model: Any, sdpa: Any, tokens: int, compile_too: bool, only: list[str]) -> list[Run]:
@@ -143,16 +138,16 @@ def measure(model: Any, sdpa: Any, ids: Tensor, tokens: int, options: argparse.N
     for first in tqdm(range(0, tokens, CHUNK), desc=f"{tokens} tokens: prefill"):
         part = ids[:, first : min(first + CHUNK, tokens)]
         for run in found:
-            run.chunks.append(run.step(part, first, prefill=True))
+            run.chunks.append(run.step(machine, part, first, prefill=True))
     for i in tqdm(range(options.steps), desc=f"{tokens} tokens: decode"):
         rates.append(machine.bandwidth())
         for run in found:
-            run.steps.append(run.step(ids[:, tokens + i : tokens + i + 1], tokens + i))
+            run.steps.append(run.step(machine, ids[:, tokens + i : tokens + i + 1], tokens + i))
     for i in range(options.steps, options.steps + 8):
         for run in found:
             if run.forward is model:
                 with timed() as spent:
-                    whole = run.step(ids[:, tokens + i : tokens + i + 1], tokens + i)
+                    whole = run.step(machine, ids[:, tokens + i : tokens + i + 1], tokens + i)
                 run.parts.append(spent | {"model": whole - sum(spent.values())})
     bandwidth = median(rates)
     weights = sum(p.nbytes for p in {p.data_ptr(): p for p in model.parameters()}.values())

@@ -27,7 +27,7 @@ pytest.importorskip("transformers")
 PACKAGE = Path(lserve_ext.__file__).parent
 FILES = {
     str(PACKAGE / f"{name}.py")
-    for name in ("blocks", "cache", "scorers", "sequences", "step", "hf/cache", "hf/interface")
+    for name in ("blocks", "cache", "scorers", "sequences", "step", "hf/cache", "hf/interface", "hf/layers")
 }
 LAYERS, KV_HEADS, VOCABULARY = 3, 2, 258
 PRESETS = {

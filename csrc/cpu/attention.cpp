@@ -17,6 +17,7 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kMaxD = 256;
 constexpr int64_t kHeads = 4;  // query heads that share a loaded row
+constexpr int64_t kRows = 16;  // queries of attention_mass that share a looked up key
 constexpr int64_t kAhead = 8;  // rows between asking for one and using it
 
 template <class X>
@@ -351,7 +352,8 @@ void decode_typed(const DecodeArgs& a) {
     }
   });
 
-  parallel_for(heads, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = 1 + (1 << 14) / (G * D);  // heads: a thread that is woken for less costs more than it does
+  parallel_for(heads, grain, [&](int64_t begin, int64_t end) {
     float acc[kMaxD];
     for (int64_t row = begin * G; row < end * G; ++row) {
       const int64_t i = row / G, g = row % G;
@@ -365,17 +367,58 @@ void decode_typed(const DecodeArgs& a) {
   });
 }
 
+// s[i] = exp(s[i] - lse)
+LSERVE_CLONES void exp_minus(float* s, int64_t count, float lse) {
+  const int64_t whole = count / 16 * 16;
+  for (int64_t i = 0; i < whole; i += 16) store(s + i, exp(load(s + i) - lse));
+  float tail[16] = {};
+  for (int64_t i = whole; i < count; ++i) tail[i - whole] = s[i] - lse;
+  store(tail, exp(load(tail)));
+  for (int64_t i = whole; i < count; ++i) s[i] = tail[i - whole];
+}
+
+Entries mass_entries(const MassArgs& a, int64_t b, int64_t h, int64_t t) {
+  const int32_t* list = a.rule.lists ? a.rule.lists + b * a.rule.list_stride0 + h * a.rule.list_stride1 : nullptr;
+  return entries(a.rule, a.rule.windows[h], list, a.rule.local_start ? a.rule.local_start[b] : 0, t, a.kv.P,
+                 a.kv.sealed[b] * (a.kv.P / a.rule.unit));
+}
+
+// The mass that all queries of a (sequence, kv head) put on entries [first, last). Queries of one page attend the same
+// entries, up to their own position, and go together: so keys are looked up, and decoded, once for kRows of them.
+template <class T>
+void add_mass(const MassArgs& a, int64_t b, int64_t h, int64_t first, int64_t last, Scratch& scratch, Chunk& keys) {
+  const Paged& kv = a.kv;
+  const int64_t D = kv.D, G = a.G, held = a.seq_lens[b], start = held - a.T, per_chunk = chunk_entries(a.rule);
+  const T* const q = static_cast<const T*>(a.q.data) + b * a.q.stride0 + h * G * a.q.stride2;
+  float* const mass = a.mass + (b * kv.H + h) * kv.M * kv.P;
+  for (int64_t row = std::max<int64_t>(0, -start), next; row < a.T; row = next) {
+    next = std::min({row + kRows, a.T, row + kv.P - (start + row) % kv.P});
+    for (int64_t r = row; r < next; ++r)
+      load_query(q + r * a.q.stride1, a.q.stride2, G, D, a.scale, scratch.q.get() + (r - row) * G * kMaxD);
+    scratch.G = (next - row) * G;
+    const Entries e = mass_entries(a, b, h, start + next - 1);
+    for (int64_t from = first; from < std::min(last, e.count()); from += per_chunk) {
+      keys.load(kv, a.rule, e, b, h, from, std::min({from + per_chunk, last, e.count()}), start + next - 1);
+      score_chunk<T>(keys, D, scratch);
+      for (int64_t r = row; r < next; ++r)
+        for (int64_t g = 0; g < G; ++g) {
+          const float lse = a.lse[((b * a.T + r) * kv.H + h) * G + g];
+          if (lse == -kInf) continue;
+          float* const s = scratch.s.get() + ((r - row) * G + g) * scratch.chunk;
+          exp_minus(s, keys.count(), lse);
+          for (int64_t j = 0; j < keys.count() && keys.position[j] <= start + r; ++j) mass[keys.position[j]] += s[j];
+        }
+    }
+  }
+}
+
 template <class T>
 void mass_typed(const MassArgs& a) {
   const Paged& kv = a.kv;
-  const int64_t D = kv.D, G = a.G, per_chunk = chunk_entries(a.rule), tokens = kv.M * kv.P;
+  const int64_t G = a.G, per_chunk = chunk_entries(a.rule), tokens = kv.M * kv.P;
   check_windows("attention_mass", a.rule, kv.H);
   check_lengths("attention_mass", "seq_lens", kv, a.seq_lens);
-  const auto entries_of = [&](int64_t b, int64_t h, int64_t t) {
-    const int32_t* list = a.rule.lists ? a.rule.lists + b * a.rule.list_stride0 + h * a.rule.list_stride1 : nullptr;
-    return entries(a.rule, a.rule.windows[h], list, a.rule.local_start ? a.rule.local_start[b] : 0, t, kv.P,
-                   kv.sealed[b] * (kv.P / a.rule.unit));
-  };
+  const auto entries_of = [&](int64_t b, int64_t h, int64_t t) { return mass_entries(a, b, h, t); };
   for (int64_t b = 0; b < kv.B; ++b) {
     if (a.rule.local_start && a.rule.local_start[b] < 0)
       fail_range("attention_mass: local_start", a.rule.local_start[b], 0, kDense, b);
@@ -383,29 +426,24 @@ void mass_typed(const MassArgs& a) {
       for (int64_t t = std::max<int64_t>(0, a.seq_lens[b] - a.T); t < a.seq_lens[b]; ++t)
         check_entries("attention_mass", kv, a.rule, entries_of(b, h, t), b, h);
   }
-  parallel_for(kv.B * kv.H, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(G, chunk_tokens(a.rule));
-    Chunk rows;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / kv.H, h = i % kv.H;
-      float* mass = a.mass + i * tokens;
-      std::fill_n(mass, tokens, 0.0f);
-      for (int64_t row = std::max<int64_t>(0, a.T - a.seq_lens[b]); row < a.T; ++row) {
-        const int64_t t = a.seq_lens[b] - a.T + row;
-        const float* lse = a.lse + ((b * a.T + row) * kv.H + h) * G;
-        if (std::all_of(lse, lse + G, [](float x) { return x == -kInf; })) continue;
-        load_query(static_cast<const T*>(a.q.data) + b * a.q.stride0 + row * a.q.stride1 + h * G * a.q.stride2, a.q.stride2, G,
-                   D, a.scale, scratch.q.get());
-        const Entries e = entries_of(b, h, t);
-        for (int64_t from = 0; from < e.count(); from += per_chunk) {
-          rows.load(kv, a.rule, e, b, h, from, std::min(from + per_chunk, e.count()), t);
-          score_chunk<T>(rows, D, scratch);
-          for (int64_t j = 0; j < rows.count(); ++j)
-            for (int64_t g = 0; g < G; ++g)
-              if (lse[g] != -kInf) mass[rows.position[j]] += std::exp(scratch.s[g * scratch.chunk + j] - lse[g]);
-        }
-      }
+  // Chunks of a dense head, or of a single query, hold positions of their own, so threads may take them apart. Those of
+  // other heads move with the query, and one thread takes them all.
+  struct Unit {
+    int64_t b, h, first, last;  // entries
+  };
+  std::vector<Unit> units;
+  for (int64_t b = 0; b < kv.B; ++b)
+    for (int64_t h = 0; h < kv.H && a.seq_lens[b] > 0; ++h) {
+      const int64_t count = entries_of(b, h, a.seq_lens[b] - 1).count();
+      const bool apart = a.T == 1 || a.rule.windows[h] == kDense;
+      for (int64_t first = 0; first < count; first += apart ? per_chunk : count)
+        units.push_back({b, h, first, apart ? first + per_chunk : INT64_MAX});
     }
+  std::fill_n(a.mass, kv.B * kv.H * tokens, 0.0f);
+  parallel_for(static_cast<int64_t>(units.size()), 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(std::min(kRows, a.T) * G, chunk_tokens(a.rule));
+    Chunk keys;
+    for (int64_t i = begin; i < end; ++i) add_mass<T>(a, units[i].b, units[i].h, units[i].first, units[i].last, scratch, keys);
   });
 }
 

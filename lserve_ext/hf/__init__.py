@@ -10,7 +10,7 @@ tokens never enter the cache: each sequence has its own length.
 """
 
 from ..heads import HeadPattern
-from .cache import PendingKV, SparseCache, SparseLayer
+from .cache import SparseCache
 from .interface import (
     SINKS,
     AttentionMask,
@@ -20,6 +20,7 @@ from .interface import (
     refuse_models_without_interface,
     register,
 )
+from .layers import PendingKV, SparseLayer
 
 register()
 refuse_models_without_interface()

@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from .. import heads, ops
+from .. import heads
 from ..blocks import Memory
 from ..cache import LayerCache
 from ..config import SparseConfig
@@ -30,279 +30,7 @@ from ..files import write_beside
 from ..heads import HeadPattern
 from ..reserved import ReservedBatch
 from ..sequences import Sequences, Step
-from .handle import NAME, WHO, Handle
-
-
-class PendingKV(Handle):
-    """New keys and values on their way from `SparseCache.update` to the attention function, in the key's place."""
-
-    def __init__(self, layer: SparseLayer, k: Tensor, v: Tensor) -> None:
-        self.layer, self.k, self.v = layer, k, v
-        self.forward: Forward | None = None  # which a `SparseCache` sets
-        self.batch: ReservedBatch | None = None  # likewise, in reserved memory
-        self.is_last = False
-        self.used = False
-
-    def _refuse(self, touch: str) -> NoReturn:
-        if getattr(self.layer.model_config, "_attn_implementation", None) == NAME:
-            latent = " (multi-head latent attention, whose cache holds compressed keys)"
-            raise RuntimeError(
-                f"{WHO} with a SparseCache: {type(self.layer.model_config).__name__}'s attention changes keys between "
-                f"cache and attention ({touch}), which is not supported"
-                f"{latent if getattr(self.layer.model_config, 'kv_lora_rank', None) else ''}"
-            )
-        raise RuntimeError(
-            "SparseCache needs attn_implementation='lserve': load the model with it, or call "
-            "model.set_attn_implementation('lserve') before the forward pass"
-        )
-
-    def use(self, value: Tensor) -> None:
-        """Raises if attention has used this update before, or if the values are others than those of the update."""
-        if self.used:
-            raise RuntimeError(
-                f"{WHO}: expected one call of attention for each update of the SparseCache, got a second one in layer "
-                f"{self.layer.index}: models that attend twice or share keys between layers are not supported"
-            )
-        if value is not self.v and not _is_view(value, self.v):
-            raise RuntimeError(
-                f"{WHO}: expected the values that layer {self.layer.index} gave to SparseCache.update, got others: "
-                "models that change values between cache and attention are not supported"
-            )
-        self.used = True
-
-
-def _is_view(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors are the same memory in the same way."""
-    same = (x.data_ptr(), x.shape, x.stride(), x.dtype)
-    return same == (y.data_ptr(), y.shape, y.stride(), y.dtype)
-
-
-class SparseLayer(CacheLayerMixin):
-    """One layer of a `SparseCache`: makes its `LayerCache` when it sees the first keys.
-
-    Heads whose channels are no multiple of 16, or whose keys and values differ in them, are padded with zeros.
-    """
-
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(
-        self, config: SparseConfig, model_config: PretrainedConfig, pattern: Sequence[bool] | bool, index: int
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.config, self.model_config, self.pattern, self.index = config, model_config, pattern, index
-        self.kv: LayerCache | None = None
-
-    def _no_tensor(self) -> NoReturn:
-        raise RuntimeError(
-            f"SparseCache: the model of {type(self.model_config).__name__} reads the keys of layer {self.index} from "
-            "the cache itself, as cross attention does, which is not supported"
-        )
-
-    # transformers' constructor sets both to None.
-    keys = property(lambda self: self._no_tensor(), lambda self, value: None)
-    values = property(lambda self: self._no_tensor(), lambda self, value: None)
-
-    @property
-    def seen(self) -> int:
-        """Columns of the padded batch, which is what transformers counts."""
-        return 0 if self.kv is None else self.kv.columns
-
-    def __copy__(self) -> SparseLayer:
-        """The same tokens, until one of the two goes on: states of a `LayerCache` are never changed."""
-        return self.with_kv(copy.copy(self.kv))
-
-    def with_kv(self, kv: LayerCache | None) -> SparseLayer:
-        """A copy that holds something else."""
-        twin = type(self).__new__(type(self))
-        twin.__dict__.update(vars(self), kv=kv)
-        return twin
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SparseLayer:
-        """Its own tensors, but the same configs."""
-        twin = type(self).__new__(type(self))
-        shared = {"config", "model_config", "pattern"}
-        fields = {name: x if name in shared else copy.deepcopy(x, memo) for name, x in vars(self).items()}
-        twin.__dict__.update(fields)
-        return twin
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        D = -(-max(key_states.shape[-1], value_states.shape[-1]) // 16) * 16
-        if D > ops.MAX_HEAD_DIM:
-            raise ValueError(
-                f"{WHO}: expected heads of at most {ops.MAX_HEAD_DIM} channels, got {D} in layer {self.index}"
-            )
-        self.kv = self.make(widen(key_states[:, :, :0], D))
-
-    @property
-    def is_initialized(self) -> bool:
-        return self.kv is not None
-
-    @is_initialized.setter
-    def is_initialized(self, value: bool) -> None:
-        pass  # transformers' constructor sets it
-
-    def make(self, like: Tensor) -> LayerCache:
-        """An empty cache for keys of that shape, dtype and device."""
-        dense = self.index < self.config.dense_layers
-        streaming = [False] * like.shape[1] if dense else _local_heads(self.pattern, like.shape[1])
-        return LayerCache(self.config, streaming, dense, like)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if key_states.dtype != value_states.dtype:  # under autocast rotary embedding leaves float32
-            key_states = key_states.to(value_states.dtype)
-        if self.kv is None:
-            self.lazy_initialization(key_states, value_states)
-        return PendingKV(self, key_states, value_states), value_states
-
-    def attend(self, q: Tensor, new: PendingKV, mask: Padding | None, scale: float, sinks: Tensor | None) -> Tensor:
-        """Appends what an update brought, [B, H, T, D] with padding on the left, and attends with q [B, Hq, T, D].
-
-        Returns:
-            [B, T, Hq, D]; 0 for pad tokens.
-        """
-        kv, forward, (B, _, T, _) = self.kv, new.forward, new.k.shape
-        assert kv is not None and forward is not None
-        now = forward.step(kv, new.k, mask)
-        k, v, D = new.k, new.v, kv.head_dim
-        if not q.shape[3] == k.shape[3] == v.shape[3] == D:
-            q, k, v = widen(q, D), widen(k, D), widen(v, D)
-        if now.decode:
-            k, v = k[:, :, 0], v[:, :, 0]
-            if now.is_padded:  # a left-padded chunk of one token: those sequences are still empty
-                rows = torch.from_numpy(now.new > 0).to(k.device)
-                k, v = k[rows], v[rows]
-            out = kv.attend(q[:, :, 0], k, v, now, scale, sinks)[:, None]
-        elif now.is_padded:
-            pads = torch.from_numpy(T - now.new).to(k.device)
-            columns = torch.arange(T, device=k.device) >= pads[:, None]
-            q, k, v = (x.transpose(1, 2)[columns] for x in (q, k, v))
-            packed = kv.attend(q, k, v, now, scale, sinks)
-            out = packed.new_zeros(B, T, *packed.shape[1:]).index_put_((columns,), packed)
-        else:
-            q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-            packed = kv.attend(q, k, v, now, scale, sinks)
-            out = packed.unflatten(0, (B, T))
-        forward.leave(self.index)
-        return out if new.v.shape[3] == D else out[..., : new.v.shape[3]]
-
-    def attend_reserved(
-        self, q: Tensor, new: PendingKV, batch: ReservedBatch, scale: float, sinks: Tensor | None
-    ) -> Tensor:
-        """The same for one token a sequence, in reserved memory."""
-        kv, D, width = self.kv, new.k.shape[3], new.v.shape[3]
-        assert kv is not None
-        if not q.shape[3] == D == width == kv.head_dim:
-            q, k, v = widen(q, kv.head_dim), widen(new.k, kv.head_dim), widen(new.v, kv.head_dim)
-        else:
-            k, v = new.k, new.v
-        out = kv.decode_reserved(q[:, :, 0], k[:, :, 0], v[:, :, 0], batch, scale, sinks)[:, None]
-        return out if width == kv.head_dim else out[..., :width]
-
-    def restored(
-        self,
-        state: dict[str, Tensor],
-        sequences: Sequences,
-        kv_heads: int,
-        head_dim: int | None,
-        device: torch.device | str,
-    ) -> LayerCache:
-        """A cache from what `LayerCache.state` gave, for that many heads (or a tensor parallel part of them)."""
-        residual, P = state.get("residual_k"), self.config.page_size
-        name = f"{self.index}.residual_k"
-        if residual is None or residual.dim() != 4 or not residual.is_floating_point():
-            got = "none" if residual is None else f"{list(residual.shape)} of {residual.dtype}"
-            raise ValueError(f"{name}: expected [B, {kv_heads}, {2 * P}, D] of the model's dtype, got {got}")
-        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-        held = residual.shape[1]
-        heads_fit = held == kv_heads or (parallel and held > 0 and kv_heads % held == 0)
-        D = None if head_dim is None else -(-head_dim // 16) * 16
-        if not heads_fit or residual.shape[2] != 2 * P or D not in (None, residual.shape[3]):
-            wanted = f"[B, {kv_heads}, {2 * P}, {'D' if D is None else D}]"
-            raise ValueError(f"{name}: expected {wanted} for this model, got {list(residual.shape)}")
-        kv = self.make(residual[:, :, :0].to(device))
-        try:
-            kv.restore(state, sequences)
-        except ValueError as error:
-            raise ValueError(f"{self.index}.{error}") from None
-        return kv
-
-    @property
-    def batch_size(self) -> int:
-        return -1 if self.kv is None else self.kv.batch_size
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        return self.config.max_tokens or -1
-
-    get_max_cache_shape = get_max_length
-
-    def reset(self) -> None:
-        self.kv = None
-
-    def crop(self, tokens_to_remove: int) -> None:
-        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop: expected minus the number of tokens to remove, got {tokens_to_remove}")
-        if tokens_to_remove < 0 and self.kv is not None:
-            self.kv.crop(-tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.kv is not None:
-            self.kv.take_rows(beam_idx)
-
-    def batch_select_indices(self, indices: Any) -> None:
-        if self.kv is not None:  # whatever indexes a tensor: a mask, a slice, negative numbers
-            index = indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()
-            self.reorder_cache(torch.arange(self.kv.batch_size)[index])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.kv is not None:
-            self.reorder_cache(torch.arange(self.kv.batch_size).repeat_interleave(repeats))
-
-    def offload(self) -> None:
-        raise RuntimeError("SparseCache does not take part in transformers' offloading")
-
-    prefetch = offload
-
-
-class SparseHybridLayer(SparseLayer, LinearAttentionLayer):
-    """A layer with full attention, which is ours, beside the states of a linear one, which are transformers'."""
-
-    is_compileable = False
-    is_croppable = LinearAttentionLayer.is_croppable
-
-    def __init__(self, *args: Any, number_of_states: int = 1) -> None:
-        LinearAttentionLayer.__init__(self, number_of_states)
-        SparseLayer.__init__(self, *args)
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        own = SparseLayer if args else LinearAttentionLayer  # transformers gives keys by position, states by name
-        own.lazy_initialization(self, *args, **kwargs)
-
-    def reset(self) -> None:
-        SparseLayer.reset(self)
-        LinearAttentionLayer.reset(self)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        LinearAttentionLayer.crop(self, tokens_to_remove)
-        SparseLayer.crop(self, tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        SparseLayer.reorder_cache(self, beam_idx)
-        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
-
-
-def widen(x: Tensor, D: int) -> Tensor:
-    """x with D channels, zeros behind its own."""
-    return x if x.shape[-1] == D else torch.nn.functional.pad(x, (0, D - x.shape[-1]))
+from .layers import Padding, PendingKV, SparseHybridLayer, SparseLayer
 
 
 def _their_layers(config: PretrainedConfig) -> list[Any]:
@@ -348,6 +76,7 @@ class SparseCache(Cache):
             self.config = self.config.replace(streaming_heads=HeadPattern.load(self.config.streaming_heads))
         self.model_config = model_config.get_text_config(decoder=True)
         self._forward: Forward | None = None
+        self._spare: ReservedBatch | None = None  # whose tensors the next one takes
         self._batch: ReservedBatch | None = None  # while the cache decodes in reserved memory
         self._misfit: Tensor | None = None  # on a GPU: whether a mask since the last border was another than expected
         self._columns: int | None = None  # of the layers, once counted
@@ -454,8 +183,10 @@ class SparseCache(Cache):
         sequences = held[0].sequences
         if len({kv.device for kv in held}) > 1 or not len(sequences) or not sequences.lengths.all():
             return  # spread over devices; or a sequence that is still empty, which padding might yet follow
-        P, pages = self.config.page_size, self.config.max_pages or 0
-        batch = ReservedBatch(sequences, held[0].device, pages * P, self.config.reuse_interval)
+        batch, device = self._spare, held[0].device
+        if batch is None or len(batch.lengths) != len(sequences) or batch.lengths.device != device:
+            tokens = (self.config.max_pages or 0) * self.config.page_size
+            batch = ReservedBatch(sequences, device, tokens, self.config.reuse_interval)
         for kv in held:
             kv.enter_reserved()
         batch.load(sequences, max(kv.age for kv in held))
@@ -482,7 +213,7 @@ class SparseCache(Cache):
             kv.leave_reserved(sequences, batch.age)
         self._columns = None
         self.layers = layers
-        self._batch = None
+        self._batch, self._spare = None, batch
         for kv in held:
             kv.drop_reserved()
 
@@ -548,13 +279,15 @@ class SparseCache(Cache):
     def _on_all(self, action: Callable[[Any], object]) -> None:
         """Does something to every layer, or, if it fails in one, to none."""
         self._settle()
-        layers = [_copied(layer) for layer in self.layers]
-        for layer in layers:
-            action(layer)
-        _share(layers)
-        self._columns = None
-        self.layers = layers
-        self._enter_reserved()
+        try:
+            layers = [_copied(layer) for layer in self.layers]
+            for layer in layers:
+                action(layer)
+            _share(layers)
+            self._columns = None
+            self.layers = layers
+        finally:
+            self._enter_reserved()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns that the layers hold, or one layer but the first: 0 if no forward has come to it. During a forward,
@@ -639,6 +372,7 @@ class SparseCache(Cache):
         """A second cache that goes on from here; sealed blocks are shared until either drops them."""
         self._settle()
         twin = copy.copy(self)
+        twin._spare = None
         shared = {id(layer.kv): layer.kv.fork() for layer in self.ours if layer.kv is not None}
         twin.layers = copy.deepcopy(self.layers, dict(shared))  # which takes these for copies made already
         self._enter_reserved()
@@ -649,6 +383,7 @@ class SparseCache(Cache):
         """A copy that shares nothing."""
         self._settle()
         twin = copy.copy(self)
+        twin._spare = None
         twin.layers = copy.deepcopy(self.layers, memo)
         self._enter_reserved()
         twin._enter_reserved()
@@ -748,17 +483,6 @@ def _head_dim(config: PretrainedConfig) -> int | None:
     if any(hasattr(config, name) for name in ("qk_nope_head_dim", "global_head_dim")):
         return None
     return getattr(config, "head_dim", None) or int(config.hidden_size // config.num_attention_heads)
-
-
-class Padding(Protocol):
-    """What a forward knows of the padding of its batch."""
-
-    def starts(self) -> np.ndarray | None:
-        """[B] columns of padding on the left, on the host; None: there is none."""
-
-    def misfit(self, batch: Sequences) -> Tensor | None:
-        """A bool on the mask's device: whether the padding of a decode step is another than that of earlier calls;
-        None: it costs nothing to look."""
 
 
 class Forward:
@@ -869,12 +593,3 @@ def _tensors(layer: Any) -> dict[str, Tensor]:
         states = value.items() if isinstance(value, dict) else [("", value)]
         found |= {f"{name}{i}": x for i, x in states if isinstance(x, Tensor) and x.numel() and x.dim() > 1}
     return found
-
-
-def _local_heads(pattern: Sequence[bool] | bool, local: int) -> Sequence[bool]:
-    """This rank's part of a layer's pattern. Head counts are read off the tensors: under tensor parallelism they are
-    local, while the model's config still holds the global ones."""
-    parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not parallel and not isinstance(pattern, bool) and local != len(pattern):
-        raise ValueError(f"streaming_heads: expected {len(pattern)} kv heads, got {local}")
-    return heads.of_rank(pattern, local, torch.distributed.get_rank() if parallel else 0)

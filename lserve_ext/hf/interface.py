@@ -16,8 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import ops
 from ..sequences import Sequences
-from .cache import PendingKV, widen
 from .handle import NAME, WHO, Handle
+from .layers import PendingKV, widen
 
 # Keywords that change what is attended. Others that reach an attention function do not.
 _UNSUPPORTED = ("softcap", "head_mask", "position_bias", "indices")
