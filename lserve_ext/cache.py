@@ -279,7 +279,7 @@ class LayerCache:
 
     def _grown(self, now: Step) -> BlockTable:
         """With a block for every page that the step seals, and none for those that streaming heads are past."""
-        before, after, blocks, P = now.before, now.after, self._state.blocks, self.config.page_size
+        after, blocks, P = now.after, self._state.blocks, self.config.page_size
         held, most = blocks.ids.shape[2], self.config.max_pages
         if most is not None and now.pages > most:
             got = int(after.lengths.max())
@@ -290,7 +290,8 @@ class LayerCache:
         page = np.arange(needed)
         kept = (page < after.pages.sink) | (page >= after.freed[:, None])  # [B, M]
         ids[(self._streaming[:, None] & ~kept[:, None]) & np.ones_like(ids, bool)] = -1
-        due = (page >= before.sealed[:, None]) & (page < after.sealed[:, None])
+        first, last = now.sealed
+        due = (page >= first[:, None]) & (page < last[:, None])
         return self._pool.table(ids, due[:, None] & (~self._streaming[:, None] | kept[:, None]))
 
     # ---- crop, batch operations, forks ------------------------------------------------------------------------------

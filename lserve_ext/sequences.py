@@ -199,6 +199,8 @@ class Step:
         """Whether a layer's table changes."""
         self.pages = -(-int(lengths.max(initial=0)) // P)
         """Columns that a table must have."""
+        self.sealed = (before.sealed, self.after.sealed)
+        """[B] and [B]: what it seals, the pages of each sequence from the one to before the other, in all layers."""
         self.layers = layers
         self.tables: dict[int, Any] = {}
         """Of the layers that have asked, by `id`: what `LayerCache` makes of them."""
