@@ -188,8 +188,9 @@ class LayerCache:
             out, selection = step.decode(q, k, v, kv, on, self._decode_mask, self._scorer, s.selection, scale, sinks)
         else:
             before = kv._replace(block_table=s.block_table, slot_table=s.slot_table)
-            with torch.inference_mode(False):  # what later steps change in place
-                residual_k, residual_v = residual_k.clone(), residual_v.clone()
+            if now.before.lengths.any():  # else the old state does not look at its buffer
+                with torch.inference_mode(False):  # which later steps change in place
+                    residual_k, residual_v = residual_k.clone(), residual_v.clone()
             after = kv._replace(residual_k=residual_k, residual_v=residual_v)
             mask = self._prefill_mask
             out, selection = step.prefill(q, k, v, before, after, now, mask, self._scorer, s.selection, scale, sinks)
