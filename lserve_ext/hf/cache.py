@@ -160,18 +160,24 @@ class SparseCache(Cache):
         """`update` of a decode step: what `torch.compile` follows, so no Python changes but the batch's."""
         layer: Any = self.layers[index]
         if index == self._first:
-            if batch.on is not None and self._observes:
-                self._dead = (
-                    "SparseCache: the last step was interrupted, and the attention mass of the first layers cannot be "
-                    "taken back: call reset() and prefill again"
-                )
-                self._batch = None
-                raise RuntimeError(self._dead)
+            self._check_whole(batch)
             batch.begin()
         handle = PendingKV(layer, k.to(v.dtype), v)
         handle.batch = batch
         handle.is_last = index == self._last
         return handle, v
+
+    def _check_whole(self, batch: ReservedBatch) -> None:
+        """Raises RuntimeError if an interrupted step has left what cannot be taken back."""
+        if batch.on is not None and self._observes:
+            self._batch, self._dead = (
+                None,
+                (
+                    "SparseCache: the last step was interrupted, and the attention mass of the first layers cannot be "
+                    "taken back: call reset() and prefill again"
+                ),
+            )
+            raise RuntimeError(self._dead)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -201,6 +207,7 @@ class SparseCache(Cache):
         batch = self._batch
         if batch is None:
             return
+        self._check_whole(batch)
         layers = [_copied(layer) for layer in self.layers]
         held = [layer.kv for layer in layers if layer.kv is not None]
         try:
@@ -217,7 +224,7 @@ class SparseCache(Cache):
         for kv in held:
             kv.drop_reserved()
 
-    # ---- one forward after the other --------------------------------------------------------------------------------
+    # ---- the end of a forward ---------------------------------------------------------------------------------------
     def _settle(self) -> None:
         """Ends the last forward: an interrupted one is taken back, in all layers at once.
 
@@ -541,7 +548,8 @@ class Forward:
     def leave(self, index: int) -> None:
         """A layer of ours has attended. After the last one a reserved cache goes on on the device."""
         cache = self._cache
-        if cache._reserves and cache._forward is self and index == len(cache.layers) - 1 and cache._is_whole(self):
+        end = max(cache._used) if cache._used else len(cache.layers) - 1
+        if cache._reserves and cache._forward is self and index == end and cache._is_whole(self):
             cache._used, cache._columns, cache._forward = set(self.touched), self.columns_after, None
             cache._enter_reserved()
 
