@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from . import ops, step
 from .blocks import BlockTable, Memory, Pool
 from .config import SparseConfig
+from .files import Tensors
 from .ops import DENSE, LISTED, Mask, PagedKV
 from .reserved import ReservedBatch, ReservedLayer
 from .scorers import Selection
@@ -54,7 +56,6 @@ class LayerCache:
         dense: heads that do not stream attend everything in decode too.
         like: [B, H, T, D] keys whose shape, dtype and device the layer takes.
         pool: of its blocks; by default one of its own.
-        sequences: the batch, which it holds nothing of yet; by default one of its own.
 
     Each sequence has its own length. A cache belongs to one thread. After an exception, even a KeyboardInterrupt
     between two lines, it is as before the call or as after it.
@@ -67,7 +68,6 @@ class LayerCache:
         dense: bool,
         like: Tensor,
         pool: Pool | None = None,
-        sequences: Sequences | None = None,
     ) -> None:
         B, H, _, D = like.shape
         if len(streaming_heads) != H:
@@ -88,8 +88,7 @@ class LayerCache:
             blocks = self._pool.table(np.full((B, H, config.max_pages or 4), -1, np.int32))
             table = on_device(blocks.ids, self.device)
             k, v = (like.new_zeros(B, H, 2 * config.page_size, D) for _ in "kv")  # zeros: files hold all rows
-            batch = Sequences.empty(config.pages, B) if sequences is None else sequences
-            self._state = State(batch, blocks, table, table, k, v, Selection())
+            self._state = State(Sequences.empty(config.pages, B), blocks, table, table, k, v, Selection())
 
     def _reserved_blocks(self, batch: int) -> int:
         """Blocks to allocate at once: all that dense heads will need; of streaming heads those of a prefill's window,
@@ -172,10 +171,7 @@ class LayerCache:
         if k.shape != (now.tokens, self.heads, self.head_dim):
             expected = [now.tokens, self.heads, self.head_dim]
             raise ValueError(f"k: expected {expected}, as the cache holds and new says, got {list(k.shape)}")
-        # Below autograd, which has nothing to do here: its keys cost each op a detour through Python.
-        if torch.is_inference_mode_enabled():  # is there already
-            return self._attend(q, k, v, now, scale, sinks)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _below_autograd():
             return self._attend(q, k, v, now, scale, sinks)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, now: Step, scale: float, sinks: Tensor | None) -> Tensor:
@@ -214,23 +210,9 @@ class LayerCache:
         """A decode step as `attend` takes it, q [B, Hq, D] and k, v [B, H, D], without the host."""
         layer, on = self._reserved, batch.on
         assert layer is not None and on is not None
-        args = (
-            q,
-            k,
-            v,
-            layer.kv(on.sealed),
-            on,
-            self._decode_mask,
-            self._scorer,
-            layer.before(batch.age),
-            scale,
-            sinks,
-        )
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-            out, selection = step.decode(*args)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():  # as in `attend`
-                out, selection = step.decode(*args)
+        kv, before = layer.kv(on.sealed), layer.before(batch.age)
+        with _below_autograd():
+            out, selection = step.decode(q, k, v, kv, on, self._decode_mask, self._scorer, before, scale, sinks)
         layer.keep(selection)
         return out
 
@@ -423,7 +405,7 @@ class LayerCache:
         Raises:
             ValueError: a tensor is missing or unknown, has another shape or dtype, or holds what no cache can.
         """
-        self._check_file(state, sequences)
+        self._check_file(Tensors(state), sequences)
         ids, pools = state["table"].numpy(), [name for name in state if name.startswith("pool.")]
         taken = self._pool.table(np.full(len(state["pool.k"]), -1), np.ones(len(state["pool.k"]), bool))
         rows = on_device(taken.ids, self.device).long()
@@ -439,81 +421,65 @@ class LayerCache:
         k, v = (state[name].to(self.device) for name in ("residual_k", "residual_v"))
         self._state = State(sequences, blocks, table, table, k, v, selection)
 
-    def _check_file(self, state: dict[str, Tensor], sequences: Sequences) -> None:
+    def _check_file(self, state: Tensors, sequences: Sequences) -> None:
         """Raises ValueError with the name of the tensor that does not fit."""
         B, H, P, D = self.batch_size, self.heads, self.config.page_size, self.head_dim
-
-        def expect(name: str, condition: Any, expected: str, got: object) -> None:
-            if not bool(condition):
-                raise ValueError(f"{name}: expected {expected}, got {got}")
-
-        def tensor(name: str, dtype: torch.dtype, *shape: int | None) -> Tensor:
-            expect(name, name in state, "a tensor", "none")
-            x = state[name]
-            fits = len(shape) == x.dim() and all(a in (None, b) for a, b in zip(shape, x.shape, strict=True))
-            wanted = f"{list(shape)} of {dtype}".replace("None", "*")
-            expect(name, fits and x.dtype == dtype, wanted, f"{list(x.shape)} of {x.dtype}")
-            return x
-
-        def within(name: str, x: np.ndarray | Tensor, low: Any, high: Any) -> None:
-            inside = (np.asarray(x) >= low) & (np.asarray(x) <= high)
-            expect(name, inside.all(), f"{np.min(low)}..{np.max(high)}", np.asarray(x)[~inside][:4].tolist())
-
-        def finite(name: str, x: Tensor) -> None:
-            expect(name, torch.isfinite(x).all(), "finite numbers", "NaN or infinity")
-
-        optional = {"selection.lists", "selection.local_start", "selection.mass"}
-        known = {"table", "residual_k", "residual_v", "selection.age"}
-        known |= {f"pool.{name}" for name in self._pool.tensors}
-        for name in sorted(set(state) - known - optional):
-            expect(name, False, "no such tensor", list(state[name].shape))
-        count = tensor("pool.k", self._pool.tensors["k"].dtype, None, P, D).shape[0]
-        for name, pool in self._pool.tensors.items():
-            x = tensor(f"pool.{name}", pool.dtype, count, *pool.shape[1:])
-            if name in ("stats", "scales"):
-                finite(f"pool.{name}", x)
+        pools = {f"pool.{name}": tensor for name, tensor in self._pool.tensors.items()}
+        selection = {f"selection.{name}" for name in ("age", "lists", "local_start", "mass")}
+        state.only({"table", "residual_k", "residual_v", *pools, *selection})
+        count = state.take("pool.k", pools["pool.k"].dtype, None, P, D).shape[0]
+        for name, pool in pools.items():
+            x = state.take(name, pool.dtype, count, *pool.shape[1:])
+            if name in ("pool.stats", "pool.scales"):
+                state.finite(name, x)
         for name in ("residual_k", "residual_v"):
-            tensor(name, self.dtype, B, H, 2 * P, D)
-        table = tensor("table", torch.int32, B, H, None).numpy()
-        M = table.shape[2]
-        lengths, sealed = sequences.lengths, sequences.sealed
-        expect("table", lengths.max(initial=0) <= M * P, f"a page for each of {lengths.max(initial=0)} tokens", M)
-        within("table", table, -1, count - 1)
+            state.take(name, self.dtype, B, H, 2 * P, D)
+        table = state.take("table", torch.int32, B, H, None).numpy()
+        M, longest = table.shape[2], sequences.lengths.max(initial=0)
+        state.expect("table", longest <= M * P, f"a page for each of {longest} tokens", M)
+        state.within("table", table, -1, count - 1)
         page = np.arange(M)
-        inside = (page < sealed[:, None])[:, None] & np.ones_like(table, bool)
+        inside = (page < sequences.sealed[:, None])[:, None] & np.ones_like(table, bool)
         past = (page >= sequences.pages.sink) & (page < sequences.freed[:, None])
-        expect("table", (table[~inside] < 0).all(), "-1 behind the sealed pages", "blocks")
+        state.expect("table", (table[~inside] < 0).all(), "-1 behind the sealed pages", "blocks")
         needed = inside & ~(self._streaming[:, None] & past[:, None])
-        expect("table", (table[needed] >= 0).all(), "a block for every sealed page that is held", "-1")
+        state.expect("table", (table[needed] >= 0).all(), "a block for every sealed page that is held", "-1")
         place = np.broadcast_to(np.arange(H)[:, None] * M + page, table.shape)[table >= 0]
         owners: dict[int, int] = {}
         for block, where in zip(table[table >= 0].tolist(), place.tolist(), strict=True):
-            expect("table", owners.setdefault(block, where) == where, "a block for one page and head", f"{block} twice")
-        self._check_selection(state, tensor, within, expect, finite, lengths, M)
+            mine = owners.setdefault(block, where) == where
+            state.expect("table", mine, "a block for one page and head", f"{block} twice")
+        self._check_selection(state, sequences.lengths, M)
 
-    def _check_selection(self, state: dict[str, Tensor], tensor: Any, within: Any, expect: Any, finite: Any,
-                         lengths: np.ndarray, M: int) -> None:  # fmt: skip
+    def _check_selection(self, state: Tensors, lengths: np.ndarray, M: int) -> None:
         B, H, P = self.batch_size, self.heads, self.config.page_size
-        age = int(tensor("selection.age", torch.int64))
-        within("selection.age", np.array(age), 0, self.config.reuse_interval)
-        both = ("selection.lists" in state, "selection.local_start" in state)
-        expect("selection.lists", both[0] == both[1], "lists and local_start, or neither", "one")
-        observes = self._scorer is not None and self._scorer.observes
-        expect("selection.lists", not both[0] or self._scorer is not None, "none with this config", "lists")
-        expect("selection.mass", observes or "selection.mass" not in state, "none with this config", "a tensor")
-        if both[0]:
+        state.within("selection.age", int(state.take("selection.age", torch.int64)), 0, self.config.reuse_interval)
+        lists, start, mass = (f"selection.{name}" for name in ("lists", "local_start", "mass"))
+        state.expect(lists, (lists in state) == (start in state), "lists and local_start, or neither", "one")
+        state.expect(lists, lists not in state or self._scorer is not None, "none with this config", "lists")
+        state.expect(mass, mass not in state or self.observes, "none with this config", "a tensor")
+        if lists in state:
             assert self._scorer is not None
             units = M * P // self._scorer.unit_tokens
-            lists = tensor("selection.lists", torch.int32, B, H, None).numpy()
-            within("selection.lists", lists, -1, units - 1)
-            rising = (lists[..., 1:] > lists[..., :-1]) | (lists[..., 1:] < 0)
-            expect("selection.lists", rising.all(), "ascending lists, padded with -1", "others")
-            start = tensor("selection.local_start", torch.int32, B).numpy()
-            within("selection.local_start", start, 0, lengths)
-            listed = (lists < start[:, None, None]) | (lists < 0)
-            expect("selection.lists", listed.all(), "entries before local_start", "later ones")
-        if "selection.mass" in state:
-            mass = tensor("selection.mass", torch.float32, B, None, None)
-            expect("selection.mass", mass.shape[1] in (1, H) and mass.shape[2] <= M * P, f"[{B}, 1 or {H}, <= {M * P}]",
-                   list(mass.shape))  # fmt: skip
-            finite("selection.mass", mass)
+            chosen = state.take(lists, torch.int32, B, H, None).numpy()
+            state.within(lists, chosen, -1, units - 1)
+            rising = (chosen[..., 1:] > chosen[..., :-1]) | (chosen[..., 1:] < 0)
+            state.expect(lists, rising.all(), "ascending lists, padded with -1", "others")
+            first = state.take(start, torch.int32, B).numpy()
+            state.within(start, first, 0, lengths)
+            before = (chosen < first[:, None, None]) | (chosen < 0)
+            state.expect(lists, before.all(), "entries before local_start", "later ones")
+        if mass in state:
+            x = state.take(mass, torch.float32, B, None, None)
+            fits = x.shape[1] in (1, H) and x.shape[2] <= M * P
+            state.expect(mass, fits, f"[{B}, 1 or {H}, <= {M * P}]", list(x.shape))
+            state.finite(mass, x)
+
+
+def _below_autograd() -> AbstractContextManager[Any]:
+    """Autograd has nothing to do here, and its keys cost each op a detour through Python. In inference mode, and in a
+    graph, there is none."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return nullcontext()
+    below: AbstractContextManager[Any] = torch._C._AutoDispatchBelowAutograd()
+    return below

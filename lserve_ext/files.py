@@ -1,13 +1,55 @@
-"""Files that are written whole or not at all, and JSON from anybody."""
+"""Files that are written whole or not at all, and JSON and tensors from anybody."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Tensors:
+    """Tensors that a file held, asked for by name. Whatever does not fit is a ValueError that names it."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def expect(self, name: str, condition: Any, expected: str, got: object) -> None:
+        """Raises if the condition is false."""
+        if not bool(condition):
+            raise ValueError(f"{name}: expected {expected}, got {got}")
+
+    def only(self, known: Collection[str]) -> None:
+        """No tensors but these."""
+        for name in sorted(set(self.tensors) - set(known)):
+            self.expect(name, False, "no such tensor", list(self.tensors[name].shape))
+
+    def take(self, name: str, dtype: torch.dtype, *shape: int | None) -> Tensor:
+        """A tensor of that shape (None: any size) and dtype."""
+        self.expect(name, name in self, "a tensor", "none")
+        x = self.tensors[name]
+        fits = len(shape) == x.dim() and all(a in (None, b) for a, b in zip(shape, x.shape, strict=True))
+        wanted = f"{list(shape)} of {dtype}".replace("None", "*")
+        self.expect(name, fits and x.dtype == dtype, wanted, f"{list(x.shape)} of {x.dtype}")
+        return x
+
+    def within(self, name: str, x: np.ndarray | int, low: Any, high: Any) -> None:
+        """Numbers from low to high."""
+        inside = (np.asarray(x) >= low) & (np.asarray(x) <= high)
+        self.expect(name, inside.all(), f"{np.min(low)}..{np.max(high)}", np.asarray(x)[~inside][:4].tolist())
+
+    def finite(self, name: str, x: Tensor) -> None:
+        """Neither NaN nor infinity."""
+        self.expect(name, torch.isfinite(x).all(), "finite numbers", "NaN or infinity")
 
 
 def write_beside(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:

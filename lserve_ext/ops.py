@@ -158,13 +158,11 @@ def _cache(op: str, kv: PagedKV | None) -> tuple[Tensor | None, ...]:
     return kv
 
 
-def _mask(op: str, mask: Mask, kv: PagedKV | None, page_size: int | None = None) -> Mask:
-    """With the unit that None stands for."""
+def _mask(op: str, mask: Mask, kv: PagedKV | None) -> Mask:
+    """With the unit that None stands for, a page of the cache."""
     if not isinstance(mask, tuple) or len(mask) != len(Mask._fields):
         raise TypeError(f"lserve_ext::{op}: mask: expected a Mask, got {type(mask).__name__}")
-    if mask.unit is None:
-        return mask._replace(unit=page_size if kv is None or page_size is not None else _page_size(kv))
-    return mask
+    return mask._replace(unit=_page_size(kv)) if mask.unit is None and kv is not None else mask
 
 
 def _page_size(kv: PagedKV) -> int:
@@ -364,8 +362,8 @@ def prefill(
         page_size = _page_size(kv) if kv is not None else 64
     if scale is None:
         scale = _scale(q)
-    mask = _mask("prefill", mask, kv, page_size)
-    if mask.local_start is not None or mask.unit != page_size:
+    mask = _mask("prefill", mask, None)
+    if mask.local_start is not None or mask.unit not in (None, page_size):
         name, want = ("local_start", None) if mask.local_start is not None else ("unit", page_size)
         raise ValueError(f"lserve_ext::prefill: {name}: expected {want}, got {getattr(mask, name)!r:.60}")
     if _DEBUG:

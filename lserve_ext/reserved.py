@@ -91,7 +91,7 @@ class ReservedBatch:
         after = Sequences(
             before.pages, lengths, sealed, np.maximum(before.freed, lengths // P - window), window, columns
         )
-        after._facts[self.lengths.device] = Facts(self.lengths.clone(), self.sealed.clone(), self.ones)
+        after.has_made(self.lengths.device, Facts(self.lengths.clone(), self.sealed.clone(), self.ones))
         return after
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .files import Tensors
+
 
 class Pages(NamedTuple):
     """When pages are sealed and freed, which follows from a config."""
@@ -97,6 +99,10 @@ class Sequences:
             )
         return self._facts[device]
 
+    def has_made(self, device: torch.device, facts: Facts) -> None:
+        """Takes the copy that a device has made itself."""
+        self._facts[device] = facts
+
     def crop(self, tokens: int) -> Sequences:
         """Without the newest `tokens` of every sequence. A page that is cut is no longer sealed."""
         P, lengths = self.pages.page_size, np.maximum(self.lengths - tokens, 0)
@@ -130,29 +136,17 @@ class Sequences:
         Raises:
             ValueError: a tensor is missing or unknown, has another shape or dtype, or holds what no batch can.
         """
-        names = ("lengths", "sealed", "freed", "window", "columns")
-        for name in sorted(set(state) - set(names)):
-            raise ValueError(f"{name}: expected no such tensor, got {list(state[name].shape)}")
-        batch = state["lengths"].shape[:1] if "lengths" in state else ()
-        for name in names:
-            x, shape = state.get(name), batch if name in names[:3] else ()
-            if x is None or x.shape != shape or x.dtype != torch.int64:
-                got = "none" if x is None else f"{list(x.shape)} of {x.dtype}"
-                raise ValueError(f"{name}: expected {list(shape)} of torch.int64, got {got}")
-        lengths, sealed, freed = (state[name].numpy().copy() for name in names[:3])
-        window, columns, P = int(state["window"]), int(state["columns"]), pages.page_size
-        ranges = {
-            "lengths": (lengths, 0, np.iinfo(np.int32).max),
-            "sealed": (sealed, np.maximum(lengths // P - 1, 0), lengths // P),
-            "freed": (freed, pages.sink, np.maximum(lengths // P, pages.sink)),
-            "window": (window, min(pages.decode_window, pages.longest_window), pages.longest_window),
-            "columns": (columns, lengths.max(initial=0), np.iinfo(np.int32).max),
-        }
-        for name, (x, low, high) in ranges.items():
-            inside = (np.asarray(x) >= low) & (np.asarray(x) <= high)
-            if not inside.all():
-                got = np.asarray(x)[~inside][:4].tolist()
-                raise ValueError(f"{name}: expected {np.min(low)}..{np.max(high)}, got {got}")
+        tensors, most = Tensors(state), np.iinfo(np.int32).max
+        tensors.only({"lengths", "sealed", "freed", "window", "columns"})
+        lengths = tensors.take("lengths", torch.int64, None).numpy().copy()
+        sealed, freed = (tensors.take(name, torch.int64, len(lengths)).numpy().copy() for name in ("sealed", "freed"))
+        window, columns = (int(tensors.take(name, torch.int64)) for name in ("window", "columns"))
+        full = lengths // pages.page_size
+        tensors.within("lengths", lengths, 0, most)
+        tensors.within("sealed", sealed, np.maximum(full - 1, 0), full)
+        tensors.within("freed", freed, pages.sink, np.maximum(full, pages.sink))
+        tensors.within("window", window, pages.decode_window, pages.longest_window)
+        tensors.within("columns", columns, lengths.max(initial=0), most)
         return cls(pages, lengths, sealed, freed, window, columns)
 
 
@@ -220,7 +214,7 @@ class Step:
                 after = torch.maximum(
                     sealed, torch.div(seq_lens, self.before.pages.page_size, rounding_mode="floor") - 1
                 )
-            self.after._facts[device] = Facts(seq_lens, after, ones)
+            self.after.has_made(device, Facts(seq_lens, after, ones))
             self._on[device] = OnDevice(lengths, sealed, cu_seqlens, seq_lens, after)
         return self._on[device]
 

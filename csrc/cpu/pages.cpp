@@ -213,7 +213,7 @@ void seal_page(const AppendArgs& a, const Span& s, int64_t b, int64_t h, int64_t
 // Only tokens of unsealed pages are written. One token never overwrites the page that it seals: the half it is
 // written to belongs to the page after that.
 template <class T>
-void write_raw(const AppendArgs& a, const Span& s, int64_t b, int64_t h) {
+void write_residual(const AppendArgs& a, const Span& s, int64_t b, int64_t h) {
   const Paged& kv = a.kv;
   const int64_t residual = b * kv.residual_stride0 + h * kv.residual_stride1;
   const auto write = [&](void* residual_x, const View& x, int64_t t) {
@@ -305,7 +305,7 @@ void append_kv(const AppendArgs& a) {
       seal_page<T>(a, s, &s - spans.data(), i % kv.H, s.seal + i / kv.H);
     });
     parallel_for(kv.B * kv.H, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) write_raw<T>(a, spans[i / kv.H], i / kv.H, i % kv.H);
+      for (int64_t i = begin; i < end; ++i) write_residual<T>(a, spans[i / kv.H], i / kv.H, i % kv.H);
     });
   });
 }

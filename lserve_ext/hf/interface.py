@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .. import ops
 from ..sequences import Sequences
 from .handle import NAME, WHO, Handle
-from .layers import PendingKV, widen
+from .layers import PendingKV, narrow, widen
 
 # Keywords that change what is attended. Others that reach an attention function do not.
 _UNSUPPORTED = ("softcap", "head_mask", "position_bias", "indices")
@@ -168,7 +168,7 @@ def attention(
     if causal and not extra and sinks is None and query.shape[2] <= key.shape[2] and max(channels) <= ops.MAX_HEAD_DIM:
         D = -(-max(channels) // 16) * 16
         q, k, v = (widen(x.to(value.dtype), D) for x in (query, key, value))
-        return _dense(q, k, v, starts, scale)[..., : value.shape[-1]], None
+        return narrow(_dense(q, k, v, starts, scale), value.shape[-1]), None
     return _theirs(module, query, key, value, attention_mask, scaling, kwargs, eager=bool(extra) or sinks is not None)
 
 

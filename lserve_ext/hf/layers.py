@@ -174,9 +174,7 @@ class SparseLayer(CacheLayerMixin):
         kv, forward, (B, _, T, _) = self.kv, new.forward, new.k.shape
         assert kv is not None and forward is not None
         now = forward.step(kv, new.k, mask)
-        k, v, D = new.k, new.v, kv.head_dim
-        if not q.shape[3] == k.shape[3] == v.shape[3] == D:
-            q, k, v = widen(q, D), widen(k, D), widen(v, D)
+        q, k, v = (widen(x, kv.head_dim) for x in (q, new.k, new.v))
         if now.decode:
             k, v = k[:, :, 0], v[:, :, 0]
             if now.is_padded:  # a left-padded chunk of one token: those sequences are still empty
@@ -194,20 +192,16 @@ class SparseLayer(CacheLayerMixin):
             packed = kv.attend(q, k, v, now, scale, sinks)
             out = packed.unflatten(0, (B, T))
         forward.leave(self.index)
-        return out if new.v.shape[3] == D else out[..., : new.v.shape[3]]
+        return narrow(out, new.v.shape[3])
 
     def attend_reserved(
         self, q: Tensor, new: PendingKV, batch: ReservedBatch, scale: float, sinks: Tensor | None
     ) -> Tensor:
         """The same for one token a sequence, in reserved memory."""
-        kv, D, width = self.kv, new.k.shape[3], new.v.shape[3]
+        kv = self.kv
         assert kv is not None
-        if not q.shape[3] == D == width == kv.head_dim:
-            q, k, v = widen(q, kv.head_dim), widen(new.k, kv.head_dim), widen(new.v, kv.head_dim)
-        else:
-            k, v = new.k, new.v
-        out = kv.decode_reserved(q[:, :, 0], k[:, :, 0], v[:, :, 0], batch, scale, sinks)[:, None]
-        return out if width == kv.head_dim else out[..., :width]
+        q, k, v = (widen(x, kv.head_dim)[:, :, 0] for x in (q, new.k, new.v))
+        return narrow(kv.decode_reserved(q, k, v, batch, scale, sinks)[:, None], new.v.shape[3])
 
     def restored(
         self,
@@ -311,6 +305,11 @@ class SparseHybridLayer(SparseLayer, LinearAttentionLayer):
 def widen(x: Tensor, D: int) -> Tensor:
     """x with D channels, zeros behind its own."""
     return x if x.shape[-1] == D else torch.nn.functional.pad(x, (0, D - x.shape[-1]))
+
+
+def narrow(x: Tensor, D: int) -> Tensor:
+    """The first D channels of x."""
+    return x if x.shape[-1] == D else x[..., :D]
 
 
 def _local_heads(pattern: Sequence[bool] | bool, local: int) -> Sequence[bool]:
