@@ -55,10 +55,8 @@ class ReservedBatch:
         Raises:
             ValueError: the memory is full.
         """
-        if not torch.compiler.is_compiling():
-            if self.room <= 0:
-                raise ValueError(f"max_tokens: expected at most {self.tokens} tokens a sequence, got one more")
-            self.room -= 1
+        if not torch.compiler.is_compiling() and self.room <= 0:
+            raise ValueError(f"max_tokens: expected at most {self.tokens} tokens a sequence, got one more")
         # At the end of the memory lengths stay where they are, so that nothing is written behind it.
         seq_lens = torch.clamp(self.lengths + 1, max=self.tokens)
         sealed_after = torch.maximum(self.sealed, torch.div(seq_lens, self.page_size, rounding_mode="floor") - 1)
@@ -72,6 +70,8 @@ class ReservedBatch:
         self.columns.add_(1)
         self.age = (self.age + 1) % self.reuse_interval
         self.on = None
+        if not torch.compiler.is_compiling():
+            self.room -= 1
 
     def read(self, before: Sequences) -> Sequences:
         """The batch as it is now, after `before`, read from the device; `before` itself if there was no step.
@@ -109,7 +109,8 @@ class ReservedLayer:
         if scorer is not None:
             lists, local_start, mass = scorer.buffers(B, H, pages, device)
             self.selection = Selection(lists, local_start, mass=mass)
-        for tensor in (self.table, self.residual_k, self.residual_v, *self.selection.tensors().values()):
+        kept = (self.table, self.residual_k, self.residual_v, *self.selection.tensors().values())
+        for tensor in (*kept, *pool.tensors.values()):
             torch._dynamo.mark_static_address(tensor)
 
     @property

@@ -361,6 +361,20 @@ def test_a_failed_growth_leaves_the_pool_as_it_was() -> None:
     audit(cache)
 
 
+def test_layers_may_share_a_pool() -> None:
+    pool = Pool(CONFIGS["pages"], torch.empty(0, D), 0)
+    like, qkvs = torch.empty(1, H, 0, D), [tokens(20 * P + 3, seed=seed) for seed in range(2)]
+    cuts = [12 * P, *range(12 * P + 1, 20 * P + 4)]
+    layers = [LayerCache(CONFIGS["pages"], [False] * H, False, like, pool) for _ in qkvs]
+    parts = [[], []]  # type: list[list[Tensor]]
+    for a, b in zip([0, *cuts[:-1]], cuts, strict=True):  # in turns, so that their blocks lie among each other
+        for layer, qkv, part in zip(layers, qkvs, parts, strict=True):
+            part.append(attend(layer, *(x[:, :, a:b] for x in qkv)))
+    for part, qkv in zip(parts, qkvs, strict=True):
+        assert torch.equal(torch.cat(part, 1), feed(make("pages"), qkv, cuts))
+    audit(*layers)
+
+
 def test_a_deepcopy_holds_no_blocks_of_forks() -> None:
     cache = make("dense")
     feed(cache, tokens(10 * P), [10 * P])

@@ -106,6 +106,7 @@ BUGS = [
         "python_tests/test_pages.py -k nan",
     ),
     Bug("a pair that should be passed over", "pages", "if (from < 0 || to < 0) continue;", "if (to < 0) continue;"),
+    Bug("one token picked too many", "select", "min(a.counts[b], K)", "min(a.counts[b] + 1, K)"),
     Bug("a tie too many", "select", "tie < cut.ties", "tie <= cut.ties", "python_tests/test_select.py -k sort"),
     Bug(
         "NaN is the best score",

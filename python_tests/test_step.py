@@ -310,8 +310,20 @@ def test_an_interrupted_step_in_reserved_memory(name: str, llama: Any, monkeypat
             cache.reset()
             decoded(llama, cache, 3)
             return
-        want, got = (continued(llama, c, x, torch.ones(2, 79), at - 1, 3 * P) for c in (plain, cache))
-    assert torch.equal(want, got)
+        want, got = (continued(llama, c, x, torch.ones(2, 79), at - 1, TOKENS - 79) for c in (plain, cache))
+        assert torch.equal(want, got)  # to the last token that there is room for
+        for c in (plain, cache):
+            with pytest.raises(ValueError, match="max_tokens: expected at most 512 tokens a sequence, got one more"):
+                continued(llama, c, x, torch.ones(2, TOKENS), at, 1)
+
+
+def test_a_save_that_fails_leaves_a_reserved_cache_as_it_was(llama: Any, tmp_path: Path) -> None:
+    config = PRESETS["lserve"].replace(max_tokens=TOKENS, scorer=lserve_ext.ops.page_scores)
+    cache = SparseCache(llama.config, config)
+    decoded(llama, cache, 5)
+    with pytest.raises(TypeError, match="a callable has no JSON form"):
+        cache.save(tmp_path / "cache.safetensors")
+    assert isinstance(cache.get_seq_length(), Tensor)  # still on the device
 
 
 def test_the_end_of_reserved_memory(llama: Any) -> None:

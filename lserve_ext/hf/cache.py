@@ -6,7 +6,8 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -283,18 +284,24 @@ class SparseCache(Cache):
         forward.is_whole = last >= end and attended and forward.touched[last] >= set().union(*kinds)
         return forward.is_whole
 
-    def _on_all(self, action: Callable[[Any], object]) -> None:
-        """Does something to every layer, or, if it fails in one, to none."""
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Between two forwards, on the host; afterwards a reserved cache goes on on the device."""
         self._settle()
         try:
+            yield
+        finally:
+            self._enter_reserved()
+
+    def _on_all(self, action: Callable[[Any], object]) -> None:
+        """Does something to every layer, or, if it fails in one, to none."""
+        with self._at_rest():
             layers = [_copied(layer) for layer in self.layers]
             for layer in layers:
                 action(layer)
             _share(layers)
             self._columns = None
             self.layers = layers
-        finally:
-            self._enter_reserved()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns that the layers hold, or one layer but the first: 0 if no forward has come to it. During a forward,
@@ -360,39 +367,33 @@ class SparseCache(Cache):
 
     def memory(self) -> dict[str, Memory]:
         """Bytes of KV a tier: used, reserved, peak. Layers of transformers' own count with what they hold now."""
-        self._settle()  # what the last forward could have been taken back to is no longer held
-        total = sum((layer.kv.memory() for layer in self.ours if layer.kv is not None), Memory())
-        size = sum(tensor.nbytes for layer in self.layers for tensor in _tensors(layer).values())
-        total += Memory(size, size, size)
-        self._enter_reserved()
-        return {"device": total}
+        with self._at_rest():  # what the last forward could have been taken back to is no longer held
+            total = sum((layer.kv.memory() for layer in self.ours if layer.kv is not None), Memory())
+            size = sum(tensor.nbytes for layer in self.layers for tensor in _tensors(layer).values())
+            return {"device": total + Memory(size, size, size)}
 
     def attended(self) -> tuple[int, int]:
         """Tokens that a decode step attends and those that a dense one would, over the layers with full attention, kv
         heads and sequences."""
-        self._settle()
-        counts = [layer.kv.attended() for layer in self.ours if layer.kv is not None]
-        self._enter_reserved()
-        return sum(some for some, _ in counts), sum(all_ for _, all_ in counts)
+        with self._at_rest():
+            counts = [layer.kv.attended() for layer in self.ours if layer.kv is not None]
+            return sum(some for some, _ in counts), sum(all_ for _, all_ in counts)
 
     def fork(self) -> SparseCache:
         """A second cache that goes on from here; sealed blocks are shared until either drops them."""
-        self._settle()
-        twin = copy.copy(self)
-        twin._spare = None
-        shared = {id(layer.kv): layer.kv.fork() for layer in self.ours if layer.kv is not None}
-        twin.layers = copy.deepcopy(self.layers, dict(shared))  # which takes these for copies made already
-        self._enter_reserved()
-        twin._enter_reserved()
-        return twin
+        with self._at_rest():
+            shared = {id(layer.kv): layer.kv.fork() for layer in self.ours if layer.kv is not None}
+            return self._with_layers(copy.deepcopy(self.layers, dict(shared)))  # which takes these for copies it made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseCache:
         """A copy that shares nothing."""
-        self._settle()
+        with self._at_rest():
+            return self._with_layers(copy.deepcopy(self.layers, memo))
+
+    def _with_layers(self, layers: list[Any]) -> SparseCache:
+        """A second cache, of these layers."""
         twin = copy.copy(self)
-        twin._spare = None
-        twin.layers = copy.deepcopy(self.layers, memo)
-        self._enter_reserved()
+        twin.layers, twin._spare = layers, None
         twin._enter_reserved()
         return twin
 
@@ -404,7 +405,13 @@ class SparseCache(Cache):
         """
         from safetensors.torch import save_file
 
-        self._settle()
+        head = {"format": _FORMAT, "config": self.config.to_dict(), "layers": len(self.layers)}
+        with self._at_rest():
+            tensors = self._tensors()
+        write_beside(path, lambda beside: save_file(tensors, beside, {"lserve_ext": json.dumps(head)}))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Of a file."""
         tensors: dict[str, Tensor] = {}
         first = self.ours[0].kv
         if first is not None:
@@ -417,9 +424,7 @@ class SparseCache(Cache):
                 )
             if isinstance(layer, SparseLayer) and layer.kv is not None:
                 tensors |= {f"{i}.{name}": tensor.cpu().contiguous() for name, tensor in layer.kv.state().items()}
-        head = {"format": _FORMAT, "config": self.config.to_dict(), "layers": len(self.layers)}
-        self._enter_reserved()
-        write_beside(path, lambda beside: save_file(tensors, beside, {"lserve_ext": json.dumps(head)}))
+        return tensors
 
     @classmethod
     def load(
