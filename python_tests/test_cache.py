@@ -14,7 +14,8 @@ from torch import Tensor
 from lserve_ext import LayerCache, SparseConfig, ops, reference
 from lserve_ext.blocks import Pool
 from lserve_ext.ops import Mask
-from lserve_ext.sequences import Step
+from lserve_ext.scorers import PREFILL_QUERIES, Mass, Selection
+from lserve_ext.sequences import Sequences, Step
 
 P, H, G, D = 8, 2, 3, 16
 SMALL: dict[str, Any] = {"page_size": P, "stats_group": 4, "sink_tokens": P, "local_tokens": 2 * P}
@@ -487,6 +488,29 @@ def test_alisa_keeps_one_set_of_tokens_a_layer() -> None:
     assert len(picked) == k and int(picked.max()) < int(local_start[0])
     attended, held = cache.attended()
     assert held == H * (20 * P + 1) and attended < held / 4
+
+
+@pytest.mark.parametrize("n", range(1, 60))
+def test_a_share_of_the_tokens_is_rounded_half_to_even(n: int) -> None:
+    """alisa's 20%, half of it local: n/10 picked."""
+    scorer = SparseConfig.alisa().make_scorer()
+    assert isinstance(scorer, Mass)
+    picks = int(scorer._counts(torch.tensor([n], dtype=torch.int32)))
+    assert picks == round(n / 10) or (n % 10 == 5 and abs(picks - n / 10) == 0.5)  # a half is no float32
+
+
+@pytest.mark.parametrize("queries", [1, 2, 63, 64, 65])
+def test_decayed_mass_forgets_with_every_query(queries: int) -> None:
+    """1 - 1/k a query, k tokens being picked; as many as a prefill observes take the place of all before."""
+    scorer = SparseConfig.alisa(kv_sparsity=None, budget_tokens=20).make_scorer()
+    assert scorer is not None
+    sequences = Sequences.empty(CONFIGS["alisa"].pages, 1)
+    on = Step(sequences, [100]).on(torch.device("cpu"))
+    before, mass = torch.rand(1, 1, 4), torch.rand(1, H, 6)
+    got = scorer.observe(Selection(mass=before), mass, on, queries).mass
+    kept = 0.0 if queries >= PREFILL_QUERIES else 0.9**queries
+    want = mass.sum(1, keepdim=True) + torch.nn.functional.pad(before, (0, 2)) * kept
+    torch.testing.assert_close(got, want)
 
 
 def test_a_pool_knows_what_its_tables_name() -> None:

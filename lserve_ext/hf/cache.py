@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -299,7 +299,6 @@ class SparseCache(Cache):
             layers = [_copied(layer) for layer in self.layers]
             for layer in layers:
                 action(layer)
-            _share(layers)
             self._columns = None
             self.layers = layers
 
@@ -575,14 +574,6 @@ class Forward:
                 f"{batch.lengths.tolist()} of {batch.columns} tokens, got {padding.tolist()} tokens of padding"
             )
         return padding
-
-
-def _share(layers: Sequence[Any]) -> None:
-    """Gives all layers one object for their batch."""
-    held = [layer.kv for layer in layers if isinstance(layer, SparseLayer) and layer.kv is not None]
-    for kv in held[1:]:
-        if kv.columns == held[0].columns:
-            kv.share(held[0].sequences)
 
 
 def _copied(layer: Any) -> Any:
