@@ -27,3 +27,17 @@ def test_kernels(tmp_path: Path) -> None:
         assert f"{result['us']:,.0f}" in done.stdout
     assert {result["kv_dtype"] for result in results if result["op"] == "decode"} == {"auto", "int8"}
     assert {"SDPA", "SDPA grouped"} <= {name for result in results for name in result["peers_us"]}
+
+
+@pytest.mark.slow
+def test_generate(tmp_path: Path) -> None:
+    out = tmp_path / "generate.json"
+    script = KERNELS.with_name("generate.py")
+    command = [sys.executable, str(script), "--tokens", "200", "--steps", "8", "--only", "lserve", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())["results"]
+    assert [r["run"] for r in results] == ["Dynamic", "lserve", "lserve, reserved"]
+    assert all(r["limit_ms"] > 0 and r["step_ms"] > 0 and r["prefill_s"] > 0 for r in results)
+    ours = results[1]
+    assert 0.3 < sum(ours[f"{part}_ms"] for part in ("model", "cache", "ops")) / ours["step_ms"] < 3
