@@ -14,6 +14,9 @@ variable LSERVE_DEBUG=1, q, k and v that are not finite raise ValueError; otherw
 Ids and lengths that make no sense raise ValueError on the CPU always, and on a GPU with LSERVE_DEBUG=1 (by a run on the
 CPU before it); without it, a CUDA kernel reads tables without looking.
 
+On a CPU with matrix units (AMX) prefill in bfloat16 rounds weights to bfloat16, as GPUs do; with LSERVE_AMX=0 in the
+environment it does without them, in float32.
+
 What a query attends is a `Mask`: per kv head ``sink ∪ list ∪ local``, always causal. For a query at
 position t of its sequence, in page b = t // P:
 

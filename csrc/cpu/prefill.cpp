@@ -1,102 +1,87 @@
 // prefill: block-sparse flash attention, a tile of queries against tiles of the keys that it attends.
 //
-// Keys of a tile are unpacked once to float32 (transposed) and shared by the query heads of the group.
-// Both products are then the same small matrix kernel: rows of A broadcast against vectors of B.
+// Keys of a tile are unpacked once (transposed) and shared by the query heads of the group. Both products are then the
+// same small matrix product. Its operands E are floats; bfloat16 for a model of bfloat16 on a CPU with matrix units, and
+// then weights are rounded to bfloat16, as tensor cores want it.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "../grid.h"
+#include "gemm.h"
 #include "rows.h"
-#include "simd.h"
 
 namespace lserve::cpu {
 namespace {
 
+constexpr float kLog2E = 1.44269504f;
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr int64_t kQueries = 64, kKeys = 64;  // a tile
-constexpr int kRows = 8;                      // of A that one pass over B serves
+constexpr int64_t kBlock = 32;  // queries whose weights stay in the first cache
 // Values are summed before they are divided by the sum of weights. Scaled down by a power of two, which changes no bit
 // of the result, thousands of the largest values still have a finite sum.
 constexpr float kHeadroom = 0x1p-24f;
 
-// Rows x Parts sums stay in registers, whatever the instruction set calls V.
-template <class V, int Rows, int Parts>
-LSERVE_INLINE void multiply_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t inner, float* c,
-                                  int64_t ldc, bool add) {
-  constexpr int64_t lanes = sizeof(V) / sizeof(float);
-  V acc[Rows][Parts] = {};
-  for (int r = 0; r < Rows && add; ++r)
-    for (int v = 0; v < Parts; ++v) std::memcpy(&acc[r][v], c + r * ldc + v * lanes, sizeof(V));
-  for (int64_t k = 0; k < inner; ++k)
-    for (int v = 0; v < Parts; ++v) {
-      V x;
-      std::memcpy(&x, b + k * ldb + v * lanes, sizeof(V));
-      for (int r = 0; r < Rows; ++r) acc[r][v] += x * a[r * lda + k];
-    }
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Parts; ++v) std::memcpy(c + r * ldc + v * lanes, &acc[r][v], sizeof(V));
-}
+// What a row of queries knows: maximum of its scores, before the scale; sum of weights; values [D].
+struct Row {
+  float *max, *sum, *out;
+  int64_t D;
+};
 
-template <class V, int Rows>
-LSERVE_INLINE void multiply_blocks(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b,
-                                   int64_t ldb, float* c, int64_t ldc, bool add) {
-  constexpr int64_t lanes = sizeof(V) / sizeof(float);
-  for (int64_t r = 0; r < rows; r += Rows) {
-    int64_t n = 0;
-    for (; n + 2 * lanes <= columns; n += 2 * lanes)
-      multiply_block<V, Rows, 2>(a + r * lda, lda, b + n, ldb, inner, c + r * ldc + n, ldc, add);
-    for (; n < columns; n += lanes) multiply_block<V, Rows, 1>(a + r * lda, lda, b + n, ldb, inner, c + r * ldc + n, ldc, add);
+// Scores [width] become weights 2^(scale (s - max)), of which there are `seen`; the row follows the new maximum.
+template <class F, class U>
+LSERVE_INLINE void soften_row(float* s, int64_t seen, int64_t width, float scale, Row row) {
+  constexpr int64_t lanes = sizeof(F) / sizeof(float), parts = 16 / lanes;
+  std::fill(s + seen, s + width, -kInf);
+  F high[parts], total[parts] = {}, x;
+  for (F& part : high) part = F{} - kInf;
+  for (int64_t j = 0; j < width; j += lanes) {
+    std::memcpy(&x, s + j, sizeof(x));
+    F& part = high[j / lanes % parts];
+    part = part > x ? part : x;
   }
+  const float tile_max = max(bit_cast<f32x16>(high)), before = *row.max, now = tile_max > before ? tile_max : before;
+  const float shift = now == -kInf ? 0.0f : now * scale;
+  for (int64_t j = 0; j < width; j += lanes) {
+    std::memcpy(&x, s + j, sizeof(x));
+    x = exp2_part<F, U>(x * scale - shift);
+    std::memcpy(s + j, &x, sizeof(x));
+    total[j / lanes % parts] += x;
+  }
+  if (now != before) {
+    const float fade = std::exp2(before * scale - shift);
+    *row.sum *= fade;
+    for (int64_t d = 0; d < row.D; d += 16) store(row.out + d, load(row.out + d) * fade);
+    *row.max = now;
+  }
+  *row.sum += sum(bit_cast<f32x16>(total));
 }
 
-LSERVE_CLONES void multiply_16(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b,
-                               int64_t ldb, float* c, int64_t ldc, bool add) {
-  multiply_blocks<floats, kRows / 2>(rows, columns, inner, a, lda, b, ldb, c, ldc, add);  // 8 sums of 16 registers
+LSERVE_CLONES void soften_16(float* s, int64_t seen, int64_t width, float scale, Row row) {
+  soften_row<floats, words>(s, seen, width, scale, row);
 }
 #ifdef LSERVE_AVX512
-LSERVE_AVX512 void multiply_32(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b,
-                               int64_t ldb, float* c, int64_t ldc, bool add) {
-  typedef float wide __attribute__((vector_size(64)));
-  multiply_blocks<wide, kRows>(rows, columns, inner, a, lda, b, ldb, c, ldc, add);  // 16 sums of 32 registers
+LSERVE_AVX512 void soften_32(float* s, int64_t seen, int64_t width, float scale, Row row) {
+  soften_row<wide_floats, wide_words>(s, seen, width, scale, row);
 }
-const bool has_avx512 = __builtin_cpu_supports("x86-64-v4");
 #endif
 
-// c [rows, columns] = (add ? c : 0) + a [rows, inner] b [inner, columns]; rows a multiple of kRows, columns of 16.
-// The one product bound by arithmetic, so it gets the widest registers. Every sum is one chain along `inner`: same bits.
-void multiply(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-              int64_t ldc, bool add) {
+void soften(float* s, int64_t seen, int64_t width, float scale, Row row) {
 #ifdef LSERVE_AVX512
-  if (has_avx512) return multiply_32(rows, columns, inner, a, lda, b, ldb, c, ldc, add);
+  if (has_avx512()) return soften_32(s, seen, width, scale, row);
 #endif
-  multiply_16(rows, columns, inner, a, lda, b, ldb, c, ldc, add);
+  soften_16(s, seen, width, scale, row);
 }
 
-// The tile's scores become weights in place; max, sum and out [D] of the row follow the new maximum.
-LSERVE_CLONES void soften_row(float* s, float* max_row, float* sum_row, float* out, int64_t D) {
-  f32x16 high = load(s);
-  for (int64_t j = 16; j < kKeys; j += 16) high = max(high, load(s + j));
-  const float tile_max = max(high), m = tile_max > *max_row ? tile_max : *max_row;
-  const float shift = m == -kInf ? 0.0f : m;
-  f32x16 total = {};
-  for (int64_t j = 0; j < kKeys; j += 16) {
-    const f32x16 w = exp(load(s + j) - shift);
-    store(s + j, w);
-    total += w;
+template <class T, class E>
+LSERVE_CLONES void load_row(const T* from, int64_t D, float scale, E* to) {
+  if (std::is_same_v<T, E> && scale == 1.0f) {
+    std::memcpy(to, from, D * sizeof(E));
+    return;
   }
-  if (m != *max_row) {
-    const float fade = std::exp(*max_row - shift);
-    *sum_row *= fade;
-    for (int64_t d = 0; d < D; d += 16) store(out + d, load(out + d) * fade);
-    *max_row = m;
-  }
-  *sum_row += sum(total);
-}
-
-template <class T>
-LSERVE_CLONES void load_row(const T* from, int64_t D, float scale, float* to) {
   for (int64_t d = 0; d < D; d += 16) store(to + d, load(from + d) * scale);
 }
 
@@ -105,30 +90,36 @@ LSERVE_CLONES void store_row(const float* from, int64_t D, float scale, T* to) {
   for (int64_t d = 0; d < D; d += 16) store(to + d, load(from + d) * scale * (1.0f / kHeadroom));
 }
 
-LSERVE_CLONES bool is_finite(const float* x, int64_t D) {
+template <class E>
+LSERVE_CLONES bool is_finite(const E* x, int64_t D) {
   f32x16 total = {};
   for (int64_t d = 0; d < D; d += 16) total += load(x + d) * 0.0f;  // 0, or NaN
   return sum(total) == 0.0f;
 }
 
 // K on its group's grid, clamped to the box: stats [2, D].
-template <class T>
-LSERVE_CLONES void load_codes(const uint8_t* codes, const T* stats, int64_t D, float* to) {
+template <class T, class E>
+LSERVE_CLONES void load_codes(const uint8_t* codes, const T* stats, int64_t D, E* to) {
   for (int64_t d = 0; d < D; ++d) {
     const float low = to_float(stats[d]), high = to_float(stats[D + d]);
-    to[d] = grid_value(codes[d], low, grid_step(low, high), high);
+    to[d] = from_float<E>(grid_value(codes[d], low, grid_step(low, high), high));
   }
 }
 
-LSERVE_CLONES void load_codes(const uint8_t* codes, float step, float min, int64_t D, float* to) {
-  for (int64_t d = 0; d < D; ++d) to[d] = grid_value(codes[d], min, step);
+template <class E>
+LSERVE_CLONES void load_codes(const uint8_t* codes, float step, float min, int64_t D, E* to) {
+  for (int64_t d = 0; d < D; ++d) to[d] = from_float<E>(grid_value(codes[d], min, step));
 }
 
-// columns [D, kKeys] from 16 rows [D] of stride D: blocks of 16 x 16.
-LSERVE_CLONES void transpose(const float* rows, int64_t D, float* columns) {
-  for (int64_t d = 0; d < D; ++d) {
-    for (int64_t i = 0; i < 16; ++i) columns[d * kKeys + i] = rows[i * D + d];
-  }
+// Words of 16 rows [width] become columns [width, keys].
+LSERVE_CLONES void transpose(const uint32_t* rows, int64_t width, int64_t keys, uint32_t* columns) {
+  for (int64_t d = 0; d < width; ++d)
+    for (int64_t i = 0; i < 16; ++i) columns[d * keys + i] = rows[i * width + d];
+}
+
+// Two rows [D] become one of pairs [D, 2].
+LSERVE_CLONES void interleave(const bf16* first, const bf16* second, int64_t D, bf16* pairs) {
+  for (int64_t d = 0; d < D; ++d) pairs[2 * d] = first[d], pairs[2 * d + 1] = second[d];
 }
 
 // A tile of consecutive queries of one (sequence, kv head), and what they attend.
@@ -138,43 +129,125 @@ struct Tile {
   Entries pages;
 };
 
-struct Scratch {
-  explicit Scratch(int64_t G, int64_t D)
-      : q(new float[G * kQueries * D]),
-        out(new float[G * kQueries * D]),
-        k(new float[kKeys * D]),
-        v(new float[kKeys * D]),
-        rows(new float[16 * D]),
-        s(new float[kQueries * kKeys]),
-        row(new float[kRows * kKeys]),
-        row_out(new float[kRows * D]),
-        max(new float[G * kQueries]),
-        sum(new float[G * kQueries]) {}
-  std::unique_ptr<float[]> q, out;    // [G, kQueries, D]
-  std::unique_ptr<float[]> k;         // [D, kKeys]
-  std::unique_ptr<float[]> v;         // [kKeys, D]
-  std::unique_ptr<float[]> rows;      // [16, D]
-  std::unique_ptr<float[]> s;         // [kQueries, kKeys]
-  std::unique_ptr<float[]> row;       // [kRows, kKeys], one query's weights
-  std::unique_ptr<float[]> row_out;   // [kRows, D]
-  std::unique_ptr<float[]> max, sum;  // [G, kQueries]
-  int64_t position[kKeys];            // of every key in the tile
+// `size` zeros, on cache lines of their own.
+template <class X>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : lines_(new Line[(size * sizeof(X) + 63) / 64]()) {}
+  X* get() const { return lines_[0].x; }
+  X& operator[](int64_t i) const { return get()[i]; }
+
+ private:
+  struct alignas(64) Line {
+    X x[64 / sizeof(X)];
+  };
+  std::unique_ptr<Line[]> lines_;
 };
 
-template <class T>
+// What a thread works on. A word is 4 bytes: kPair operands that stand side by side along the inner dimension.
+template <class E>
+struct Scratch {
+  static constexpr int64_t kQueries = 256, kKeys = 256;  // a tile
+  static constexpr int64_t kPair = sizeof(float) / sizeof(E);
+  static constexpr int64_t kRows = 8 * kPair;  // whole blocks of the product
+
+  Scratch(int64_t G, int64_t D_)
+      : D(D_),
+        inner((D + 16 * kPair - 1) / (16 * kPair) * (16 * kPair)),
+        q(G * kQueries * inner),
+        k(kKeys * inner),
+        k_rows(16 * inner),
+        v(kKeys * D),
+        v_rows(kPair * D),
+        s(kBlock * kKeys),
+        weights(kPair > 1 ? kBlock * kKeys : 0),
+        out(G * kQueries * D),
+        max(G * kQueries),
+        sum(G * kQueries) {}
+
+  // Weights s as operands.
+  const E* rounded(int64_t rows, int64_t width) {
+    if constexpr (kPair == 1) return s.get();
+    else {
+      for (int64_t i = 0; i < rows; ++i) round_row(s.get() + i * kKeys, width, weights.get() + i * kKeys);
+      return weights.get();
+    }
+  }
+  // Keys up to a position, of which there are between `least` and `most`.
+  int64_t seen(int64_t least, int64_t most, int64_t last) const {
+    while (least < most && position[least] <= last) ++least;
+    return least;
+  }
+
+  E& value(int64_t key, int64_t d) { return v[key / kPair * kPair * D + d * kPair + key % kPair]; }
+
+  // Rows k and v of a key are complete: into the tile, once enough are.
+  void put(int64_t key) {
+    if (key % 16 == 15) transpose_keys(key - 15);
+    if constexpr (kPair == 2)
+      if (key % 2 == 1) interleave(v_rows.get(), v_rows.get() + D, D, v.get() + (key - 1) * D);
+  }
+
+  // There are no keys from here on. Columns of K may hold anything then, weights and values are 0.
+  void finish(int64_t keys) {
+    if (keys % 16) transpose_keys(keys / 16 * 16);
+    if (kPair == 2 && keys % 2 == 1) {
+      std::fill_n(v_rows.get() + D, D, E{});
+      put(keys);
+    }
+    const int64_t filled = (keys + kPair - 1) / kPair * kPair;
+    std::fill_n(v.get() + filled * D, (kKeys - filled) * D, E{});
+  }
+
+  E* k_row(int64_t key) { return k_rows.get() + key % 16 * inner; }
+  E* v_row(int64_t key) { return kPair == 1 ? v.get() + key * D : v_rows.get() + key % 2 * D; }
+
+  int64_t D, inner;                 // inner: of q k, D and zeros
+  Buffer<E> q;                      // [G, kQueries, inner]
+  Buffer<E> k;                      // [inner / kPair, kKeys, kPair]
+  Buffer<E> k_rows;                 // [16, inner]
+  Buffer<E> v;                      // [kKeys / kPair, D, kPair]
+  Buffer<E> v_rows;                 // [kPair, D]
+  Buffer<float> s;                  // [kBlock, kKeys]
+  Buffer<E> weights;                // [kBlock, kKeys] weights
+  Buffer<float> out;                // [G, kQueries, D]
+  Buffer<float> max, sum;           // [G, kQueries]
+  int64_t position[kKeys];          // of every key in the tile
+  std::vector<int64_t> apart;       // keys whose values are added one by one
+  std::vector<float> apart_values;  // [apart, D]
+
+ private:
+  void transpose_keys(int64_t first) {
+    transpose(reinterpret_cast<const uint32_t*>(k_rows.get()), inner / kPair, kKeys,
+              reinterpret_cast<uint32_t*>(k.get()) + first);
+  }
+};
+
+template <class T, class E>
 class Prefill {
  public:
-  explicit Prefill(const PrefillArgs& a) : a_(a), kv_(a.kv), D_(a.kv.D) {}
+  explicit Prefill(const PrefillArgs& a)
+      : a_(a),
+        kv_(a.kv),
+        D_(a.kv.D),
+        sign_(a.scale > 0   ? 1.0f
+              : a.scale < 0 ? -1.0f
+                            : 0.0f),
+        scale_(a.scale == 0 ? 1.0f : std::fabs(a.scale)) {}
 
   void run() {
     check();
     plan();
-    // Tiles differ in length, so each lane takes every lanes-th one.
-    const int64_t tiles = static_cast<int64_t>(tiles_.size()), lanes = std::min<int64_t>(tiles, 64);
-    parallel_for(lanes, 1, [&](int64_t begin, int64_t end) {
-      Scratch scratch(a_.G, D_);
-      for (int64_t lane = begin; lane < end; ++lane)
-        for (int64_t i = lane; i < tiles; i += lanes) attend(tiles_[i], scratch);
+    // Tiles differ in length. Sorted, and then taken in steps of the golden ratio, every share of them is of like length.
+    const auto work = [](const Tile& tile) { return tile.pages.count() * tile.count; };
+    std::stable_sort(tiles_.begin(), tiles_.end(), [&](const Tile& x, const Tile& y) { return work(x) > work(y); });
+    const int64_t tiles = static_cast<int64_t>(tiles_.size());
+    int64_t step = tiles * 5 / 8 + 1;
+    while (std::gcd(step, tiles) > 1) ++step;
+    parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
+      [[maybe_unused]] const Units<E> units;
+      Scratch<E> scratch(a_.G, D_);
+      for (int64_t i = begin; i < end; ++i) attend(tiles_[i * step % tiles], scratch);
     });
   }
 
@@ -207,9 +280,10 @@ class Prefill {
         const int64_t count = a_.cu_seqlens_q[b + 1] - a_.cu_seqlens_q[b];
         const int64_t start = held(b) + (a_.cu_seqlens_k[b + 1] - a_.cu_seqlens_k[b]) - count;
         const int32_t window = a_.rule.windows[h];
+        const int64_t most = std::clamp(count / 4 / kBlock * kBlock, 2 * kBlock, kQueries);  // short ones keep all threads busy
         for (int64_t first = 0, size; first < count; first += size) {
           const int64_t position = start + first, page = position / P;
-          size = std::min(kQueries, count - first);
+          size = std::min(most, count - first);
           if (window != kDense) size = std::min(size, (page + 1) * P - position);
           const int32_t* list = nullptr;
           if (window == 0) {
@@ -226,15 +300,15 @@ class Prefill {
       }
   }
 
-  void attend(const Tile& tile, Scratch& scratch) const {
+  void attend(const Tile& tile, Scratch<E>& scratch) const {
     const int64_t G = a_.G, rows = (tile.count + kRows - 1) / kRows * kRows;
     const T* q =
         static_cast<const T*>(a_.q.data) + (a_.cu_seqlens_q[tile.b] + tile.first) * a_.q.stride0 + tile.h * G * a_.q.stride1;
     for (int64_t g = 0; g < G; ++g)
       for (int64_t i = 0; i < rows; ++i) {
-        float* row = scratch.q.get() + (g * kQueries + i) * D_;
-        if (i < tile.count) load_row(q + i * a_.q.stride0 + g * a_.q.stride1, D_, a_.scale, row);
-        else std::fill_n(row, D_, 0.0f);
+        E* row = scratch.q.get() + (g * kQueries + i) * scratch.inner;
+        if (i < tile.count) load_row(q + i * a_.q.stride0 + g * a_.q.stride1, D_, sign_, row);
+        else std::fill_n(row, D_, E{});
       }
     std::fill_n(scratch.out.get(), G * kQueries * D_, 0.0f);
     std::fill_n(scratch.max.get(), G * kQueries, -kInf);
@@ -262,7 +336,7 @@ class Prefill {
         const float total = scratch.sum[g * kQueries + i];
         store_row(scratch.out.get() + (g * kQueries + i) * D_, D_, total == 0 ? 0.0f : 1.0f / total,
                   static_cast<T*>(a_.out) + row * D_);
-        a_.lse[row] = total == 0 ? -kInf : scratch.max[g * kQueries + i] + std::log(total);
+        a_.lse[row] = total == 0 ? -kInf : scratch.max[g * kQueries + i] * scale_ + std::log(total);
       }
   }
 
@@ -273,7 +347,7 @@ class Prefill {
   }
 
   // Puts tokens [position, position + count) into the key tile from column `at` on; false: the page was freed.
-  bool unpack(const Tile& tile, int64_t position, int64_t count, int64_t at_key, Scratch& scratch) const {
+  bool unpack(const Tile& tile, int64_t position, int64_t count, int64_t at_key, Scratch<E>& scratch) const {
     Run run;
     if (position < held(tile.b)) {
       run = cached_run(kv_, tile.b, tile.h, position, count);
@@ -287,8 +361,7 @@ class Prefill {
       run.k_stride = a_.k.stride0, run.v_stride = a_.v.stride0;
     }
     for (int64_t i = 0; i < count; ++i) {
-      float* k = scratch.rows.get() + (at_key + i) % 16 * D_;
-      float* v = scratch.v.get() + (at_key + i) * D_;
+      E *k = scratch.k_row(at_key + i), *v = scratch.v_row(at_key + i);
       scratch.position[at_key + i] = position + i;
       if (run.floating) {
         load_row(static_cast<const T*>(run.k) + i * run.k_stride, D_, 1.0f, k);
@@ -300,56 +373,66 @@ class Prefill {
         load_codes(static_cast<const uint8_t*>(run.v) + i * run.v_stride, run.v_scales[2 * i] * kHeadroom,
                    run.v_scales[2 * i + 1] * kHeadroom, D_, v);
       }
-      if ((at_key + i) % 16 == 15) transpose(scratch.rows.get(), D_, scratch.k.get() + (at_key + i - 15));
+      scratch.put(at_key + i);
     }
     return true;
   }
 
-  void multiply_tile(const Tile& tile, int64_t rows, int64_t keys, Scratch& scratch) const {
-    if (keys % 16) transpose(scratch.rows.get(), D_, scratch.k.get() + keys / 16 * 16);  // the rest of its columns is masked
-    for (int64_t j = keys; j < kKeys; ++j) {
-      scratch.position[j] = INT64_MAX;
-      std::fill_n(scratch.v.get() + j * D_, D_, 0.0f);
-    }
-    const bool masked = keys < kKeys || scratch.position[keys - 1] > tile.position;
-    // A weight of 0 hides a later token from a query, but not its infinite value: 0 * inf is NaN.
-    bool finite = true;
-    for (int64_t j = 0; masked && j < keys; ++j)
-      if (scratch.position[j] > tile.position) finite = finite && is_finite(scratch.v.get() + j * D_, D_);
-    for (int64_t g = 0; g < a_.G; ++g) {
-      float *q = scratch.q.get() + g * kQueries * D_, *out = scratch.out.get() + g * kQueries * D_, *s = scratch.s.get();
-      multiply(rows, kKeys, D_, q, D_, scratch.k.get(), kKeys, s, kKeys, false);
-      for (int64_t i = 0; i < rows; ++i) {
-        if (masked)
-          for (int64_t j = 0; j < kKeys; ++j)
-            if (scratch.position[j] > tile.position + i) s[i * kKeys + j] = -kInf;
-        soften_row(s + i * kKeys, &scratch.max[g * kQueries + i], &scratch.sum[g * kQueries + i], out + i * D_, D_);
+  void multiply_tile(const Tile& tile, int64_t rows, int64_t keys, Scratch<E>& scratch) const {
+    scratch.finish(keys);
+    set_apart(tile, keys, scratch);
+    const int64_t inner = scratch.inner;
+    float* s = scratch.s.get();
+    for (int64_t g = 0; g < a_.G; ++g)
+      for (int64_t first = 0, reach = 0; first < rows; first += kBlock) {
+        const int64_t count = std::min(kBlock, rows - first), row = g * kQueries + first;
+        int64_t seen = reach;  // keys that a query sees, of those that its block does
+        reach = scratch.seen(reach, keys, tile.position + first + count - 1);
+        const int64_t width = (reach + 31) / 32 * 32;
+        float* out = scratch.out.get() + row * D_;
+        multiply(count, width, inner, scratch.q.get() + row * inner, inner, scratch.k.get(), kKeys, s, kKeys, false);
+        for (int64_t i = 0; i < count; ++i) {
+          seen = scratch.seen(seen, reach, tile.position + first + i);
+          soften(s + i * kKeys, seen, width, scale_ * kLog2E, {&scratch.max[row + i], &scratch.sum[row + i], out + i * D_, D_});
+        }
+        const E* weights = scratch.rounded(count, width);
+        multiply(count, D_, width, weights, kKeys, scratch.v.get(), D_, out, D_, true);
+        for (size_t n = 0; n < scratch.apart.size(); ++n)
+          for (int64_t i = 0, j = scratch.apart[n]; i < count; ++i)
+            for (int64_t d = 0; scratch.position[j] <= tile.position + first + i && d < D_; ++d)
+              out[i * D_ + d] += to_float(weights[i * kKeys + j]) * scratch.apart_values[n * D_ + d];
       }
-      if (finite) {
-        multiply(rows, D_, keys, s, kKeys, scratch.v.get(), D_, out, D_, true);
-        continue;
-      }
-      for (int64_t i = 0; i < rows; ++i) {  // the same chain of sums, a query at a time and no longer than it sees
-        int64_t seen = keys;
-        while (seen > 0 && scratch.position[seen - 1] > tile.position + i) --seen;
-        for (int64_t r = 0; r < kRows; ++r) std::copy_n(s + i * kKeys, kKeys, scratch.row.get() + r * kKeys);
-        for (int64_t r = 0; r < kRows; ++r) std::copy_n(out + i * D_, D_, scratch.row_out.get() + r * D_);
-        multiply(kRows, D_, seen, scratch.row.get(), kKeys, scratch.v.get(), D_, scratch.row_out.get(), D_, true);
-        std::copy_n(scratch.row_out.get(), D_, out + i * D_);
+  }
+
+  // A weight of 0 hides a later token from a query, but not its infinite value: 0 * inf is NaN.
+  void set_apart(const Tile& tile, int64_t keys, Scratch<E>& scratch) const {
+    constexpr int64_t kPair = Scratch<E>::kPair;
+    scratch.apart.clear(), scratch.apart_values.clear();
+    for (int64_t j = keys - 1; j >= 0 && scratch.position[j] > tile.position; --j) {
+      if (is_finite(scratch.v.get() + j / kPair * kPair * D_, kPair * D_)) continue;
+      scratch.apart.push_back(j);
+      for (int64_t d = 0; d < D_; ++d) {
+        scratch.apart_values.push_back(to_float(scratch.value(j, d)));
+        scratch.value(j, d) = E{};
       }
     }
   }
 
+  static constexpr int64_t kQueries = Scratch<E>::kQueries, kKeys = Scratch<E>::kKeys, kRows = Scratch<E>::kRows;
   const PrefillArgs& a_;
   const Paged& kv_;
   const int64_t D_;
+  const float sign_, scale_;  // scale of q k is their product, which lets the largest q k have the largest weight
   std::vector<Tile> tiles_;
 };
 
 }  // namespace
 
 void prefill(const PrefillArgs& a) {
-  dispatch(a.kv.dtype, [&](auto t) { Prefill<decltype(t)>(a).run(); });
+#ifdef LSERVE_AMX
+  if (a.kv.dtype == Dtype::bf16 && has_amx()) return Prefill<bf16, bf16>(a).run();
+#endif
+  dispatch(a.kv.dtype, [&](auto t) { Prefill<decltype(t), float>(a).run(); });
 }
 
 }  // namespace lserve::cpu

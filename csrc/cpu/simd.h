@@ -40,6 +40,9 @@ typedef float quad __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t shorts __attribute__((vector_size(2 * kLanes)));
+// For what is bound by arithmetic, within LSERVE_AVX512.
+typedef float wide_floats __attribute__((vector_size(64)));
+typedef uint32_t wide_words __attribute__((vector_size(64)));
 
 struct f32x16 {
   floats part[kParts];
@@ -61,7 +64,7 @@ LSERVE_INLINE f32x16 map(F f, const V&... v) {
 }
 
 template <class To, class From>
-LSERVE_INLINE To bit_cast(From from) {
+LSERVE_INLINE To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof(to));
@@ -254,6 +257,22 @@ LSERVE_INLINE floats exp_part(floats x) {
 }
 LSERVE_INLINE f32x16 exp(f32x16 x) {
   return map([](floats p) LSERVE_LAMBDA { return exp_part(p); }, x);
+}
+
+// 2^x to about 1 ulp for x up to 127; 0 below -126, NaN at NaN. F, U: floats and words of any width.
+template <class F, class U>
+LSERVE_INLINE F exp2_part(F x) {
+  const F low = F{} - 127.0f;
+  x = x < low ? low : x;            // a comparison with NaN keeps x
+  const F shifted = x + 0x1.8p23f;  // round(x), in the low bits
+  const F r = x - (shifted - 0x1.8p23f);
+  F y = r * 1.5353361960e-4f + 1.3398875017e-3f;  // minimax on [-1/2, 1/2], 1 at 0
+  y = y * r + 9.6184369177e-3f;
+  y = y * r + 5.5503323674e-2f;
+  y = y * r + 2.4022647738e-1f;
+  y = y * r + 6.9314718246e-1f;
+  y = y * r + 1.0f;
+  return y * bit_cast<F>((bit_cast<U>(shifted) + 127u) << 23);  // bits 0 at -127
 }
 
 // ---- from a Dtype to a type: f is called with a value of it
