@@ -28,7 +28,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -184,6 +184,22 @@ def append_kv(layer: Layer, variant: str) -> Work:
     pages = max(n // P - 1, 0)
     writes = size(kv.k_pool, kv.v_pool, kv.stats, kv.scales) * pages // layer.M + size(k, v) * min(n, 2 * P) // n
     return Work(lambda: ops.append_kv(k, v, cu, lengths, kv), size(k, v), writes)
+
+
+@case("hits", "misses")
+def resolve_pages(layer: Layer, variant: str) -> Work:
+    """A budget's worth of pages of every head in as many slots: all of them lie there; or none does."""
+    B, H, M, K = layer.B, layer.H, layer.M, layer.budget // P
+    lists = [layer.ints(torch.arange(K).expand(B, H, K) + first).contiguous() for first in (0, K)]
+    slots = layer.ints(torch.arange(B * H * K).view(B, H, K))
+    state = [layer.ints(torch.full((B, H, n), fill)) for n, fill in ((M, -1), (K, -1), (K, 0))]
+    turns = cycle(lists[:1] if variant == "hits" else lists)
+
+    def call() -> None:
+        ops.resolve_pages(next(turns), layer.table, slots, *state)
+
+    touched = size(*lists[:1], slots, *state[1:]) + 4 * B * H * K
+    return Work(call, touched, touched)
 
 
 @case("pages", "tokens")

@@ -125,6 +125,22 @@ struct SelectTokensArgs {
   int64_t B, H, width, K, P;
 };
 
+constexpr int64_t kMaxSlots = 4096;  // of a head, which a CUDA block keeps in shared memory
+
+// A kv head of a sequence keeps some pages in slots of its own. Strides are of [B, H, ...]; the last one is 1.
+struct ResolveArgs {
+  const int32_t* lists;        // [B, H, K] pages, ascending; -1 from some entry on
+  const int32_t* block_table;  // [B, H, M]
+  const int32_t* slots;        // [B, H, S] rows of pools; -1: none
+  int32_t* slot_table;         // [B, H, M]
+  int32_t* slot_pages;         // [B, H, S] page that lies in a slot; -1: none
+  int32_t* last_use;           // [B, H, S] the call that wanted it last
+  int32_t *src_ids, *dst_ids;  // out [B, H, K]: pages to copy
+  int64_t list_stride0, list_stride1, block_stride0, block_stride1, slots_stride0, slots_stride1;
+  int64_t slot_stride0, slot_stride1, pages_stride0, pages_stride1, use_stride0, use_stride1;
+  int64_t B, H, M, S, K;
+};
+
 struct GatherArgs {
   const void* src;                        // [rows, bytes]; CUDA: of the device or pinned host memory, as dst
   const int32_t* src_ids;                 // [count]; a pair with a -1 is passed over
@@ -189,6 +205,7 @@ void page_stats(const PageStatsArgs&);
 void quantize_kv(const QuantizeArgs&);
 void dequantize_kv(const DequantizeArgs&);
 void append_kv(const AppendArgs&);
+void resolve_pages(const ResolveArgs&);
 void gather_pages(const GatherArgs&);
 void page_scores(const PageScoresArgs&);
 void select_pages(const SelectPagesArgs&);
@@ -206,6 +223,7 @@ void page_stats(const PageStatsArgs&, void* stream);
 void quantize_kv(const QuantizeArgs&, void* stream);
 void dequantize_kv(const DequantizeArgs&, void* stream);
 void append_kv(const AppendArgs&, void* stream);
+void resolve_pages(const ResolveArgs&, void* stream);
 void gather_pages(const GatherArgs&, void* stream);
 void page_scores(const PageScoresArgs&, void* stream);
 void select_pages(const SelectPagesArgs&, void* stream);

@@ -8,6 +8,7 @@ Words: a sequence b, a kv head h, a position t, a page p of P tokens, a block (a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -164,6 +165,32 @@ def _seal(kv: PagedKV, b: int, h: int, page: int) -> None:
         k, v, scales = quantize_kv(k, v, stats)
         kv.scales[slot] = scales[0]
     kv.k_pool[slot], kv.v_pool[slot] = k[0], v[0]
+
+
+def resolve_pages(
+    lists: Tensor, block_table: Tensor, slots: Tensor, slot_table: Tensor, slot_pages: Tensor, last_use: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`ops.resolve_pages`."""
+    B, H = lists.shape[:2]
+    src_ids, dst_ids = torch.full_like(lists, -1), torch.full_like(lists, -1)
+    for b, h in itertools.product(range(B), range(H)):
+        pages, uses, table = slot_pages[b, h], last_use[b, h], slot_table[b, h]
+        now = int(uses.max()) + 1 if len(uses) else 0
+        wanted = [page for page in lists[b, h].tolist() if page >= 0]
+        free = [s for s, page in enumerate(pages.tolist()) if page not in wanted and slots[b, h, s] >= 0]
+        free.sort(key=lambda s: -1 if pages[s] < 0 else int(uses[s]))
+        for s, page in enumerate(pages.tolist()):
+            if page in wanted:
+                uses[s] = now
+        for i, page in enumerate(wanted):
+            if table[page] >= 0:
+                continue
+            s = free.pop(0)
+            if pages[s] >= 0:
+                table[int(pages[s])] = -1
+            pages[s], uses[s], table[page] = page, now, slots[b, h, s]
+            src_ids[b, h, i], dst_ids[b, h, i] = block_table[b, h, page], slots[b, h, s]
+    return src_ids, dst_ids
 
 
 def gather_pages(src: Tensor, src_ids: Tensor, dst: Tensor, dst_ids: Tensor) -> None:

@@ -18,6 +18,7 @@ from lserve_ext import ops, reference
 from lserve_ext.ops import DENSE, Mask, PagedKV
 
 OPS = [name for name in ops.__all__ if name.islower()]
+OPS_OF_FLOATS = [name for name in OPS if name != "resolve_pages"]
 
 
 def arguments(op: str, device: str = "cpu", shape: Shape = SHAPES[1]) -> dict[str, Any]:
@@ -50,6 +51,14 @@ def arguments(op: str, device: str = "cpu", shape: Shape = SHAPES[1]) -> dict[st
             "cu_seqlens_k": ints([0, 28, 30], device),
             "context_lens": case.lengths,
             **growing,
+        },
+        "resolve_pages": {
+            "lists": ints([[[0, 2, -1], [1, 3, 4]]], device),
+            "block_table": ints([[[3, 1, 4, 0, 5], [2, 6, 7, 8, 9]]], device),
+            "slots": ints([[[0, 1, 2, 6], [3, 4, 5, -1]]], device),
+            "slot_table": ints([[[1, -1, -1, 0, -1], [-1, -1, -1, -1, 3]]], device),
+            "slot_pages": ints([[[3, 0, -1, -1], [4, -1, -1, -1]]], device),
+            "last_use": ints([[[2, 1, 0, 0], [1, 0, 0, 0]]], device),
         },
         "gather_pages": {
             "src": page[0],
@@ -320,6 +329,19 @@ WRONG_VALUES: list[tuple[str, str, str, Callable[[Any], Any]]] = [
     ("append_kv", "slot_table", "narrower than block_table", lambda t: t[..., :-1]),
     ("append_kv", "scales", "none", constant(None)),
     ("append_kv", "residual_k", "one page", lambda t: t[:, :, :16]),
+    ("resolve_pages", "lists", "out of range", set_at(0, 0, 1, to=5)),
+    ("resolve_pages", "lists", "below -1", set_at(0, 0, 2, to=-2)),
+    ("resolve_pages", "lists", "descends", set_at(0, 1, 2, to=2)),
+    ("resolve_pages", "lists", "a page twice", set_at(0, 1, 2, to=3)),
+    ("resolve_pages", "lists", "a -1 inside", set_at(0, 1, 0, to=-1)),
+    ("resolve_pages", "slots", "fewer than entries of a list", lambda t: t[..., :2]),
+    ("resolve_pages", "slots", "too many", lambda t: t[..., :1].expand(1, 2, 4097)),
+    ("resolve_pages", "slots", "below -1", set_at(0, 0, 1, to=-2)),
+    ("resolve_pages", "slot_pages", "out of range", set_at(0, 0, 2, to=5)),
+    ("resolve_pages", "slot_pages", "a page in no slot", set_at(0, 1, 3, to=0)),
+    ("resolve_pages", "slot_table", "another slot", set_at(0, 0, 3, to=2)),
+    ("resolve_pages", "last_use", "negative", set_at(0, 0, 1, to=-1)),
+    ("resolve_pages", "slot_table", "zero strides", lambda t: t[:, :1].expand(t.shape)),
     ("gather_pages", "src_ids", "out of range", set_at(0, to=3)),
     ("gather_pages", "src_ids", "below -1", set_at(0, to=-2)),
     ("gather_pages", "dst_ids", "out of range", set_at(1, to=3)),
@@ -516,7 +538,7 @@ def test_gathering_within_one_pool() -> None:
         ops.gather_pages(pool, ints([0, 1]), pool, ints([1, 2]))
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", OPS_OF_FLOATS)
 def test_forward_mode_gradients_are_refused(op: str) -> None:
     from torch.autograd import forward_ad
 
@@ -561,7 +583,7 @@ def test_mixed_dtypes_are_rejected(dtype: torch.dtype, device: str) -> None:
         call("decode", args)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", OPS_OF_FLOATS)
 @pytest.mark.gpu
 def test_there_is_no_autograd(op: str, device: str) -> None:
     args = arguments(op, device)

@@ -107,6 +107,16 @@ BUGS = [
     ),
     Bug("a pair that should be passed over", "pages", "if (from < 0 || to < 0) continue;", "if (to < 0) continue;"),
     Bug("one token picked too many", "select", "min(a.counts[b], K)", "min(a.counts[b] + 1, K)"),
+    Bug("a page that is wanted makes room", "resolve", "hit || slots[s] < 0", "slots[s] < 0"),
+    Bug(
+        "the newest page goes first",
+        "resolve",
+        "age[other] < age[s] ||",
+        "age[other] > age[s] ||",
+        "python_tests/test_pages.py -k resolve_pages",
+    ),
+    Bug("who made room keeps the slot", "resolve", "if (pages[s] >= 0) table[pages[s]] = -1;", ""),
+    Bug("a miss too far", "resolve", "(1u << threadIdx.x) - 1", "(2u << threadIdx.x) - 1"),
     Bug("a tie too many", "select", "tie < cut.ties", "tie <= cut.ties", "python_tests/test_select.py -k sort"),
     Bug(
         "NaN is the best score",

@@ -12,6 +12,7 @@ void page_stats(const PageStatsArgs& a) { cuda::page_stats(a, nullptr); }
 void quantize_kv(const QuantizeArgs& a) { cuda::quantize_kv(a, nullptr); }
 void dequantize_kv(const DequantizeArgs& a) { cuda::dequantize_kv(a, nullptr); }
 void append_kv(const AppendArgs& a) { cuda::append_kv(a, nullptr); }
+void resolve_pages(const ResolveArgs& a) { cuda::resolve_pages(a, nullptr); }
 void gather_pages(const GatherArgs& a) { cuda::gather_pages(a, nullptr); }
 void page_scores(const PageScoresArgs& a) { cuda::page_scores(a, nullptr); }
 void select_pages(const SelectPagesArgs& a) { cuda::select_pages(a, nullptr); }
