@@ -335,6 +335,7 @@ WRONG_VALUES: list[tuple[str, str, str, Callable[[Any], Any]]] = [
     ("resolve_pages", "lists", "a page twice", set_at(0, 1, 2, to=3)),
     ("resolve_pages", "lists", "a -1 inside", set_at(0, 1, 0, to=-1)),
     ("resolve_pages", "slots", "fewer than entries of a list", lambda t: t[..., :2]),
+    ("resolve_pages", "slots", "too few are there", set_at(0, 1, slice(1, None), to=-1)),
     ("resolve_pages", "slots", "too many", lambda t: t[..., :1].expand(1, 2, 4097)),
     ("resolve_pages", "slots", "below -1", set_at(0, 0, 1, to=-2)),
     ("resolve_pages", "slot_pages", "out of range", set_at(0, 0, 2, to=5)),

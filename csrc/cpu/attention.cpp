@@ -3,13 +3,15 @@
 // A sequence's entries are cut every kChunkTokens tokens. A chunk is scored, normalised and kept as
 // (out, lse); partials are then folded in list order. INT8 is not unpacked to memory: with k = min + step * code,
 // q·k = q·min + (q * step)·code, so a group's grid is folded into the query once, and V's into the weights.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <memory>
 #include <vector>
 
+#include "gemm.h"
 #include "rows.h"
-#include "simd.h"
+#include "unpack.h"
 
 namespace lserve::cpu {
 namespace {
@@ -17,7 +19,8 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kMaxD = 256;
 constexpr int64_t kHeads = 4;  // query heads that share a loaded row
-constexpr int64_t kRows = 16;  // queries of attention_mass that share a looked up key
+constexpr int64_t kRows = 64;  // queries of attention_mass that share a looked up key
+constexpr int64_t kKeys = 64;  // whose scores they make together
 constexpr int64_t kAhead = 8;  // rows between asking for one and using it
 
 template <class X>
@@ -166,14 +169,16 @@ struct Scratch {
         base(new float[G]),
         s(new float[G * chunk]),
         acc(new float[G * kMaxD]),
-        k(new float[kAhead * kMaxD]) {}
+        k(new float[std::max<int64_t>(kAhead, 16) * kMaxD]()),
+        columns(new float[kKeys * kMaxD]()) {}
   int64_t G, chunk;
-  std::unique_ptr<float[]> q;       // [G, kMaxD] query heads, scaled
-  std::unique_ptr<float[]> folded;  // [G, kMaxD] times a group's steps
-  std::unique_ptr<float[]> base;    // [G] the grid's constant part
-  std::unique_ptr<float[]> s;       // [G, chunk] scores, then weights
-  std::unique_ptr<float[]> acc;     // [G, kMaxD]
-  std::unique_ptr<float[]> k;       // [kAhead, kMaxD] keys, where a grid a token is not folded into the query
+  std::unique_ptr<float[]> q;        // [G, kMaxD] query heads, scaled
+  std::unique_ptr<float[]> folded;   // [G, kMaxD] times a group's steps
+  std::unique_ptr<float[]> base;     // [G] the grid's constant part
+  std::unique_ptr<float[]> s;        // [G, chunk] scores, then weights
+  std::unique_ptr<float[]> acc;      // [G, kMaxD]
+  std::unique_ptr<float[]> k;        // [16, kMaxD] keys, where a grid is not folded into the query
+  std::unique_ptr<float[]> columns;  // [kMaxD, kKeys] keys of many queries
 };
 
 template <class T>
@@ -194,10 +199,6 @@ LSERVE_CLONES void fold_grid(const T* stats, int64_t G, int64_t D, const float* 
     }
     base[g] = sum(total);
   }
-}
-
-LSERVE_CLONES void load_codes(const uint8_t* codes, float step, float min, int64_t D, float* to) {
-  for (int64_t d = 0; d < D; ++d) to[d] = grid_value(codes[d], min, step);
 }
 
 // Scores of a chunk against the query group, into scratch.s.
@@ -367,14 +368,33 @@ void decode_typed(const DecodeArgs& a) {
   });
 }
 
-// s[i] = exp(s[i] - lse)
-LSERVE_CLONES void exp_minus(float* s, int64_t count, float lse) {
+// mass[i] += exp(s[i] - lse)
+LSERVE_CLONES void add_weights(const float* s, int64_t count, float lse, float* mass) {
   const int64_t whole = count / 16 * 16;
-  for (int64_t i = 0; i < whole; i += 16) store(s + i, exp(load(s + i) - lse));
+  for (int64_t i = 0; i < whole; i += 16) store(mass + i, load(mass + i) + exp(load(s + i) - lse));
   float tail[16] = {};
   for (int64_t i = whole; i < count; ++i) tail[i - whole] = s[i] - lse;
   store(tail, exp(load(tail)));
-  for (int64_t i = whole; i < count; ++i) s[i] = tail[i - whole];
+  for (int64_t i = whole; i < count; ++i) mass[i] += tail[i - whole];
+}
+
+// Scores of keys [first, first + count) of a chunk, at most kKeys, against many queries: into scratch.s [G, kKeys].
+template <class T>
+void score_many(const Chunk& keys, int64_t first, int64_t count, int64_t D, const Scratch& scratch) {
+  float *const rows = scratch.k.get(), *const columns = scratch.columns.get();
+  auto span = keys.spans.begin();
+  for (int64_t i = 0; i < count; ++i) {
+    while (first + i >= span->first + span->count) ++span;
+    const void* row = keys.k[first + i];
+    float* to = rows + i % 16 * kMaxD;
+    if (span->floating) load_row(static_cast<const T*>(row), D, 1.0f, to);
+    else if (span->grid) load_codes(static_cast<const uint8_t*>(row), static_cast<const T*>(span->grid), D, to);
+    else load_codes(static_cast<const uint8_t*>(row), keys.k_grid[first + i].step, keys.k_grid[first + i].min, D, to);
+    if (i % 16 == 15 || i == count - 1)
+      transpose(reinterpret_cast<uint32_t*>(rows), D, kMaxD, kKeys, reinterpret_cast<uint32_t*>(columns) + i / 16 * 16);
+  }
+  multiply((scratch.G + 7) / 8 * 8, (count + 15) / 16 * 16, D, scratch.q.get(), kMaxD, columns, kKeys, scratch.s.get(), kKeys,
+           false);
 }
 
 Entries mass_entries(const MassArgs& a, int64_t b, int64_t h, int64_t t) {
@@ -386,7 +406,8 @@ Entries mass_entries(const MassArgs& a, int64_t b, int64_t h, int64_t t) {
 // The mass that all queries of a (sequence, kv head) put on entries [first, last). Queries of one page attend the same
 // entries, up to their own position, and go together: so keys are looked up, and decoded, once for kRows of them.
 template <class T>
-void add_mass(const MassArgs& a, int64_t b, int64_t h, int64_t first, int64_t last, Scratch& scratch, Chunk& keys) {
+void add_mass(const MassArgs& a, int64_t b, int64_t h, int64_t first, int64_t last, Scratch& scratch, Chunk& keys,
+              std::vector<float>& sums) {
   const Paged& kv = a.kv;
   const int64_t D = kv.D, G = a.G, held = a.seq_lens[b], start = held - a.T, per_chunk = chunk_entries(a.rule);
   const T* const q = static_cast<const T*>(a.q.data) + b * a.q.stride0 + h * G * a.q.stride2;
@@ -399,15 +420,22 @@ void add_mass(const MassArgs& a, int64_t b, int64_t h, int64_t first, int64_t la
     const Entries e = mass_entries(a, b, h, start + next - 1);
     for (int64_t from = first; from < std::min(last, e.count()); from += per_chunk) {
       keys.load(kv, a.rule, e, b, h, from, std::min({from + per_chunk, last, e.count()}), start + next - 1);
-      score_chunk<T>(keys, D, scratch);
-      for (int64_t r = row; r < next; ++r)
-        for (int64_t g = 0; g < G; ++g) {
-          const float lse = a.lse[((b * a.T + r) * kv.H + h) * G + g];
-          if (lse == -kInf) continue;
-          float* const s = scratch.s.get() + ((r - row) * G + g) * scratch.chunk;
-          exp_minus(s, keys.count(), lse);
-          for (int64_t j = 0; j < keys.count() && keys.position[j] <= start + r; ++j) mass[keys.position[j]] += s[j];
+      sums.assign(keys.count(), 0.0f);
+      const int64_t block = a.T == 1 ? scratch.chunk : kKeys;  // keys whose scores are made together
+      for (int64_t i = 0; i < keys.count(); i += block) {
+        const int64_t count = std::min(block, keys.count() - i);
+        if (a.T == 1) score_chunk<T>(keys, D, scratch);
+        else score_many<T>(keys, i, count, D, scratch);
+        for (int64_t r = row; r < next; ++r) {
+          const auto begin = keys.position.begin() + i;
+          const int64_t seen = std::upper_bound(begin, begin + count, start + r) - begin;
+          for (int64_t g = 0; g < G; ++g) {
+            const float lse = a.lse[((b * a.T + r) * kv.H + h) * G + g];
+            if (lse != -kInf) add_weights(scratch.s.get() + ((r - row) * G + g) * block, seen, lse, sums.data() + i);
+          }
         }
+      }
+      for (int64_t j = 0; j < keys.count(); ++j) mass[keys.position[j]] += sums[j];
     }
   }
 }
@@ -441,9 +469,11 @@ void mass_typed(const MassArgs& a) {
     }
   std::fill_n(a.mass, kv.B * kv.H * tokens, 0.0f);
   parallel_for(static_cast<int64_t>(units.size()), 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(std::min(kRows, a.T) * G, chunk_tokens(a.rule));
+    Scratch scratch((std::min(kRows, a.T) * G + 7) / 8 * 8, chunk_tokens(a.rule));
     Chunk keys;
-    for (int64_t i = begin; i < end; ++i) add_mass<T>(a, units[i].b, units[i].h, units[i].first, units[i].last, scratch, keys);
+    std::vector<float> sums;
+    for (int64_t i = begin; i < end; ++i)
+      add_mass<T>(a, units[i].b, units[i].h, units[i].first, units[i].last, scratch, keys, sums);
   });
 }
 

@@ -17,6 +17,12 @@
 
 namespace lserve::cpu {
 
+// Words of 16 rows [width], `stride` apart, become columns [width, ldb] of b.
+LSERVE_CLONES static void transpose(const uint32_t* rows, int64_t width, int64_t stride, int64_t ldb, uint32_t* b) {
+  for (int64_t d = 0; d < width; ++d)
+    for (int64_t i = 0; i < 16; ++i) b[d * ldb + i] = rows[i * stride + d];
+}
+
 // ---- floats
 
 // Rows x Parts sums stay in registers, whatever the instruction set calls V.
@@ -59,7 +65,7 @@ LSERVE_CLONES static void multiply_16(int64_t rows, int64_t columns, int64_t inn
   multiply_blocks<floats, 4>(rows, columns, inner, a, lda, b, ldb, c, ldc, add);  // 8 sums of 16 registers
 }
 #ifdef LSERVE_AVX512
-LSERVE_AVX512 static void multiply_32(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b,
+LSERVE_AVX512 inline void multiply_32(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b,
                                       int64_t ldb, float* c, int64_t ldc, bool add) {
   multiply_blocks<wide_floats, 8>(rows, columns, inner, a, lda, b, ldb, c, ldc, add);  // 16 sums of 32 registers
 }
@@ -126,7 +132,7 @@ class Units<bf16> {
 
 // 16 Rows x 16 Columns sums stay in tiles 0 to 3; 4 and 5 take a, 6 and 7 take b.
 template <int Rows, int Columns>
-LSERVE_AMX static void multiply_tiles(int64_t inner, const bf16* a, int64_t lda, const bf16* b, int64_t ldb, float* c,
+LSERVE_AMX inline void multiply_tiles(int64_t inner, const bf16* a, int64_t lda, const bf16* b, int64_t ldb, float* c,
                                       int64_t ldc, bool add) {
   const int64_t a_bytes = lda * 2, b_bytes = ldb * 4, c_bytes = ldc * 4;
   _tile_zero(0);
@@ -176,7 +182,7 @@ inline void multiply(int64_t rows, int64_t columns, int64_t inner, const bf16* a
 }
 
 // A row [width] to the nearest bfloat16, ties to even.
-LSERVE_AMX static void round_row(const float* from, int64_t width, bf16* to) {
+LSERVE_AMX inline void round_row(const float* from, int64_t width, bf16* to) {
   for (int64_t j = 0; j < width; j += 16) {
     const __m256bh x = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + j));
     std::memcpy(to + j, &x, sizeof(x));

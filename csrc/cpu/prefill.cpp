@@ -11,9 +11,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "../grid.h"
 #include "gemm.h"
 #include "rows.h"
+#include "unpack.h"
 
 namespace lserve::cpu {
 namespace {
@@ -76,15 +76,6 @@ void soften(float* s, int64_t seen, int64_t width, float scale, Row row) {
   soften_16(s, seen, width, scale, row);
 }
 
-template <class T, class E>
-LSERVE_CLONES void load_row(const T* from, int64_t D, float scale, E* to) {
-  if (std::is_same_v<T, E> && scale == 1.0f) {
-    std::memcpy(to, from, D * sizeof(E));
-    return;
-  }
-  for (int64_t d = 0; d < D; d += 16) store(to + d, load(from + d) * scale);
-}
-
 template <class T>
 LSERVE_CLONES void store_row(const float* from, int64_t D, float scale, T* to) {
   for (int64_t d = 0; d < D; d += 16) store(to + d, load(from + d) * scale * (1.0f / kHeadroom));
@@ -95,26 +86,6 @@ LSERVE_CLONES bool is_finite(const E* x, int64_t D) {
   f32x16 total = {};
   for (int64_t d = 0; d < D; d += 16) total += load(x + d) * 0.0f;  // 0, or NaN
   return sum(total) == 0.0f;
-}
-
-// K on its group's grid, clamped to the box: stats [2, D].
-template <class T, class E>
-LSERVE_CLONES void load_codes(const uint8_t* codes, const T* stats, int64_t D, E* to) {
-  for (int64_t d = 0; d < D; ++d) {
-    const float low = to_float(stats[d]), high = to_float(stats[D + d]);
-    to[d] = from_float<E>(grid_value(codes[d], low, grid_step(low, high), high));
-  }
-}
-
-template <class E>
-LSERVE_CLONES void load_codes(const uint8_t* codes, float step, float min, int64_t D, E* to) {
-  for (int64_t d = 0; d < D; ++d) to[d] = from_float<E>(grid_value(codes[d], min, step));
-}
-
-// Words of 16 rows [width] become columns [width, keys].
-LSERVE_CLONES void transpose(const uint32_t* rows, int64_t width, int64_t keys, uint32_t* columns) {
-  for (int64_t d = 0; d < width; ++d)
-    for (int64_t i = 0; i < 16; ++i) columns[d * keys + i] = rows[i * width + d];
 }
 
 // Two rows [D] become one of pairs [D, 2].
@@ -218,7 +189,7 @@ struct Scratch {
 
  private:
   void transpose_keys(int64_t first) {
-    transpose(reinterpret_cast<const uint32_t*>(k_rows.get()), inner / kPair, kKeys,
+    transpose(reinterpret_cast<const uint32_t*>(k_rows.get()), inner / kPair, inner / kPair, kKeys,
               reinterpret_cast<uint32_t*>(k.get()) + first);
   }
 };

@@ -45,7 +45,10 @@ void check_head(const ResolveArgs& a, int64_t b, int64_t h) {
     needed += head.pages[s] >= 0 && head.wants(head.pages[s]);
   }
   for (int64_t i = 0; i < head.wanted; ++i) needed += head.table[head.list[i]] < 0;
-  if (needed > usable) fail_range("resolve_pages: lists: slots that it needs", needed, 0, usable, b, h);
+  if (needed > usable)
+    throw std::runtime_error("lserve_ext::resolve_pages: slots: expected at least " + std::to_string(needed) +
+                             " that are there, got " + std::to_string(usable) + " at [" + std::to_string(b) + ", " +
+                             std::to_string(h) + "]");
 }
 
 void resolve(const ResolveArgs& a, int64_t b, int64_t h) {
