@@ -107,7 +107,13 @@ BUGS = [
     ),
     Bug("a pair that should be passed over", "pages", "if (from < 0 || to < 0) continue;", "if (to < 0) continue;"),
     Bug("one token picked too many", "select", "min(a.counts[b], K)", "min(a.counts[b] + 1, K)"),
-    Bug("a page that is wanted makes room", "resolve", "hit || slots[s] < 0", "slots[s] < 0"),
+    Bug(
+        "a page that is wanted makes room",
+        "resolve",
+        "hit || slots[s] < 0",
+        "slots[s] < 0",
+        "python_tests/test_pages.py -k resolve_pages",
+    ),
     Bug(
         "the newest page goes first",
         "resolve",
