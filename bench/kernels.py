@@ -188,18 +188,16 @@ def append_kv(layer: Layer, variant: str) -> Work:
 
 @case("hits", "misses")
 def resolve_pages(layer: Layer, variant: str) -> Work:
-    """A budget's worth of pages of every head in as many slots: all of them lie there; or none does."""
-    B, H, M, K = layer.B, layer.H, layer.M, layer.budget // P
-    lists = [layer.ints(torch.arange(K).expand(B, H, K) + first).contiguous() for first in (0, K)]
-    slots = layer.ints(torch.arange(B * H * K).view(B, H, K))
-    state = [layer.ints(torch.full((B, H, n), fill)) for n, fill in ((M, -1), (K, -1), (K, 0))]
-    turns = cycle(lists[:1] if variant == "hits" else lists)
+    """A budget's worth of pages of every head, in as many slots: all of them lie there; or none does."""
+    B, H, K = layer.B, layer.H, layer.budget // P
+    lists = [layer.ints(torch.arange(first, first + K).expand(B, H, K)).contiguous() for first in (0, K)]
+    slots, use, clock = (layer.ints(torch.zeros(n)) for n in (B * H * K, B * H * K, 1))
+    table, turns = torch.full_like(layer.table, -1), cycle(lists[:1] if variant == "hits" else lists)
 
     def call() -> None:
-        ops.resolve_pages(next(turns), layer.table, slots, *state)
+        ops.resolve_pages(next(turns), layer.table, table, slots, use, clock)
 
-    touched = size(*lists[:1], slots, *state[1:]) + 4 * B * H * K
-    return Work(call, touched, touched)
+    return Work(call, 3 * size(lists[0]) + size(slots, use), 3 * size(lists[0]) + size(slots, use))
 
 
 @case("pages", "tokens")

@@ -125,19 +125,17 @@ struct SelectTokensArgs {
   int64_t B, H, width, K, P;
 };
 
-constexpr int64_t kMaxSlots = 4096;  // of a head, which a CUDA block keeps in shared memory
-
-// A kv head of a sequence keeps some pages in slots of its own. Strides are of [B, H, ...]; the last one is 1.
+// Some blocks of the tier below lie in slots, too.
 struct ResolveArgs {
-  const int32_t* lists;        // [B, H, K] pages, ascending; -1 from some entry on
+  const int32_t* lists;        // [B, H, K] pages; -1: none
   const int32_t* block_table;  // [B, H, M]
-  const int32_t* slots;        // [B, H, S] rows of pools; -1: none
-  int32_t* slot_table;         // [B, H, M]
-  int32_t* slot_pages;         // [B, H, S] page that lies in a slot; -1: none
-  int32_t* last_use;           // [B, H, S] the call that wanted it last
-  int32_t *src_ids, *dst_ids;  // out [B, H, K]: pages to copy
-  int64_t list_stride0, list_stride1, block_stride0, block_stride1, slots_stride0, slots_stride1;
-  int64_t slot_stride0, slot_stride1, pages_stride0, pages_stride1, use_stride0, use_stride1;
+  int32_t* slot_table;         // [B, H, M] slot where a page may lie; it does if the slot holds the page's block
+  int32_t* slot_blocks;        // [S] block that lies in a slot; -1: none
+  int32_t* last_use;           // [S] call that wanted it last
+  int32_t* clock;              // [1] calls
+  int32_t *src_ids, *dst_ids;  // out [B, H, K]: blocks to copy, and slots to copy them to
+  int32_t* victims;            // CUDA: workspace [B, H, K]; null on the CPU
+  int64_t list_stride0, list_stride1, block_stride0, block_stride1, slot_stride0, slot_stride1;
   int64_t B, H, M, S, K;
 };
 

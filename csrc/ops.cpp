@@ -40,8 +40,8 @@ STABLE_TORCH_LIBRARY(lserve_ext, m) {
       " Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor(c!)? stats, Tensor(d!)? scales,"
       " Tensor block_table, Tensor slot_table, Tensor(e!) residual_k, Tensor(f!) residual_v, Tensor sealed) -> ()");
   m.def(
-      "resolve_pages(Tensor lists, Tensor block_table, Tensor slots, Tensor(a!) slot_table, Tensor(b!) slot_pages,"
-      " Tensor(c!) last_use) -> (Tensor src_ids, Tensor dst_ids)");
+      "resolve_pages(Tensor lists, Tensor block_table, Tensor(a!) slot_table, Tensor(b!) slot_blocks, Tensor(c!) last_use,"
+      " Tensor(d!) clock) -> (Tensor src_ids, Tensor dst_ids)");
   m.def("gather_pages(Tensor src, Tensor src_ids, Tensor(a!) dst, Tensor dst_ids) -> ()");
 
   // Selection: which pages or tokens a retrieval head attends
@@ -501,35 +501,38 @@ void append_kv(Tensor k, Tensor v, Tensor cu_seqlens_k, Tensor context_lens, Ten
   launch(k, args, LSERVE_KERNELS(append_kv));
 }
 
-std::tuple<Tensor, Tensor> resolve_pages(Tensor lists, Tensor block_table, Tensor slots, Tensor slot_table, Tensor slot_pages,
-                                         Tensor last_use) {
+std::tuple<Tensor, Tensor> resolve_pages(Tensor lists, Tensor block_table, Tensor slot_table, Tensor slot_blocks,
+                                         Tensor last_use, Tensor clock) {
   const Checker check("resolve_pages", lists, "lists");
   check.shape(lists, "lists", "[B, H, K]", {any, any, any}).dtype(lists, "lists", ScalarType::Int);
   const int64_t B = lists.size(0), H = lists.size(1), K = lists.size(2);
   check.shape(block_table, "block_table", "[B, H, M]", {B, H, any}).dtype(block_table, "block_table", ScalarType::Int);
   const int64_t M = block_table.size(2);
-  check.shape(slots, "slots", "[B, H, S]", {B, H, any}).dtype(slots, "slots", ScalarType::Int);
-  const int64_t S = slots.size(2);
-  if (S < K || S > kMaxSlots) check.fail("slots", "expected between K = ", K, " and ", kMaxSlots, " a head, got ", S);
   check.shape(slot_table, "slot_table", "[B, H, M]", {B, H, M}).dtype(slot_table, "slot_table", ScalarType::Int);
-  check.shape(slot_pages, "slot_pages", "[B, H, S]", {B, H, S}).dtype(slot_pages, "slot_pages", ScalarType::Int);
-  check.shape(last_use, "last_use", "[B, H, S]", {B, H, S}).dtype(last_use, "last_use", ScalarType::Int);
-  check.written_apart({{&slot_table, "slot_table"}, {&slot_pages, "slot_pages"}, {&last_use, "last_use"}},
-                      {{&lists, "lists"}, {&block_table, "block_table"}, {&slots, "slots"}});
+  check.shape(slot_blocks, "slot_blocks", "[S]", {any}).dtype(slot_blocks, "slot_blocks", ScalarType::Int);
+  const int64_t S = slot_blocks.size(0);
+  check.shape(last_use, "last_use", "[S]", {S}).dtype(last_use, "last_use", ScalarType::Int);
+  check.shape(clock, "clock", "[1]", {1}).dtype(clock, "clock", ScalarType::Int);
+  check.at_least("lists", B * H * K, 0).at_least("slot_blocks", S, 0);
+  check.written_apart({{&slot_table, "slot_table"}, {&slot_blocks, "slot_blocks"}, {&last_use, "last_use"}, {&clock, "clock"}},
+                      {{&lists, "lists"}, {&block_table, "block_table"}});
   Tensor src_ids = torch::stable::new_empty(lists, {B, H, K}), dst_ids = torch::stable::new_empty(lists, {B, H, K});
   ResolveArgs args{};
   args.lists = ints(lists), args.list_stride0 = lists.stride(0), args.list_stride1 = lists.stride(1);
   args.block_table = ints(block_table);
   args.block_stride0 = block_table.stride(0), args.block_stride1 = block_table.stride(1);
-  args.slots = ints(slots), args.slots_stride0 = slots.stride(0), args.slots_stride1 = slots.stride(1);
   args.slot_table = out_ints(slot_table);
   args.slot_stride0 = slot_table.stride(0), args.slot_stride1 = slot_table.stride(1);
-  args.slot_pages = out_ints(slot_pages);
-  args.pages_stride0 = slot_pages.stride(0), args.pages_stride1 = slot_pages.stride(1);
-  args.last_use = out_ints(last_use);
-  args.use_stride0 = last_use.stride(0), args.use_stride1 = last_use.stride(1);
+  args.slot_blocks = out_ints(slot_blocks), args.last_use = out_ints(last_use), args.clock = out_ints(clock);
   args.src_ids = out_ints(src_ids), args.dst_ids = out_ints(dst_ids);
   args.B = B, args.H = H, args.M = M, args.S = S, args.K = K;
+#ifdef LSERVE_CUDA
+  std::optional<Tensor> victims;
+  if (lists.is_cuda()) {
+    victims = torch::stable::new_empty(lists, {B, H, K});
+    args.victims = out_ints(*victims);
+  }
+#endif
   launch(lists, args, LSERVE_KERNELS(resolve_pages));
   return {src_ids, dst_ids};
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import weakref
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,6 +124,8 @@ class Pool:
     """
 
     GROWTH = 1.5
+    slots: Any = None
+    """Where blocks lie on the device, if that is another place than these tensors."""
 
     def __init__(self, config: SparseConfig, like: Tensor, capacity: int) -> None:
         P, D, dtype = config.page_size, like.shape[-1], like.dtype
@@ -135,16 +138,25 @@ class Pool:
             rows["stats"] = ((P // config.stats_group, 2, D), dtype)
         if int8:
             rows["scales"] = ((1 if config.needs_stats else 2, P, 2), torch.float32)
+        self.config, self._like = config, like[..., :0, :]
         self.allocator = BlockAllocator()
         self.tensors = {name: like.new_empty((0, *shape), dtype=kind) for name, (shape, kind) in rows.items()}
         self.block_bytes = sum(t.element_size() * t.shape[1:].numel() for t in self.tensors.values())
         self.grow(capacity)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
+        """One like it, of no blocks: those who copy tables put their own there."""
+        return type(self)(self.config, self._like, 0)
 
     @property
     def memory(self) -> Memory:
         self.settle()
         counts = (self.allocator.used, self.allocator.capacity, self.allocator.peak)
         return Memory(*(count * self.block_bytes for count in counts))
+
+    def tiers(self) -> dict[str, Memory]:
+        """Bytes of each tier."""
+        return {"device": self.memory}
 
     def kv(
         self, block_table: Tensor, slot_table: Tensor, residual_k: Tensor, residual_v: Tensor, sealed: Tensor

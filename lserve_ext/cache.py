@@ -21,6 +21,7 @@ from .blocks import BlockTable, Memory, Pool
 from .config import SparseConfig
 from .files import Tensors
 from .ops import DENSE, LISTED, Mask, PagedKV
+from .placement import Attention, Resident, make_pool
 from .reserved import ReservedBatch, ReservedLayer
 from .scorers import Selection
 from .sequences import Sequences, Step, on_device
@@ -40,7 +41,8 @@ class State(NamedTuple):
     block_table: Tensor
     """[B, H, M] of `blocks` on the device."""
     slot_table: Tensor
-    """[B, H, M] where a block's codes lie: as long as all are resident, the same tensor."""
+    """[B, H, M] the same tensor; or, where not all blocks lie on the device, slots where they may lie. Steps write it
+    in place, which old states survive: a slot says what it holds."""
     residual_k: Tensor
     """[B, H, 2P, D], as in `PagedKV`."""
     residual_v: Tensor
@@ -84,11 +86,12 @@ class LayerCache:
             prefill = on_device(np.where(self._streaming, config.prefill_local_pages, DENSE), self.device)
             self._decode_mask = Mask(decode, sink=config.sink_pages, unit=config.page_size)
             self._prefill_mask = Mask(prefill, sink=config.prefill_sink_pages)
-            self._pool = Pool(config, like, self._reserved_blocks(B)) if pool is None else pool
+            self._pool = make_pool(config, like, self._reserved_blocks(B)) if pool is None else pool
             blocks = self._pool.table(np.full((B, H, config.max_pages or 4), -1, np.int32))
             table = on_device(blocks.ids, self.device)
             k, v = (like.new_zeros(B, H, 2 * config.page_size, D) for _ in "kv")  # zeros: files hold all rows
-            self._state = State(Sequences.empty(config.pages, B), blocks, table, table, k, v, Selection())
+            empty = Sequences.empty(config.pages, B)
+            self._state = State(empty, blocks, table, self._slot_table(table), k, v, Selection())
 
     def _reserved_blocks(self, batch: int) -> int:
         """Blocks to allocate at once: all that dense heads will need; of streaming heads those of a prefill's window,
@@ -121,15 +124,25 @@ class LayerCache:
 
     @property
     def kv(self) -> PagedKV:
-        """The tensors that ops take."""
+        """The tensors that ops take, blocks where they have their home."""
         s = self._state
         sealed = s.sequences.facts(self.device).sealed
-        return self._pool.kv(s.block_table, s.slot_table, s.residual_k, s.residual_v, sealed)
+        return self._pool.kv(s.block_table, s.block_table, s.residual_k, s.residual_v, sealed)
 
     def memory(self) -> Memory:
         """Bytes of KV on the device. Blocks that forks share are counted in each of them."""
-        residual = 2 * self._state.residual_k.nbytes
-        return self._pool.memory + Memory(residual, residual, residual)
+        size = self.residual_bytes
+        return self._pool.tiers()["device"] + Memory(size, size, size)
+
+    @property
+    def residual_bytes(self) -> int:
+        """Of the newest tokens."""
+        return 2 * self._state.residual_k.nbytes
+
+    @property
+    def pool(self) -> Pool:
+        """Of its blocks."""
+        return self._pool
 
     def attended(self) -> tuple[int, int]:
         """Tokens that a decode step of this moment attends, and those of a dense one, over kv heads and sequences."""
@@ -179,18 +192,25 @@ class LayerCache:
         pool.settle()
         blocks, table = self._tables(now)
         residual_k, residual_v = s.residual_k, s.residual_v
+        slot_table = s.slot_table if table is s.block_table else self._slot_table(table, s.slot_table)
+        attention: Attention = ops if pool.slots is None else Resident(pool.slots, slot_table)
         kv = pool.kv(table, table, residual_k, residual_v, on.sealed)
         if now.decode:
-            out, selection = step.decode(q, k, v, kv, on, self._decode_mask, self._scorer, s.selection, scale, sinks)
+            mask = self._decode_mask
+            out, selection = step.decode(
+                q, k, v, kv, on, mask, self._scorer, s.selection, scale, sinks, attention
+            )  # fmt: skip
         else:
-            before = kv._replace(block_table=s.block_table, slot_table=s.slot_table)
+            before = kv._replace(block_table=s.block_table, slot_table=s.block_table)
             if now.before.lengths.any():  # else the old state does not look at its buffer
                 with torch.inference_mode(False):  # which later steps change in place
                     residual_k, residual_v = residual_k.clone(), residual_v.clone()
             after = kv._replace(residual_k=residual_k, residual_v=residual_v)
             mask = self._prefill_mask
-            out, selection = step.prefill(q, k, v, before, after, now, mask, self._scorer, s.selection, scale, sinks)
-        self._state = State(now.after, blocks, table, table, residual_k, residual_v, selection)
+            out, selection = step.prefill(
+                q, k, v, before, after, now, mask, self._scorer, s.selection, scale, sinks, attention
+            )  # fmt: skip
+        self._state = State(now.after, blocks, table, slot_table, residual_k, residual_v, selection)
         return out
 
     # ---- reserved memory --------------------------------------------------------------------------------------------
@@ -243,6 +263,16 @@ class LayerCache:
         return self._state.selection.age
 
     # ---- tables -----------------------------------------------------------------------------------------------------
+    def _slot_table(self, table: Tensor, before: Tensor | None = None) -> Tensor:
+        """Of a new block table: the same; or with slots, where its blocks may lie, as known before."""
+        if self._pool.slots is None:
+            return table
+        slots = torch.full_like(table, -1)
+        if before is not None:
+            known = before[..., : table.shape[2]]
+            slots[..., : known.shape[2]] = known
+        return slots
+
     def _tables(self, now: Step) -> tuple[BlockTable, Tensor]:
         """The tables after a step. At a page border they are made for all layers that take it, and copied at once."""
         s = self._state
@@ -301,7 +331,8 @@ class LayerCache:
             blocks = self._pool.table(np.where(beyond[:, None], -1, blocks.ids))
             table = on_device(blocks.ids, self.device)
         selection = s.selection.without_lists(after.facts(self.device).lengths)
-        self._state = State(after, blocks, table, table, residual_k, residual_v, selection)
+        slot_table = self._slot_table(table, s.slot_table)
+        self._state = State(after, blocks, table, slot_table, residual_k, residual_v, selection)
 
     def _check_crop(self, tokens: int, lengths: np.ndarray) -> None:
         s, P = self._state, self.config.page_size
@@ -339,7 +370,8 @@ class LayerCache:
         blocks = self._pool.table(s.blocks.ids[index])
         table = on_device(blocks.ids, self.device)
         residual_k, residual_v, selection = s.residual_k[rows], s.residual_v[rows], s.selection.take_rows(rows)
-        self._state = State(s.sequences.take_rows(index), blocks, table, table, residual_k, residual_v, selection)
+        slot_table, sequences = self._slot_table(table, s.slot_table[rows]), s.sequences.take_rows(index)
+        self._state = State(sequences, blocks, table, slot_table, residual_k, residual_v, selection)
 
     def share(self, sequences: Sequences) -> None:
         """Takes the batch of another layer, which must say the same as its own: one object for all layers.
@@ -374,14 +406,18 @@ class LayerCache:
         """A copy that shares the sealed blocks."""
         twin, s = copy.copy(self), self._state
         twin._reserved = None
-        twin._state = s._replace(residual_k=s.residual_k.clone(), residual_v=s.residual_v.clone())
+        slots = self._slot_table(s.block_table, s.slot_table)
+        twin._state = s._replace(
+            residual_k=s.residual_k.clone(), residual_v=s.residual_v.clone(), slot_table=slots
+        )  # fmt: skip
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerCache:
         """A copy with a pool of its own, which holds no blocks of forks."""
         s = self._state
         like = s.residual_k.new_empty(self.batch_size, self.heads, 0, self.head_dim)
-        twin = LayerCache(self.config, self._streaming.tolist(), self._dense, like)
+        pool = None if self._pool.slots is None else copy.deepcopy(self._pool, memo)
+        twin = LayerCache(self.config, self._streaming.tolist(), self._dense, like, pool)
         twin.restore({name: tensor.clone() for name, tensor in self.state().items()}, s.sequences)
         return twin
 
@@ -419,7 +455,7 @@ class LayerCache:
             **{name: None if x is None else x.to(self.device) for name, x in fields.items()},
         )
         k, v = (state[name].to(self.device) for name in ("residual_k", "residual_v"))
-        self._state = State(sequences, blocks, table, table, k, v, selection)
+        self._state = State(sequences, blocks, table, self._slot_table(table), k, v, selection)
 
     def _check_file(self, state: Tensors, sequences: Sequences) -> None:
         """Raises ValueError with the name of the tensor that does not fit."""

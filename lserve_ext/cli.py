@@ -35,9 +35,12 @@ def report(runs: dict[str, Run], configs: dict[str, SparseConfig], key: str | No
         lines["pass key found"] = ["yes" if key in run.answer else "no" for run in runs.values()]
     if len(runs) > 1:
         lines[f"agreement with {next(iter(runs))}"] = [_agreement(run) for run in runs.values()]
-    for tier in next(iter(runs.values())).memory:
-        lines[f"KV bytes, {tier}"] = [f"{run.memory[tier].used:,}" for run in runs.values()]
-        lines[f"KV bytes at the peak, {tier}"] = [f"{run.memory[tier].peak:,}" for run in runs.values()]
+    for tier in dict.fromkeys(tier for run in runs.values() for tier in run.memory):
+        held = [run.memory.get(tier) for run in runs.values()]
+        lines[f"KV bytes, {tier}"] = ["-" if memory is None else f"{memory.used:,}" for memory in held]
+        lines[f"KV bytes at the peak, {tier}"] = ["-" if memory is None else f"{memory.peak:,}" for memory in held]
+    if any(run.wanted for run in runs.values()):
+        lines["pages found on the device"] = [_found(run) for run in runs.values()]
     lines["prefill, tokens/s"] = [f"{run.prefill:.1f}" for run in runs.values()]
     lines["decode, tokens/s"] = [f"{run.decode:.1f}" for run in runs.values()]
     lines["attended in decode"] = [_attended(run, configs[name]) for name, run in runs.items()]
@@ -48,6 +51,10 @@ def _agreement(run: Run) -> str:
     if run.agreement is None:
         return "-"
     return f"{run.agreement['top1']:.0%} of tokens, KL {run.agreement['kl']:.1e}"
+
+
+def _found(run: Run) -> str:
+    return "-" if not run.wanted else f"{1 - run.fetched / run.wanted:.0%} of {run.wanted:,}"
 
 
 def _attended(run: Run, config: SparseConfig) -> str:
@@ -281,7 +288,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     }
     model, tokenizer = _load(arguments)
     ids, key = _prompt(arguments, model, tokenizer)
-    runs = _run_all(arguments, model, tokenizer, ids, configs)
+    runs = _run_all(arguments, model, tokenizer, ids, configs, tenth_of="lserve, budget 1024")
     _show(runs, configs, ids, key)
     if key is None or all(key in run.answer for run in runs.values()):
         return 0
@@ -290,12 +297,23 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _run_all(
-    arguments: argparse.Namespace, model: Any, tokenizer: Any, ids: Tensor, configs: dict[str, SparseConfig]
+    arguments: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    ids: Tensor,
+    configs: dict[str, SparseConfig],
+    tenth_of: str | None = None,
 ) -> dict[str, Run]:
+    """Runs each config; and one of them, if named, once more where the device takes a tenth of its pages."""
     from .eval.generate import Generation  # needs transformers, which `lserve doctor` does without
 
     generation = Generation(model, tokenizer, ids, arguments.new_tokens, arguments.chunk)
-    return {name: generation.run(name, config) for name, config in configs.items()}
+    runs = {name: generation.run(name, config) for name, config in configs.items()}
+    if tenth_of is not None and model.device.type == "cpu":
+        name, limit = f"{tenth_of}, a tenth on the device", runs[tenth_of].memory["device"].used // 10
+        configs[name] = configs[tenth_of].replace(device_bytes=limit)
+        runs[name] = generation.run(name, configs[name])
+    return runs
 
 
 def _show(runs: dict[str, Run], configs: dict[str, SparseConfig], ids: Tensor, key: str | None) -> None:

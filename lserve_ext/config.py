@@ -14,7 +14,7 @@ from .heads import HeadPattern
 from .scorers import SCORERS, Budget, Function, PageScores, Scorer
 from .sequences import Pages
 
-_OPTIONAL = ("prefill_sink_tokens", "prefill_local_tokens", "budget_tokens", "max_tokens")
+_OPTIONAL = ("prefill_sink_tokens", "prefill_local_tokens", "budget_tokens", "max_tokens", "device_bytes")
 
 _FORMAT = 2  # of files
 PRESETS = ("dense", "streaming", "duo", "quest", "h2o", "lserve", "alisa")
@@ -41,6 +41,8 @@ class SparseConfig:
     streaming_heads       heads that keep sink and local only: None (no head), a HeadPattern, its file or the name of a
                           shipped one, or a fraction (1.0: every head; others need a pattern)
     dense_layers          the first n layers attend everything
+    device_bytes          the most that pages of all layers may take on the device, statistics and the newest tokens not
+                          counted; the others lie in host memory until they are attended. None: all lie on the device
     max_tokens            tokens a sequence to reserve memory for, so that torch.compile makes one graph of a decode
                           step; None: memory grows on demand
     """
@@ -60,6 +62,7 @@ class SparseConfig:
     streaming_heads: HeadPattern | str | os.PathLike[str] | float | None = None
     dense_layers: int = 0
     max_tokens: int | None = None
+    device_bytes: int | None = None
 
     # ---- presets: any field is an override --------------------------------------------------------------------------
     @classmethod
@@ -235,6 +238,9 @@ class SparseConfig:
             self._check_name("scorer", *SCORERS)
         if self.page_size % self.stats_group:
             raise self._error("stats_group", f"a divisor of page_size {self.page_size}")
+        self._check_int("device_bytes", 1, 2**63)
+        if self.device_bytes is not None and self.max_tokens is not None:
+            raise self._error("device_bytes", "None beside max_tokens, which reserves memory for all pages")
         self._check_streaming()
         self._check_selection()
 
@@ -267,7 +273,7 @@ class SparseConfig:
         if self.budget_tokens is not None and self.unit == "page" and self.budget_tokens < forced:
             raise self._error("budget_tokens", f"at least {forced}, the tokens of the sink and local pages")
 
-    def _check_int(self, name: str, least: int) -> None:
+    def _check_int(self, name: str, least: int, end: int = 2**31) -> None:
         value = getattr(self, name)
         if value is None and name in _OPTIONAL:
             return
@@ -275,8 +281,8 @@ class SparseConfig:
             raise self._error(name, f"an int of at least {least}", TypeError)
         if value < least:
             raise self._error(name, f"an int of at least {least}")
-        if value >= 2**31:
-            raise self._error(name, f"an int of at most {2**31 - 1}")
+        if value >= end:
+            raise self._error(name, f"an int of at most {end - 1}")
 
     def _check_name(self, name: str, *names: str) -> None:
         if getattr(self, name) not in names:

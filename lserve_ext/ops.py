@@ -47,7 +47,6 @@ __all__ = [
     "DENSE",
     "LISTED",
     "MAX_HEAD_DIM",
-    "MAX_SLOTS",
     "Mask",
     "PagedKV",
     "append_kv",
@@ -71,9 +70,6 @@ LISTED = 0
 """In place of a window: the head follows its list."""
 MAX_HEAD_DIM = 256
 """The most channels that a head may have; D is a multiple of 16."""
-MAX_SLOTS = 4096
-"""The most slots that a head may have in `resolve_pages`."""
-
 _ops = torch.ops.lserve_ext
 _DEBUG = os.environ.get("LSERVE_DEBUG") == "1"
 
@@ -255,27 +251,28 @@ def append_kv(k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, 
 
 
 def resolve_pages(
-    lists: Tensor, block_table: Tensor, slots: Tensor, slot_table: Tensor, slot_pages: Tensor, last_use: Tensor
+    lists: Tensor, block_table: Tensor, slot_table: Tensor, slot_blocks: Tensor, last_use: Tensor, clock: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Finds slots for the pages that are wanted now, where a head has fewer slots than pages (HiSparse, arXiv
-    2608.07009).
+    """Finds slots for the pages that are wanted now, where the device has fewer slots than there are pages.
 
-    A page that lies in a slot stays there. Every other one takes, in the order of its list, an empty slot, else the
-    least recently used one whose page is not wanted, the first of several; that page has none then. With ``src_ids``
-    and ``dst_ids``, `gather_pages` copies what is missing.
+    A page lies in slot s = ``slot_table[b, h, page]`` if that slot holds its block, ``slot_blocks[s] == block_table[b,
+    h, page]``; so tables may be copied, and go out of date, as they like. Every wanted page that lies nowhere takes a
+    slot. As many slots as these are make room, those least recently used (the lower one of two), none of which is
+    wanted; in ascending order they go to the pages in the order of lists. With ``src_ids`` and ``dst_ids``,
+    `gather_pages` copies what is missing. (As HiSparse does it, arXiv 2608.07009, but for one pool of slots.)
 
     Args:
-        lists: [B, H, K] int32 pages, ascending, -1 padded.
-        block_table: [B, H, M] int32 block of each page in the tier below; -1: there is nothing to copy yet.
-        slots: [B, H, S] int32 rows of the pools that a head has, K <= S <= 4096; no row twice; -1: none.
-        slot_table: [B, H, M] int32 as in `PagedKV`; written.
-        slot_pages: [B, H, S] int32 page that lies in a slot, -1 at first; written.
-        last_use: [B, H, S] int32 the last call that wanted it, 0 at first; written.
+        lists: [B, H, K] int32 pages, none twice for a head; -1: none.
+        block_table: [B, H, M] int32 block of each page in the tier below.
+        slot_table: [B, H, M] int32 as in `PagedKV`; -1: nowhere; written for the pages that are wanted.
+        slot_blocks: [S] int32 block that lies in each slot, -1 at first; written.
+        last_use: [S] int32 the call that wanted it last, 0 at first; written.
+        clock: [1] int32 calls so far; written.
 
     Returns:
         src_ids, dst_ids: [B, H, K] int32 blocks to copy and slots to copy them to; -1 for pages that lay in a slot.
     """
-    args = (lists, block_table, slots, slot_table, slot_pages, last_use)
+    args = (lists, block_table, slot_table, slot_blocks, last_use, clock)
     return cast("tuple[Tensor, Tensor]", _call(_ops.resolve_pages, *args))
 
 
@@ -503,8 +500,8 @@ _SHAPES: dict[str, dict[str, str]] = {
     "dequantize_kv": {"k_codes": "pages P D", "v_codes": "pages P D", "stats": "pages groups 2 D",
                       "scales": "pages C P 2"},
     "append_kv": {"k": "N H D", "v": "N H D", "context_lens": "B", "cu_seqlens_k": "B+1", **_PAGED},
-    "resolve_pages": {"lists": "B H K", "block_table": "B H M", "slots": "B H S", "slot_table": "B H M",
-                      "slot_pages": "B H S", "last_use": "B H S"},
+    "resolve_pages": {"lists": "B H K", "block_table": "B H M", "slot_table": "B H M", "slot_blocks": "S",
+                      "last_use": "S", "clock": "1"},
     "gather_pages": {"src_ids": "count", "dst_ids": "count"},
     "page_scores": {"q": "B Hq D", "stats": "blocks groups 2 D", "block_table": "B H M", "sealed": "B", "windows": "H"},
     "select_pages": {"scores": "B H M", "seq_lens": "B", "sealed": "B"},
@@ -516,7 +513,7 @@ _SHAPES: dict[str, dict[str, str]] = {
     "merge_states": {},
 }  # fmt: skip
 _INT32 = {"cu_seqlens_q", "cu_seqlens_k", "context_lens", "seq_lens", "counts", "sealed", "block_table", "slot_table",
-          "windows", "lists", "local_start", "src_ids", "dst_ids", "slots", "slot_pages", "last_use"}  # fmt: skip
+          "windows", "lists", "local_start", "src_ids", "dst_ids", "slot_blocks", "last_use", "clock"}  # fmt: skip
 _FLOAT32 = {"scores", "mass", "lse", "lse_a", "lse_b", "scales"}
 _UINT8 = {"k_codes", "v_codes"}
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16)
@@ -570,8 +567,6 @@ def _check_fake(op: str, args: dict[str, Any]) -> None:
     for name in ("sink", "count", "max_picks"):
         if name in args and args[name] < 0:
             fail(name, "at least 0", args[name])
-    if op == "resolve_pages" and not sizes["K"] <= sizes["S"] <= MAX_SLOTS:
-        fail("slots", f"between K = {sizes['K']} and {MAX_SLOTS} a head", sizes["S"])
     if op == "gather_pages" and (args["dst"].dim() == 0 or args["dst"].shape[1:] != args["src"].shape[1:]):
         fail("dst", f"rows of src, {list(args['src'].shape[1:])}", list(args["dst"].shape))
     if op == "merge_states":

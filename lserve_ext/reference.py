@@ -168,28 +168,25 @@ def _seal(kv: PagedKV, b: int, h: int, page: int) -> None:
 
 
 def resolve_pages(
-    lists: Tensor, block_table: Tensor, slots: Tensor, slot_table: Tensor, slot_pages: Tensor, last_use: Tensor
+    lists: Tensor, block_table: Tensor, slot_table: Tensor, slot_blocks: Tensor, last_use: Tensor, clock: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`ops.resolve_pages`."""
-    B, H = lists.shape[:2]
     src_ids, dst_ids = torch.full_like(lists, -1), torch.full_like(lists, -1)
-    for b, h in itertools.product(range(B), range(H)):
-        pages, uses, table = slot_pages[b, h], last_use[b, h], slot_table[b, h]
-        now = int(uses.max()) + 1 if len(uses) else 0
-        wanted = [page for page in lists[b, h].tolist() if page >= 0]
-        free = [s for s, page in enumerate(pages.tolist()) if page not in wanted and slots[b, h, s] >= 0]
-        free.sort(key=lambda s: -1 if pages[s] < 0 else int(uses[s]))
-        for s, page in enumerate(pages.tolist()):
-            if page in wanted:
-                uses[s] = now
-        for i, page in enumerate(wanted):
-            if table[page] >= 0:
-                continue
-            s = free.pop(0)
-            if pages[s] >= 0:
-                table[int(pages[s])] = -1
-            pages[s], uses[s], table[page] = page, now, slots[b, h, s]
-            src_ids[b, h, i], dst_ids[b, h, i] = block_table[b, h, page], slots[b, h, s]
+    clock += 1
+    misses = []
+    for b, h, i in itertools.product(*map(range, lists.shape)):
+        page = int(lists[b, h, i])
+        if page < 0:
+            continue
+        block, slot = int(block_table[b, h, page]), int(slot_table[b, h, page])
+        if slot >= 0 and slot_blocks[slot] == block:
+            last_use[slot] = clock
+        else:
+            misses.append((b, h, i, page, block))
+    victims = sorted(range(len(last_use)), key=lambda slot: int(last_use[slot]))[: len(misses)]
+    for (b, h, i, page, block), slot in zip(misses, sorted(victims), strict=True):
+        src_ids[b, h, i], dst_ids[b, h, i] = block, slot
+        slot_table[b, h, page], slot_blocks[slot], last_use[slot] = slot, block, clock
     return src_ids, dst_ids
 
 

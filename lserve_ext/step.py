@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import ops
 from .ops import Mask, PagedKV
+from .placement import Attention
 from .scorers import PREFILL_QUERIES, Scorer, Selection
 from .sequences import OnDevice, Step
 
@@ -23,6 +24,7 @@ def prefill(
     selection: Selection,
     scale: float,
     sinks: Tensor | None = None,
+    attention: Attention = ops,
 ) -> tuple[Tensor, Selection]:
     """Attends what the layer held and the new tokens, then appends these.
 
@@ -36,20 +38,21 @@ def prefill(
         scorer, selection: what the layer knows for decode; its lists are dropped.
         scale: of q·k.
         sinks: see `with_sinks`.
+        attention: who attends pages.
 
     Returns:
         [N, Hq, D], and the new selection.
     """
     on = step.on(q.device)
     cu_seqlens = on.cu_seqlens
-    out, lse = ops.prefill(q, k, v, cu_seqlens, cu_seqlens, mask, before, on.context_lens, scale=scale)
+    out, lse = attention.prefill(q, k, v, cu_seqlens, cu_seqlens, mask, before, on.context_lens, scale=scale)
     out, lse = with_sinks(out, lse, sinks)
     ops.append_kv(k, v, cu_seqlens, on.context_lens, after)
     selection = selection.without_lists()
     if scorer is not None and scorer.observes:
         tail, tail_lse = _last_queries(q, lse, step)
         held = after._replace(sealed=on.sealed_after)
-        mass = ops.attention_mass(tail, tail_lse, mask, held, on.seq_lens, scale=scale)
+        mass = attention.attention_mass(tail, tail_lse, mask, held, on.seq_lens, scale=scale)
         selection = scorer.observe(selection, mass, on, step.columns)
     return out, selection
 
@@ -65,6 +68,7 @@ def decode(
     selection: Selection,
     scale: float,
     sinks: Tensor | None = None,
+    attention: Attention = ops,
 ) -> tuple[Tensor, Selection]:
     """Appends one token a sequence and attends with it. Nothing here needs the host.
 
@@ -78,6 +82,7 @@ def decode(
         scorer, selection: which lists; None: no head follows one.
         scale: of q·k.
         sinks: see `with_sinks`.
+        attention: who attends pages.
 
     Returns:
         [B, Hq, D], and the new selection.
@@ -86,9 +91,9 @@ def decode(
     if scorer is not None:
         selection = scorer.next(selection, q, kv, step, mask.windows)
         mask = mask._replace(lists=selection.lists, local_start=selection.local_start, unit=scorer.unit_tokens)
-    out, lse = with_sinks(*ops.decode(q, mask, kv, step.seq_lens, scale=scale), sinks)
+    out, lse = with_sinks(*attention.decode(q, mask, kv, step.seq_lens, scale=scale), sinks)
     if scorer is not None and scorer.observes:
-        mass = ops.attention_mass(q[:, None], lse[:, None], mask, kv, step.seq_lens, scale=scale)
+        mass = attention.attention_mass(q[:, None], lse[:, None], mask, kv, step.seq_lens, scale=scale)
         selection = scorer.observe(selection, mass, step, 1)
     return out, selection
 

@@ -55,10 +55,10 @@ def arguments(op: str, device: str = "cpu", shape: Shape = SHAPES[1]) -> dict[st
         "resolve_pages": {
             "lists": ints([[[0, 2, -1], [1, 3, 4]]], device),
             "block_table": ints([[[3, 1, 4, 0, 5], [2, 6, 7, 8, 9]]], device),
-            "slots": ints([[[0, 1, 2, 6], [3, 4, 5, -1]]], device),
             "slot_table": ints([[[1, -1, -1, 0, -1], [-1, -1, -1, -1, 3]]], device),
-            "slot_pages": ints([[[3, 0, -1, -1], [4, -1, -1, -1]]], device),
-            "last_use": ints([[[2, 1, 0, 0], [1, 0, 0, 0]]], device),
+            "slot_blocks": ints([0, 3, -1, 9, -1, 1, 2], device),
+            "last_use": ints([2, 1, 0, 1, 0, 2, 2], device),
+            "clock": ints([2], device),
         },
         "gather_pages": {
             "src": page[0],
@@ -259,9 +259,9 @@ def gaps_inside(t: Tensor) -> Tensor:
     return torch.stack([t, t], -1)[..., 0]
 
 
-# Arguments that set the expectation for the others, so that another one is named.
+# Arguments that set the expectation for the others, so that another one is named; and a single number has no gaps.
 SETS_THE_RULE = {("gather_pages", "src", another_dtype), ("gather_pages", "src", another_rank),
-                 ("merge_states", "out_a", another_rank)}  # fmt: skip
+                 ("resolve_pages", "clock", gaps_inside), ("merge_states", "out_a", another_rank)}  # fmt: skip
 
 
 def wrong_tensors() -> Iterator[Any]:
@@ -331,18 +331,17 @@ WRONG_VALUES: list[tuple[str, str, str, Callable[[Any], Any]]] = [
     ("append_kv", "residual_k", "one page", lambda t: t[:, :, :16]),
     ("resolve_pages", "lists", "out of range", set_at(0, 0, 1, to=5)),
     ("resolve_pages", "lists", "below -1", set_at(0, 0, 2, to=-2)),
-    ("resolve_pages", "lists", "descends", set_at(0, 1, 2, to=2)),
     ("resolve_pages", "lists", "a page twice", set_at(0, 1, 2, to=3)),
-    ("resolve_pages", "lists", "a -1 inside", set_at(0, 1, 0, to=-1)),
-    ("resolve_pages", "slots", "fewer than entries of a list", lambda t: t[..., :2]),
-    ("resolve_pages", "slots", "too few are there", set_at(0, 1, slice(1, None), to=-1)),
-    ("resolve_pages", "slots", "too many", lambda t: t[..., :1].expand(1, 2, 4097)),
-    ("resolve_pages", "slots", "below -1", set_at(0, 0, 1, to=-2)),
-    ("resolve_pages", "slot_pages", "out of range", set_at(0, 0, 2, to=5)),
-    ("resolve_pages", "slot_pages", "a page in no slot", set_at(0, 1, 3, to=0)),
-    ("resolve_pages", "slot_table", "another slot", set_at(0, 0, 3, to=2)),
-    ("resolve_pages", "last_use", "negative", set_at(0, 0, 1, to=-1)),
+    ("resolve_pages", "block_table", "no block", set_at(0, 1, 3, to=-1)),
+    ("resolve_pages", "slot_table", "out of range", set_at(0, 0, 0, to=7)),
+    ("resolve_pages", "slot_table", "below -1", set_at(0, 0, 0, to=-2)),
     ("resolve_pages", "slot_table", "zero strides", lambda t: t[:, :1].expand(t.shape)),
+    ("resolve_pages", "slot_blocks", "below -1", set_at(2, to=-2)),
+    ("resolve_pages", "last_use", "negative", set_at(2, to=-1)),
+    ("resolve_pages", "last_use", "later than the clock", set_at(2, to=3)),
+    ("resolve_pages", "last_use", "other slots", lambda t: t[:4]),
+    ("resolve_pages", "clock", "at its end", set_at(0, to=2**31 - 1)),
+    ("resolve_pages", "slot_table", "other pages", lambda t: t[..., :4]),
     ("gather_pages", "src_ids", "out of range", set_at(0, to=3)),
     ("gather_pages", "src_ids", "below -1", set_at(0, to=-2)),
     ("gather_pages", "dst_ids", "out of range", set_at(1, to=3)),

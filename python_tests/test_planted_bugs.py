@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SMALL = "python_tests/test_small.py"
+RESOLVE = "python_tests/test_pages.py -k resolve_pages"
 
 
 class Bug(NamedTuple):
@@ -107,22 +108,13 @@ BUGS = [
     ),
     Bug("a pair that should be passed over", "pages", "if (from < 0 || to < 0) continue;", "if (to < 0) continue;"),
     Bug("one token picked too many", "select", "min(a.counts[b], K)", "min(a.counts[b] + 1, K)"),
+    Bug("a page that is wanted makes room", "resolve", "if (w.slot && !miss) a.last_use[*w.slot] = now;", ";", RESOLVE),
+    Bug("the newest pages make room", "select", "return ~static_cast", "return static_cast", RESOLVE),
+    Bug("a slot whatever lies there", "resolve", " && a.slot_blocks[*slot] == block", "", RESOLVE),
+    Bug("a miss too far", "resolve", "(1u << lane) - 1", "(2u << lane) - 1", RESOLVE),
     Bug(
-        "a page that is wanted makes room",
-        "resolve",
-        "hit || slots[s] < 0",
-        "slots[s] < 0",
-        "python_tests/test_pages.py -k resolve_pages",
+        "tables change while they are read", "resolve", "  __syncthreads();  // until here", "  // until here", RESOLVE
     ),
-    Bug(
-        "the newest page goes first",
-        "resolve",
-        "age[other] < age[s] ||",
-        "age[other] > age[s] ||",
-        "python_tests/test_pages.py -k resolve_pages",
-    ),
-    Bug("who made room keeps the slot", "resolve", "if (pages[s] >= 0) table[pages[s]] = -1;", ""),
-    Bug("a miss too far", "resolve", "(1u << threadIdx.x) - 1", "(2u << threadIdx.x) - 1"),
     Bug("a tie too many", "select", "tie < cut.ties", "tie <= cut.ties", "python_tests/test_select.py -k sort"),
     Bug(
         "NaN is the best score",

@@ -93,12 +93,16 @@ def test_pages(shape: Shape, device: str) -> None:
         back = ops.dequantize_kv(codes[0], codes[1], grid, codes[2], shape.dtype)
         want = reference.dequantize_kv(codes[0], codes[1], grid, codes[2], shape.dtype)
         assert all(same_bits(a, b) for a, b in zip(back, want, strict=True))
-    table, pages, use = (torch.full((1, 2, n), fill, device=device).int() for n, fill in ((5, -1), (3, -1), (3, 0)))
-    for wanted in ([[0, 3, -1], [1, 2, 4]], [[1, 2, 3], [0, -1, -1]]):
-        was = [x.clone() for x in (table, pages, use)]
-        fixed = ints([wanted], device), ints([[[4, 3, 2, 1, 0]] * 2], device), ints([[[0, 1, 2], [3, 4, 5]]], device)
-        found, want = ops.resolve_pages(*fixed, table, pages, use), reference.resolve_pages(*fixed, *was)
-        assert all(same_bits(a, b) for a, b in zip((*found, table, pages, use), (*want, *was), strict=True))
+    blocks, table = ints([[[4, 3, 2, 1, 0], [5, 6, 7, 8, 9]]], device), torch.full((1, 2, 5), -1, device=device).int()
+    slots, use, clock = (
+        torch.full((6,), -1, device=device).int(),
+        *(torch.zeros(n, device=device).int() for n in (6, 1)),
+    )
+    for wanted in ([[0, 3, -1], [1, 2, 4]], [[1, 2, 3], [0, -1, -1]], [[1, 0, -1], [0, 3, 4]]):
+        state, lists = (table, slots, use, clock), ints([wanted], device)
+        was = [x.clone() for x in state]
+        found, want = ops.resolve_pages(lists, blocks, *state), reference.resolve_pages(lists, blocks, *was)
+        assert all(same_bits(a, b) for a, b in zip((*found, *state), (*want, *was), strict=True))
     moved = torch.zeros_like(k)
     ops.gather_pages(k, ints([4, -1, 0], device), moved, ints([1, 2, 3], device))
     assert same_bits(moved[[1, 2, 3]], torch.stack([k[4], torch.zeros_like(k[0]), k[0]]))

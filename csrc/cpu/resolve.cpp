@@ -1,5 +1,7 @@
 // Which slot a page lies in, where there are fewer slots than pages: the least recently used ones make room.
 #include <algorithm>
+#include <numeric>
+#include <string>
 #include <vector>
 
 #include "../kernels.h"
@@ -8,77 +10,84 @@
 namespace lserve::cpu {
 namespace {
 
-// One kv head of one sequence.
-struct Head {
-  Head(const ResolveArgs& a, int64_t b, int64_t h)
-      : list(a.lists + b * a.list_stride0 + h * a.list_stride1),
-        blocks(a.block_table + b * a.block_stride0 + h * a.block_stride1),
-        slots(a.slots + b * a.slots_stride0 + h * a.slots_stride1),
-        table(a.slot_table + b * a.slot_stride0 + h * a.slot_stride1),
-        pages(a.slot_pages + b * a.pages_stride0 + h * a.pages_stride1),
-        last_use(a.last_use + b * a.use_stride0 + h * a.use_stride1),
-        src(a.src_ids + (b * a.H + h) * a.K),
-        dst(a.dst_ids + (b * a.H + h) * a.K),
-        wanted(std::find(list, list + a.K, -1) - list) {}
-
-  bool wants(int32_t page) const { return std::binary_search(list, list + wanted, page); }
-
-  const int32_t *list, *blocks, *slots;
-  int32_t *table, *pages, *last_use, *src, *dst;
-  int64_t wanted;  // pages in the list
+// What an entry of a list wants.
+struct Wanted {
+  int32_t block;
+  int32_t* slot;  // in the table
 };
 
-void check_head(const ResolveArgs& a, int64_t b, int64_t h) {
-  const Head head(a, b, h);
-  for (int64_t i = 0; i < a.K; ++i) {
-    if (i < head.wanted) check_range("resolve_pages: lists", head.list[i], i > 0 ? head.list[i - 1] + 1 : 0, a.M - 1, b, h, i);
-    else check_range("resolve_pages: lists", head.list[i], -1, -1, b, h, i);
-  }
-  int64_t usable = 0, needed = 0;  // slots
-  for (int64_t s = 0; s < a.S; ++s) {
-    check_range("resolve_pages: slots", head.slots[s], -1, INT32_MAX, b, h, s);
-    check_range("resolve_pages: slot_pages", head.pages[s], -1, head.slots[s] < 0 ? -1 : a.M - 1, b, h, s);
-    check_range("resolve_pages: last_use", head.last_use[s], 0, INT32_MAX - 1, b, h, s);
-    if (head.pages[s] >= 0)
-      check_range("resolve_pages: slot_table", head.table[head.pages[s]], head.slots[s], head.slots[s], b, h, head.pages[s]);
-    usable += head.slots[s] >= 0;
-    needed += head.pages[s] >= 0 && head.wants(head.pages[s]);
-  }
-  for (int64_t i = 0; i < head.wanted; ++i) needed += head.table[head.list[i]] < 0;
-  if (needed > usable)
-    throw std::runtime_error("lserve_ext::resolve_pages: slots: expected at least " + std::to_string(needed) +
-                             " that are there, got " + std::to_string(usable) + " at [" + std::to_string(b) + ", " +
-                             std::to_string(h) + "]");
+Wanted wanted(const ResolveArgs& a, int64_t entry) {
+  const int64_t b = entry / a.K / a.H, h = entry / a.K % a.H, i = entry % a.K;
+  const int32_t page = a.lists[b * a.list_stride0 + h * a.list_stride1 + i];
+  if (page < 0) return {-1, nullptr};
+  return {a.block_table[b * a.block_stride0 + h * a.block_stride1 + page],
+          a.slot_table + b * a.slot_stride0 + h * a.slot_stride1 + page};
 }
 
-void resolve(const ResolveArgs& a, int64_t b, int64_t h) {
-  const Head head(a, b, h);
-  const int32_t now = a.S > 0 ? 1 + *std::max_element(head.last_use, head.last_use + a.S) : 0;
-  std::vector<int64_t> victims;
-  for (int64_t s = 0; s < a.S; ++s) {
-    if (head.pages[s] >= 0 && head.wants(head.pages[s])) head.last_use[s] = now;
-    else if (head.slots[s] >= 0) victims.push_back(s);
+bool is_hit(const ResolveArgs& a, const Wanted& w) { return *w.slot >= 0 && a.slot_blocks[*w.slot] == w.block; }
+
+void check(const ResolveArgs& a) {
+  std::vector<int64_t> list_of(a.M, -1);  // that a page was seen in last
+  for (int64_t entry = 0; entry < a.B * a.H * a.K; ++entry) {
+    const int64_t list = entry / a.K, b = list / a.H, h = list % a.H, i = entry % a.K;
+    const int32_t page = a.lists[b * a.list_stride0 + h * a.list_stride1 + i];
+    check_range("resolve_pages: lists", page, -1, a.M - 1, b, h, i);
+    if (page < 0) continue;
+    if (list_of[page] == list)
+      throw std::runtime_error("lserve_ext::resolve_pages: lists: expected each page once in a list, got " +
+                               std::to_string(page) + " twice at [" + std::to_string(b) + ", " + std::to_string(h) + "]");
+    list_of[page] = list;
+    const Wanted w = wanted(a, entry);
+    check_range("resolve_pages: block_table", w.block, 0, INT32_MAX, b, h, page);
+    check_range("resolve_pages: slot_table", *w.slot, -1, a.S - 1, b, h, page);
   }
-  const auto age = [&](int64_t s) { return head.pages[s] < 0 ? -1 : head.last_use[s]; };  // empty ones first
-  std::stable_sort(victims.begin(), victims.end(), [&](int64_t x, int64_t y) { return age(x) < age(y); });
-  auto victim = victims.begin();
-  for (int64_t i = 0; i < a.K; ++i) {
-    head.src[i] = head.dst[i] = -1;
-    if (i >= head.wanted || head.table[head.list[i]] >= 0) continue;
-    const int64_t s = *victim++;
-    if (head.pages[s] >= 0) head.table[head.pages[s]] = -1;
-    head.pages[s] = head.list[i], head.last_use[s] = now, head.table[head.list[i]] = head.slots[s];
-    head.src[i] = head.blocks[head.list[i]], head.dst[i] = head.slots[s];
+  check_range("resolve_pages: clock", a.clock[0], 0, INT32_MAX - 1, 0);
+  for (int64_t s = 0; s < a.S; ++s) {
+    check_range("resolve_pages: slot_blocks", a.slot_blocks[s], -1, INT32_MAX, s);
+    check_range("resolve_pages: last_use", a.last_use[s], 0, a.clock[0], s);
   }
 }
 
 }  // namespace
 
 void resolve_pages(const ResolveArgs& a) {
-  for (int64_t i = 0; i < a.B * a.H; ++i) check_head(a, i / a.H, i % a.H);
-  parallel_for(a.B * a.H, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) resolve(a, i / a.H, i % a.H);
+  check(a);
+  const int64_t entries = a.B * a.H * a.K;
+  std::vector<int64_t> misses;
+  std::vector<bool> is_wanted(a.S);
+  int64_t hits = 0;
+  for (int64_t entry = 0; entry < entries; ++entry) {
+    const Wanted w = wanted(a, entry);
+    if (!w.slot) continue;
+    if (!is_hit(a, w)) {
+      misses.push_back(entry);
+    } else if (!is_wanted[*w.slot]) {
+      is_wanted[*w.slot] = true;
+      ++hits;
+    }
+  }
+  const int64_t count = static_cast<int64_t>(misses.size());
+  if (hits + count > a.S)
+    throw std::runtime_error("lserve_ext::resolve_pages: slot_blocks: expected at least " + std::to_string(hits + count) +
+                             " slots for what lists want, got " + std::to_string(a.S));
+  const int32_t now = ++a.clock[0];
+  for (int64_t s = 0; s < a.S; ++s)
+    if (is_wanted[s]) a.last_use[s] = now;
+  std::vector<int64_t> victims(a.S);
+  std::iota(victims.begin(), victims.end(), 0);
+  std::partial_sort(victims.begin(), victims.begin() + count, victims.end(), [&](int64_t x, int64_t y) {
+    return a.last_use[x] != a.last_use[y] ? a.last_use[x] < a.last_use[y] : x < y;
   });
+  std::sort(victims.begin(), victims.begin() + count);
+  std::fill_n(a.src_ids, entries, -1);
+  std::fill_n(a.dst_ids, entries, -1);
+  for (int64_t n = 0; n < count; ++n) {
+    const Wanted w = wanted(a, misses[n]);
+    const int32_t s = static_cast<int32_t>(victims[n]);
+    a.slot_blocks[s] = a.src_ids[misses[n]] = w.block;
+    *w.slot = a.dst_ids[misses[n]] = s;
+    a.last_use[s] = now;
+  }
 }
 
 }  // namespace lserve::cpu

@@ -5,86 +5,79 @@
 #include <cstdint>
 
 #include "cuda/ptx.cuh"
+#include "cuda/select.cuh"
 #include "kernels.h"
 
 namespace lserve::cuda {
 
-constexpr int kResolveThreads = 128;
-constexpr int kResolveWarps = kResolveThreads / 32;
-constexpr int kInUse = INT32_MAX;  // in the place of an age: no victim
+// What an entry of a list wants.
+struct Wanted {
+  int block = -1;
+  int32_t* slot = nullptr;  // in the table
 
-// Whether a page is among the first `count` of an ascending list.
-__device__ inline bool is_listed(const int32_t* list, int count, int32_t page) {
-  int low = 0;
-  for (int high = count; low < high;) {
-    const int middle = (low + high) / 2;
-    if (list[middle] < page) low = middle + 1;
-    else high = middle;
+  __device__ Wanted(const ResolveArgs& a, int64_t entry) {
+    const int64_t b = entry / a.K / a.H, h = entry / a.K % a.H;
+    const int32_t page = a.lists[b * a.list_stride0 + h * a.list_stride1 + entry % a.K];
+    if (page < 0) return;
+    block = a.block_table[b * a.block_stride0 + h * a.block_stride1 + page];
+    slot = a.slot_table + b * a.slot_stride0 + h * a.slot_stride1 + page;
   }
-  return low < count && list[low] == page;
-}
+  __device__ bool is_hit(const ResolveArgs& a) const { return slot && *slot >= 0 && a.slot_blocks[*slot] == block; }
+  __device__ bool is_miss(const ResolveArgs& a) const { return slot && !is_hit(a); }
+};
 
-// The greatest of all threads' values, which are at least 0; `parts` [kResolveWarps] is shared.
-__device__ inline int block_max(int value, int* parts) {
-  for (int bits = 16; bits > 0; bits /= 2) value = max(value, __shfl_xor_sync(0xffffffffu, value, bits));
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
-  __syncthreads();
-  for (int i = 0; i < kResolveWarps; ++i) value = max(value, parts[i]);
-  return value;
-}
-
-// A block of threads a kv head of a sequence.
-__global__ void __launch_bounds__(kResolveThreads) resolve_kernel(const __grid_constant__ ResolveArgs a) {
-  const int64_t h = blockIdx.x, b = blockIdx.y;
-  const int S = static_cast<int>(a.S), K = static_cast<int>(a.K);
-  const int32_t* list = a.lists + b * a.list_stride0 + h * a.list_stride1;
-  const int32_t* blocks = a.block_table + b * a.block_stride0 + h * a.block_stride1;
-  const int32_t* slots = a.slots + b * a.slots_stride0 + h * a.slots_stride1;
-  int32_t* table = a.slot_table + b * a.slot_stride0 + h * a.slot_stride1;
-  int32_t* pages = a.slot_pages + b * a.pages_stride0 + h * a.pages_stride1;
-  int32_t* last_use = a.last_use + b * a.use_stride0 + h * a.use_stride1;
-  int32_t *src = a.src_ids + (b * a.H + h) * K, *dst = a.dst_ids + (b * a.H + h) * K;
+// One block of threads: all entries choose from the same slots. First, slots that are wanted are marked, and misses
+// counted; each warp has a part of the entries. Then as many victims are picked, and the misses share them in order.
+__global__ void __launch_bounds__(kSelectThreads) resolve_kernel(const __grid_constant__ ResolveArgs a) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int entries = static_cast<int>(a.B * a.H * a.K), S = static_cast<int>(a.S);
+  const int part = (entries + kSelectThreads - 1) / kSelectThreads * 32;
+  const int begin = warp * part, end = min(begin + part, entries), now = a.clock[0] + 1;
   SharedMemory shared;
-  int *parts = shared.take<int>(kResolveWarps), *age = shared.take<int>(S), *victims = shared.take<int>(S);
+  int2* const sums = shared.take<int2>(kSelectWarps);
+  int* const total = shared.take<int>(1);
 
-  int latest = 0;
-  for (int s = threadIdx.x; s < S; s += kResolveThreads) latest = max(latest, last_use[s]);
-  const int now = 1 + block_max(latest, parts);
-  const int wanted = K > 0 && list[K - 1] >= 0 ? K : [&] {
-    int low = 0;  // of the entries behind the last page, all of which are -1
-    for (int high = K; low < high;) {
-      const int middle = (low + high) / 2;
-      if (list[middle] >= 0) low = middle + 1;
-      else high = middle;
+  int own = 0;
+  for (int first = begin; first < end; first += 32) {
+    const int entry = first + lane;
+    bool miss = false;
+    if (entry < end) {
+      const Wanted w(a, entry);
+      miss = w.is_miss(a);
+      if (w.slot && !miss) a.last_use[*w.slot] = now;
     }
-    return low;
-  }();
-  for (int s = threadIdx.x; s < S; s += kResolveThreads) {
-    const bool hit = pages[s] >= 0 && is_listed(list, wanted, pages[s]);
-    age[s] = hit || slots[s] < 0 ? kInUse : pages[s] < 0 ? -1 : last_use[s];  // empty ones first
-    if (hit) last_use[s] = now;
+    own += __popc(__ballot_sync(~0u, miss));
   }
+  int before = sum_before(make_int2(own, 0), sums).x;
+  if (threadIdx.x == kSelectThreads - 1) *total = before + own;
   __syncthreads();
-  for (int s = threadIdx.x; s < S; s += kResolveThreads) {
-    if (age[s] == kInUse) continue;
-    int before = 0;
-    for (int other = 0; other < S; ++other) before += age[other] < age[s] || (age[other] == age[s] && other < s);
-    victims[before] = s;
-  }
+  const int count = min(*total, S);
+  const Choice<int32_t> c{a.last_use, 0, S, count, a.victims, count};
+  write_picks(c, find_cut(c, shared), shared);
   __syncthreads();
-  if (threadIdx.x >= 32) return;
-  for (int first = 0, taken = 0; first < K; first += 32) {
-    const int i = first + static_cast<int>(threadIdx.x);
-    const bool miss = i < wanted && table[list[i]] < 0;
-    const unsigned misses = __ballot_sync(0xffffffffu, miss);
+
+  for (int first = begin; first < end; first += 32) {
+    const int entry = first + lane;
+    bool miss = false;
+    int block = -1, victim = -1;
+    if (entry < end) miss = Wanted(a, entry).is_miss(a);
+    const unsigned misses = __ballot_sync(~0u, miss);
     if (miss) {
-      const int s = victims[taken + __popc(misses & ((1u << threadIdx.x) - 1))];
-      if (pages[s] >= 0) table[pages[s]] = -1;
-      pages[s] = list[i], last_use[s] = now, table[list[i]] = slots[s];
+      const Wanted w(a, entry);
+      const int n = before + __popc(misses & ((1u << lane) - 1));
+      block = w.block, victim = n < count ? a.victims[n] : -1;
     }
-    if (i < K) src[i] = miss ? blocks[list[i]] : -1, dst[i] = miss ? table[list[i]] : -1;
-    taken += __popc(misses);
+    before += __popc(misses);
+    if (entry < end) a.src_ids[entry] = block, a.dst_ids[entry] = victim;
   }
+  __syncthreads();  // until here tables and slots are those of before
+  for (int entry = threadIdx.x; entry < entries; entry += kSelectThreads) {
+    const int victim = a.dst_ids[entry];
+    if (a.src_ids[entry] < 0) continue;
+    *Wanted(a, entry).slot = victim;
+    if (victim >= 0) a.slot_blocks[victim] = a.src_ids[entry], a.last_use[victim] = now;
+  }
+  if (threadIdx.x == 0) a.clock[0] = now;
 }
 
 }  // namespace lserve::cuda

@@ -200,9 +200,10 @@ constexpr int kSelectThreads = 512;
 constexpr int kSelectWarps = kSelectThreads / 32;
 constexpr int kBins = 256;
 
-// What one block of threads picks from a row of floats.
+// What one block of threads picks from a row of values.
+template <typename V>
 struct Choice {
-  const float* values;
+  const V* values;
   int begin, end;  // the candidates
   int count;       // that are picked, if there are as many
   int32_t* ids;    // out [width]: those picked, ascending, then -1
@@ -219,14 +220,20 @@ struct Cut {
   __device__ bool is_level(uint32_t key) const { return (key & mask) == least; }
 };
 
-// Keys in the order of floats. NaN counts as -inf, and -0 as 0.
-__device__ __forceinline__ uint32_t pick_key(float x) { return ordered(x != x ? -INFINITY : x + 0.0f); }
+// The greatest keys are picked. Keys in the order of floats; NaN counts as -inf, and -0 as 0.
+__device__ __forceinline__ uint32_t pick_key(const float* x) {
+  const float value = __ldg(x);
+  return ordered(value != value ? -INFINITY : value + 0.0f);
+}
+// Of integers from 0 on, the least ones. The kernel itself may have written them.
+__device__ __forceinline__ uint32_t pick_key(const int32_t* x) { return ~static_cast<uint32_t>(*x); }
 
 // Counts the candidates level with the cut by the 8 bits above `shift`.
-__device__ __forceinline__ void count_bins(const Choice& c, const Cut& cut, int shift, int* bins) {  // [kBins], shared
+template <typename V>
+__device__ __forceinline__ void count_bins(const Choice<V>& c, const Cut& cut, int shift, int* bins) {  // [kBins], shared
 #pragma unroll 4
   for (int i = c.begin + static_cast<int>(threadIdx.x); i < c.end; i += kSelectThreads) {
-    const uint32_t key = pick_key(__ldg(c.values + i));
+    const uint32_t key = pick_key(c.values + i);
     if (cut.is_level(key)) atomicAdd(bins + (key >> shift & (kBins - 1)), 1);
   }
 }
@@ -251,7 +258,8 @@ __device__ __forceinline__ void settle(const int* bins, const Cut& cut, int shif
 }
 
 // All threads get the cut that leaves `count` picks.
-__device__ __forceinline__ Cut find_cut(const Choice& c, SharedMemory& shared) {
+template <typename V>
+__device__ __forceinline__ Cut find_cut(const Choice<V>& c, SharedMemory& shared) {
   int* const bins = shared.take<int>(4 * kBins);  // of every pass
   Cut* const settled = shared.take<Cut>(1);
   for (int i = threadIdx.x; i < 4 * kBins; i += kSelectThreads) bins[i] = 0;
@@ -284,7 +292,8 @@ __device__ __forceinline__ int2 sum_before(int2 own, int2* sums) {  // [kSelectW
 
 // Writes the picks in ascending order. Each warp takes a part of the candidates, and goes through it twice: what the
 // parts before it hold above the cut and level with it says where its own picks go, and which of its ties are picked.
-__device__ __forceinline__ void write_picks(const Choice& c, const Cut& cut, SharedMemory& shared) {
+template <typename V>
+__device__ __forceinline__ void write_picks(const Choice<V>& c, const Cut& cut, SharedMemory& shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int part = (c.end - c.begin + kSelectThreads - 1) / kSelectThreads * 32;
   const int begin = c.begin + warp * part, end = min(begin + part, c.end);
@@ -292,7 +301,7 @@ __device__ __forceinline__ void write_picks(const Choice& c, const Cut& cut, Sha
 #pragma unroll 4
     for (int first = begin; first < end; first += 32) {
       const int i = first + lane;
-      const uint32_t key = i < end ? pick_key(__ldg(c.values + i)) : 0;
+      const uint32_t key = i < end ? pick_key(c.values + i) : 0;
       visit(i, __ballot_sync(~0u, i < end && cut.is_above(key)), __ballot_sync(~0u, i < end && cut.is_level(key)));
     }
   };
@@ -312,7 +321,7 @@ __device__ __forceinline__ void write_picks(const Choice& c, const Cut& cut, Sha
 }
 
 // Pages between the sink and the window that is local for the newest token; unsealed pages are local too.
-__device__ __forceinline__ Choice choice(const SelectPagesArgs& a, int64_t b, int64_t h) {
+__device__ __forceinline__ Choice<float> choice(const SelectPagesArgs& a, int64_t b, int64_t h) {
   const int page = (a.seq_lens[b] - 1) / static_cast<int>(a.P), K = static_cast<int>(a.K);  // page: the query's
   const int end = max(min(page - static_cast<int>(a.local) + 1, a.sealed[b]), 0);
   return {a.scores + b * a.score_stride0 + h * a.score_stride1,
@@ -324,7 +333,7 @@ __device__ __forceinline__ Choice choice(const SelectPagesArgs& a, int64_t b, in
 }
 
 // As many tokens are local as are picked; unsealed tokens are local too.
-__device__ __forceinline__ Choice choice(const SelectTokensArgs& a, int64_t b, int64_t h) {
+__device__ __forceinline__ Choice<float> choice(const SelectTokensArgs& a, int64_t b, int64_t h) {
   const int tokens = a.seq_lens[b], residual = tokens - a.sealed[b] * static_cast<int>(a.P), K = static_cast<int>(a.K);
   const int picks = max(min(a.counts[b], K), 0), end = max(tokens - max(picks, residual), 0);
   return {a.mass + b * a.mass_stride0 + h * a.mass_stride1, 0, end, picks, a.tokens + (b * a.H + h) * K, K};
@@ -334,7 +343,7 @@ __device__ __forceinline__ Choice choice(const SelectTokensArgs& a, int64_t b, i
 template <typename Args>
 __global__ void __launch_bounds__(kSelectThreads) select_kernel(const __grid_constant__ Args a) {
   const int64_t h = blockIdx.x, b = blockIdx.y;
-  const Choice c = choice(a, b, h);
+  const Choice<float> c = choice(a, b, h);
   if (h == 0 && threadIdx.x == 0) a.local_start[b] = c.end;
   if (c.width == 0) return;
   SharedMemory shared;

@@ -61,6 +61,10 @@ class Run:
     """`SparseCache.attended` at the end."""
     length: int
     """Tokens in the cache at the end."""
+    wanted: int
+    """Pages that attention wanted on the device, where not all lie there."""
+    fetched: int
+    """Of these, pages that were not there and were copied."""
 
 
 class Generation:
@@ -93,6 +97,7 @@ class Generation:
             followed = self.first.tokens[:-1]
             logits = torch.cat([last[None], follow(self.model, followed, fork)]) if followed else last[None]
             agreement = metrics.compare(self.first.logits, logits)
+        wanted, fetched = cache.fetched()
         run = Run(
             answer=self.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
             tokens=tokens,
@@ -103,6 +108,8 @@ class Generation:
             decode=(len(tokens) - 1) / seconds,
             attended=cache.attended(),
             length=cache.get_seq_length(),
+            wanted=wanted,
+            fetched=fetched,
         )
         self.first = self.first or run
         return run

@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from .. import heads
-from ..blocks import Memory
+from ..blocks import Memory, Pool
 from ..cache import LayerCache
 from ..config import SparseConfig
 from ..files import write_beside
@@ -101,8 +101,9 @@ class SparseCache(Cache):
             )
         kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         patterns = heads.resolve(self.config.streaming_heads, len(layers), kv_heads, ours)
+        pools: dict[Any, Pool] | None = None if self.config.device_bytes is None else {}
         for i in ours:
-            arguments = (self.config, text, patterns[i], i)
+            arguments = (self.config, text, patterns[i], i, pools)
             if isinstance(layers[i], LinearAttentionLayer):
                 layers[i] = SparseHybridLayer(*arguments, number_of_states=layers[i].number_of_states)
             else:
@@ -367,9 +368,21 @@ class SparseCache(Cache):
     def memory(self) -> dict[str, Memory]:
         """Bytes of KV a tier: used, reserved, peak. Layers of transformers' own count with what they hold now."""
         with self._at_rest():  # what the last forward could have been taken back to is no longer held
-            total = sum((layer.kv.memory() for layer in self.ours if layer.kv is not None), Memory())
+            held = [layer.kv for layer in self.ours if layer.kv is not None]
             size = sum(tensor.nbytes for layer in self.layers for tensor in _tensors(layer).values())
-            return {"device": total + Memory(size, size, size)}
+            size += sum(kv.residual_bytes for kv in held)
+            tiers = {"device": Memory(size, size, size)}
+            for pool in {id(kv.pool): kv.pool for kv in held}.values():  # which layers may share
+                for tier, memory in pool.tiers().items():
+                    tiers[tier] = tiers.get(tier, Memory()) + memory
+            return tiers
+
+    def fetched(self) -> tuple[int, int]:
+        """Pages that attention has wanted on the device and those of them that were copied there, forks included; 0 and
+        0 where all lie there."""
+        pools = {id(layer.kv.pool): layer.kv.pool for layer in self.ours if layer.kv is not None}
+        slots = [pool.slots for pool in pools.values() if pool.slots is not None]
+        return sum(int(s.wanted) for s in slots), sum(int(s.fetched) for s in slots)
 
     def attended(self) -> tuple[int, int]:
         """Tokens that a decode step attends and those that a dense one would, over the layers with full attention, kv

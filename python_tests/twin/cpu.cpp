@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "kernels.h"
 
@@ -12,7 +13,6 @@ void page_stats(const PageStatsArgs& a) { cuda::page_stats(a, nullptr); }
 void quantize_kv(const QuantizeArgs& a) { cuda::quantize_kv(a, nullptr); }
 void dequantize_kv(const DequantizeArgs& a) { cuda::dequantize_kv(a, nullptr); }
 void append_kv(const AppendArgs& a) { cuda::append_kv(a, nullptr); }
-void resolve_pages(const ResolveArgs& a) { cuda::resolve_pages(a, nullptr); }
 void gather_pages(const GatherArgs& a) { cuda::gather_pages(a, nullptr); }
 void page_scores(const PageScoresArgs& a) { cuda::page_scores(a, nullptr); }
 void select_pages(const SelectPagesArgs& a) { cuda::select_pages(a, nullptr); }
@@ -20,6 +20,13 @@ void select_tokens(const SelectTokensArgs& a) { cuda::select_tokens(a, nullptr);
 void attention_mass(const MassArgs& a) { cuda::attention_mass(a, nullptr); }
 void prefill(const PrefillArgs& a) { cuda::prefill(a, nullptr); }
 void merge_states(const MergeArgs& a) { cuda::merge_states(a, nullptr); }
+
+void resolve_pages(const ResolveArgs& a) {
+  std::vector<int32_t> victims(a.B * a.H * a.K, -1);
+  ResolveArgs args = a;
+  args.victims = victims.data();
+  cuda::resolve_pages(args, nullptr);
+}
 
 void decode(const DecodeArgs& a) {
   const int64_t bytes = cuda::decode_workspace(a) * sizeof(float);

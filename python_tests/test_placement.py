@@ -1,0 +1,230 @@
+"""Where blocks lie changes nothing but the time: with a limit on the device, results are the same to the bit."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import _tiny
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cache import CONFIGS, SMALL, D, G, H, P, attend, feed, tokens
+from test_cache import streams as streams_of
+
+from lserve_ext import LayerCache, SparseConfig, ops
+from lserve_ext.hf import SparseCache
+from lserve_ext.placement import Resident, Slots, TieredPool
+
+NAMES = ["dense", "dense-int8", "streaming", "pages", "half", "h2o", "alisa"]
+
+
+def make(name: str, batch: int, slots: int | None, pool: Any = None) -> LayerCache:
+    """A layer with room for so many pages on the device; None: for all."""
+    config, like = CONFIGS[name], torch.empty(batch, H, 1, D)
+    if slots is not None:
+        config = config.replace(device_bytes=slots * slot_bytes(name))
+    return LayerCache(config, streams_of(name), False, like, pool)
+
+
+def slot_bytes(name: str) -> int:
+    pool = TieredPool(CONFIGS[name].replace(device_bytes=2**20), torch.empty(1, H, 1, D), 0)
+    return pool.slots.slot_bytes
+
+
+@settings(max_examples=1000, deadline=None)
+@given(data=st.data())
+def test_placement_changes_nothing(data: st.DataObject) -> None:
+    """Any preset, batch, prompt and number of slots that a head fits in: prefill in chunks, then decode."""
+    name, batch = data.draw(st.sampled_from(NAMES)), data.draw(st.integers(1, 3))
+    prompt, steps = data.draw(st.integers(1, 12 * P)), data.draw(st.integers(1, 3 * P))
+    pages = (prompt + steps) // P + 1
+    slots = data.draw(st.integers(pages, batch * H * pages))
+    cuts = sorted(data.draw(st.sets(st.integers(1, prompt), max_size=3)) | {prompt})
+    qkv = tokens(prompt + steps, batch, data.draw(st.integers(0, 3)))
+    cuts += range(prompt + 1, prompt + steps + 1)
+    limited = make(name, batch, slots)
+    assert torch.equal(feed(make(name, batch, None), qkv, cuts), feed(limited, qkv, cuts))
+    memory = limited.pool.tiers()
+    assert memory["device"].used <= memory["device"].reserved and memory["host"].used == used_on_host(limited)
+
+
+def used_on_host(cache: LayerCache) -> int:
+    return int((cache.kv.block_table >= 0).sum()) * slot_bytes_of(cache)
+
+
+def slot_bytes_of(cache: LayerCache) -> int:
+    slots: Slots = cache.pool.slots
+    return slots.slot_bytes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batch_operations_and_forks(name: str) -> None:
+    """Beams, crops, forks, copies and several turns, a cache with slots beside one without."""
+    caches = [make(name, 2, None), make(name, 2, 17)]
+    qkv = tokens(200, 2)
+
+    def both(from_: int, to: int, rows: int = 2) -> None:
+        parts = [x[:rows, :, from_:to] for x in qkv]
+        found = [attend(cache, *parts) for cache in caches]
+        assert torch.equal(*found)
+
+    both(0, 60)
+    for i in range(60, 75):
+        both(i, i + 1)
+    forks = [cache.fork() for cache in caches]
+    for i, rows in enumerate(([1, 0], [0, 0], [1, 1], [0, 1])):
+        for cache in caches:
+            cache.take_rows(torch.tensor(rows))
+        both(75 + i, 76 + i)
+    for cache in caches:
+        cache.crop(3)
+    both(76, 96)
+    originals, caches[:] = list(caches), forks  # which go on from where they were
+    for i in range(75, 90):
+        both(i, i + 1)
+    caches[:] = [copy.deepcopy(cache) for cache in originals]
+    both(96, 97)
+    caches[:] = originals
+    both(96, 97)
+    for cache in caches:
+        cache.take_rows(torch.tensor([1]))
+    for i in range(97, 130):
+        both(i, i + 1, rows=1)
+
+
+def test_a_list_that_is_reused_moves_nothing() -> None:
+    config = SparseConfig.lserve(streaming_heads=None, budget_tokens=6 * P, **SMALL)
+    limit = 2 * H * 6 * slot_bytes("pages")  # twice the budget
+    cache = LayerCache(config.replace(device_bytes=limit), [False] * H, False, torch.empty(1, H, 1, D))
+    qkv = tokens(400)
+    feed(cache, tuple(x[:, :, :320] for x in qkv), [320])  # type: ignore[arg-type]
+    slots: Slots = cache.pool.slots
+    moved = []
+    for i in range(320, 400):
+        before, age = int(slots.fetched), cache.age
+        attend(cache, *(x[:, :, i : i + 1] for x in qkv))
+        sealed = (i + 1) % P == 0
+        if 0 < age < config.reuse_interval and not sealed:
+            assert int(slots.fetched) == before
+        moved.append(int(slots.fetched) - before)
+    assert max(moved) > 0 and sum(moved) < 0.5 * int(slots.wanted)
+
+
+def test_no_room_for_a_head() -> None:
+    cache, qkv = make("dense", 1, 5), tokens(200)
+    feed(cache, tuple(x[:, :, :48] for x in qkv), [48])  # type: ignore[arg-type]
+    attend(cache, *(x[:, :, 48:88] for x in qkv))  # five sealed pages before it
+    want, have = (f"{n * slot_bytes('dense'):,}" for n in (10, 5))
+    with pytest.raises(ValueError, match=f"device_bytes: expected at least {want}, for the 10 pages .*, got {have}"):
+        attend(cache, *(x[:, :, 88:89] for x in qkv))
+    assert cache.lengths == [88]
+
+
+def test_bad_limits() -> None:
+    with pytest.raises(ValueError, match=r"SparseConfig.device_bytes: expected an int of at least 1, got 0"):
+        SparseConfig.dense(device_bytes=0)
+    with pytest.raises(TypeError, match=r"SparseConfig.device_bytes: expected an int of at least 1, got 1.5"):
+        SparseConfig.dense(device_bytes=1.5)
+    with pytest.raises(ValueError, match=r"SparseConfig.device_bytes: expected None beside max_tokens"):
+        SparseConfig.dense(device_bytes=100, max_tokens=100)
+    with pytest.raises(ValueError, match=r"device_bytes: expected at least the 1,024 bytes of one page, got 1,000"):
+        LayerCache(SparseConfig.dense(device_bytes=1000, **SMALL), [False] * H, False, torch.empty(1, H, 1, D))
+
+
+def test_an_interrupt_between_resolving_and_copying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots that say more than they hold are not believed."""
+    for name in ("pages", "dense", "alisa"):
+        caches = [make(name, 1, None), make(name, 1, 24)]
+        qkv = tokens(200)
+        prompt = tuple(x[:, :, :150] for x in qkv)
+        assert torch.equal(*(feed(cache, prompt, [150]) for cache in caches))  # type: ignore[arg-type]
+
+        def interrupt(*args: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "gather_pages", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                attend(caches[1], *(x[:, :, 150:151] for x in qkv))
+        for i in range(150, 160):
+            assert torch.equal(*(attend(cache, *(x[:, :, i : i + 1] for x in qkv)) for cache in caches))
+
+
+def model_cache(model: Any, name: str, share: float | None) -> SparseCache:
+    pattern = {"streaming_heads": 1.0} if name == "streaming" else {}
+    if name == "half":
+        pattern = {"streaming_heads": None}
+    config = CONFIGS[name].replace(**pattern)
+    if share is not None:
+        whole = 2 * 2 * (160 // P) * slot_bytes(name)  # 2 layers, 2 heads
+        config = config.replace(device_bytes=int(share * whole))
+    return SparseCache(model.config, config)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model(name: str, share: float, tmp_path: Any) -> None:
+    """Logits of a model with a limit, in several turns, with crops, beams, a fork, a copy and a file between them."""
+    model = _tiny.llama(attn_implementation="lserve")
+    ids = torch.randint(0, 258, (2, 160), generator=torch.Generator().manual_seed(0))
+    caches = [model_cache(model, name, None), model_cache(model, name, share)]
+
+    def both(from_: int, to: int) -> None:
+        with torch.no_grad():
+            found = [model(ids[:, from_:to], use_cache=True, **_tiny.cached(cache)).logits for cache in caches]
+        assert torch.equal(*found)
+
+    both(0, 70)
+    for i in range(70, 90):
+        both(i, i + 1)
+    for cache in caches:
+        cache.crop(-5)
+        cache.reorder_cache(torch.tensor([1, 1]))
+    both(85, 100)
+    forks = [cache.fork() for cache in caches]
+    for i in range(100, 110):
+        both(i, i + 1)
+    originals, caches = caches, forks
+    both(100, 101)
+    caches = [copy.deepcopy(cache) for cache in originals]
+    both(110, 111)
+    memory = caches[1].memory()
+    assert set(memory) == {"device", "host"} and memory["host"].used > 0
+    limit = caches[1].config.device_bytes
+    residual = sum(layer.kv.residual_bytes for layer in caches[1].ours if layer.kv is not None)
+    stats = memory["host"].reserved  # no more than the codes are
+    assert limit is not None and memory["device"].reserved <= limit + residual + stats
+    for i, cache in enumerate(originals):
+        cache.save(tmp_path / f"{i}.safetensors")
+    caches = [SparseCache.load(tmp_path / f"{i}.safetensors", model.config) for i in range(2)]
+    both(110, 111)
+    caches = originals
+    both(110, 125)
+
+
+@pytest.mark.parametrize("name", ["pages", "alisa", "dense"])
+def test_beams(name: str) -> None:
+    model = _tiny.llama(attn_implementation="lserve")
+    ids = torch.randint(3, 258, (1, 90), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 30, "num_beams": 3, "do_sample": False}
+    caches = (model_cache(model, name, share) for share in (None, 0.7))
+    assert torch.equal(*(model.generate(ids, **_tiny.cached(cache), **options) for cache in caches))
+
+
+def test_resident_alone() -> None:
+    """The three functions over pages that come in rounds, against the ops over all of them."""
+    cache = make("dense", 2, None)
+    qkv = tokens(120, 2)
+    feed(cache, qkv, [120])
+    config = CONFIGS["dense"].replace(device_bytes=15 * slot_bytes("dense"))
+    slots = Slots(cache.pool, config.device_bytes or 0)
+    kv, n = cache.kv, torch.tensor([120, 120], dtype=torch.int32)
+    resident = Resident(slots, torch.full_like(kv.block_table, -1))
+    mask = ops.Mask(torch.tensor([ops.DENSE, 3], dtype=torch.int32), sink=1)
+    q = qkv[0][:, :, -4:].transpose(1, 2).contiguous()
+    found, want = (a.decode(q[:, -1], mask, kv, n) for a in (resident, ops))
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    lse = torch.randn(2, 4, H * G)
+    assert torch.equal(*(a.attention_mass(q, lse, mask, kv, n) for a in (resident, ops)))
