@@ -33,6 +33,15 @@ class Attention(Protocol):
     ) -> Tensor: ...
 
 
+MOVED = ("k", "v", "scales")
+"""Tensors of a pool that lie in slots. Statistics stay on the device anyway."""
+
+
+def slot_bytes(pool: Pool) -> int:
+    """Of one page of one kv head."""
+    return sum(x.element_size() * x.shape[1:].numel() for name, x in pool.tensors.items() if name in MOVED)
+
+
 class Slots:
     """Room on the device for some of the blocks of a pool, which is their home. They are copies: eviction forgets.
 
@@ -44,13 +53,10 @@ class Slots:
         ValueError: there is no room for a single block.
     """
 
-    MOVED = ("k", "v", "scales")
-    """What lies in slots. Statistics stay on the device anyway."""
-
     def __init__(self, pool: Pool, size: int) -> None:
         self._pool = pool
-        moved = {name: pool.tensors[name] for name in self.MOVED if name in pool.tensors}
-        self.slot_bytes = sum(x.element_size() * x.shape[1:].numel() for x in moved.values())
+        moved = {name: x for name, x in pool.tensors.items() if name in MOVED}
+        self.slot_bytes = slot_bytes(pool)
         count = size // self.slot_bytes
         if count < 1:
             raise ValueError(f"device_bytes: expected at least the {self.slot_bytes:,} bytes of one page, got {size:,}")
@@ -124,8 +130,9 @@ class TieredPool(Pool):
 
 
 def make_pool(config: SparseConfig, like: Tensor, capacity: int) -> Pool:
-    """The pool that a config asks for."""
-    return (Pool if config.device_bytes is None else TieredPool)(config, like, capacity)
+    """The pool that a config asks for. Steps change its tensors, in inference mode or not."""
+    with torch.inference_mode(False):
+        return (Pool if config.device_bytes is None else TieredPool)(config, like, capacity)
 
 
 class Resident:

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -395,34 +390,6 @@ def test_prefill_over_many_tiles(shape: Shape, device: str) -> None:
     mask = Mask(case.windows(DENSE, max(1, 300 // p), DENSE), sink=SINK)
     args = (k, v, cu, cu, mask, case.kv, case.lengths)
     assert_attention(ops.prefill(q, *args), reference.prefill, q, *args)
-
-
-WITHOUT_AMX = """
-import sys, torch
-from lserve_ext import ops
-q, k, v, cu = torch.load(sys.argv[1])
-mask = ops.Mask(torch.tensor([ops.DENSE, 3], dtype=torch.int32), sink=1)
-out, lse = ops.prefill(q, k, v, cu, cu, mask)
-wide, wide_lse = ops.prefill(q.float(), k.float(), v.float(), cu, cu, mask)
-assert torch.equal(lse, wide_lse) and torch.equal(out, wide.to(out.dtype))
-torch.save((out, lse), sys.argv[1])
-"""
-
-
-def test_bfloat16_with_and_without_matrix_units(tmp_path: Path) -> None:
-    """Without them it is float32's arithmetic, to the bit; with them weights are rounded."""
-    shape = replace(SHAPES[3], head_dim=80)
-    q, cu = ragged(shape, [600, 3], 2 * shape.group, "cpu", seed=10)
-    k, _ = ragged(shape, [600, 3], 2, "cpu", seed=20)
-    v, _ = ragged(shape, [600, 3], 2, "cpu", seed=40)
-    torch.save((q, k, v, cu), tmp_path / "case.pt")
-    command = [sys.executable, "-c", WITHOUT_AMX, str(tmp_path / "case.pt")]
-    done = subprocess.run(command, env=os.environ | {"LSERVE_AMX": "0"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    out, lse = torch.load(tmp_path / "case.pt")
-    found, found_lse = ops.prefill(q, k, v, cu, cu, Mask(ints([DENSE, 3], "cpu"), sink=1))
-    torch.testing.assert_close(found_lse, lse, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found, out, rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 37])

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from test_cache import CONFIGS, SMALL, D, G, H, P, attend, feed, tokens
 from test_cache import streams as streams_of
 
-from lserve_ext import LayerCache, SparseConfig, ops
+from lserve_ext import LayerCache, SparseConfig, ops, placement
+from lserve_ext.blocks import Pool
 from lserve_ext.hf import SparseCache
-from lserve_ext.placement import Resident, Slots, TieredPool
+from lserve_ext.placement import Resident, Slots
 
 NAMES = ["dense", "dense-int8", "streaming", "pages", "half", "h2o", "alisa"]
 
@@ -29,8 +30,7 @@ def make(name: str, batch: int, slots: int | None, pool: Any = None) -> LayerCac
 
 
 def slot_bytes(name: str) -> int:
-    pool = TieredPool(CONFIGS[name].replace(device_bytes=2**20), torch.empty(1, H, 1, D), 0)
-    return pool.slots.slot_bytes
+    return placement.slot_bytes(Pool(CONFIGS[name], torch.empty(1, H, 1, D), 0))
 
 
 @settings(max_examples=1000, deadline=None)
@@ -47,16 +47,8 @@ def test_placement_changes_nothing(data: st.DataObject) -> None:
     limited = make(name, batch, slots)
     assert torch.equal(feed(make(name, batch, None), qkv, cuts), feed(limited, qkv, cuts))
     memory = limited.pool.tiers()
-    assert memory["device"].used <= memory["device"].reserved and memory["host"].used == used_on_host(limited)
-
-
-def used_on_host(cache: LayerCache) -> int:
-    return int((cache.kv.block_table >= 0).sum()) * slot_bytes_of(cache)
-
-
-def slot_bytes_of(cache: LayerCache) -> int:
-    slots: Slots = cache.pool.slots
-    return slots.slot_bytes
+    blocks = int((limited.kv.block_table >= 0).sum())
+    assert memory["device"].used <= memory["device"].reserved and memory["host"].used == blocks * slot_bytes(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -202,6 +194,21 @@ def test_a_model(name: str, share: float, tmp_path: Any) -> None:
     both(110, 111)
     caches = originals
     both(110, 125)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_and_out_of_inference_mode(name: str) -> None:
+    model = _tiny.llama(attn_implementation="lserve")
+    ids = torch.randint(0, 258, (1, 100), generator=torch.Generator().manual_seed(0))
+    found = []
+    for share in (None, 0.5):
+        cache, logits = model_cache(model, name, share), []
+        for i in range(60, 100):
+            with torch.inference_mode(i % 20 < 10), torch.no_grad():
+                part = ids[:, :60] if i == 60 else ids[:, i : i + 1]
+                logits.append(model(part, use_cache=True, **_tiny.cached(cache)).logits[:, -1].clone())
+        found.append(torch.stack(logits))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("name", ["pages", "alisa", "dense"])

@@ -16,6 +16,7 @@ import fsspec
 import numpy as np
 import pytest
 
+import lserve_ext
 from lserve_ext import tiers
 from lserve_ext.tiers import (
     ALIGNMENT,
@@ -348,7 +349,9 @@ while True:
 
 
 def test_a_killed_process_leaves_nothing_but_what_is_kept(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE) as process:
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(Path(lserve_ext.__file__).parents[1])}
+    with subprocess.Popen(command, cwd=tmp_path.parent, env=env, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(signal.SIGKILL)
