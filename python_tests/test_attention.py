@@ -379,19 +379,6 @@ def test_prefill_with_lists_after_a_cache(shape: Shape, device: str) -> None:
     assert_attention(ops.prefill(q, *args), reference.prefill, q, *args)
 
 
-@pytest.mark.parametrize("shape", [SHAPES[i] for i in (6, 9, 13)], ids=str)
-def test_prefill_over_many_tiles(shape: Shape, device: str) -> None:
-    """More queries and more keys than a tile of the CPU's kernel takes, in sequences of every tile size."""
-    p = shape.page_size
-    case = build(shape, [300, 30], device=device)
-    q, cu = ragged(shape, [1100, 257], 3 * shape.group, device, seed=10)
-    k, _ = ragged(shape, [1100, 257], 3, device, seed=20)
-    v, _ = ragged(shape, [1100, 257], 3, device, seed=40)
-    mask = Mask(case.windows(DENSE, max(1, 300 // p), DENSE), sink=SINK)
-    args = (k, v, cu, cu, mask, case.kv, case.lengths)
-    assert_attention(ops.prefill(q, *args), reference.prefill, q, *args)
-
-
 @pytest.mark.parametrize("chunk", [1, 16, 37])
 def test_chunks_of_a_prompt_attend_what_the_prompt_attends(chunk: int, device: str) -> None:
     shape = Shape(64, 16, 8, 2, F32, "auto")

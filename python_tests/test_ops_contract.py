@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +14,6 @@ import torch
 from _cases import BF16, F32, SHAPES, SMALL, Case, Shape, build, halves, ints, normal, pack, same_bits
 from torch import Tensor
 
-import lserve_ext
 from lserve_ext import ops, reference
 from lserve_ext.ops import DENSE, Mask, PagedKV
 
@@ -666,30 +661,3 @@ def test_two_python_threads_at_once() -> None:
         for _ in range(3):
             for got, expected in zip(pool.map(everything, cases), want, strict=True):
                 assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
-
-
-WITHOUT_AMX = """
-import sys, torch
-from lserve_ext import ops
-q, k, v, cu = torch.load(sys.argv[1])
-mask = ops.Mask(torch.tensor([ops.DENSE, 3], dtype=torch.int32), sink=1)
-out, lse = ops.prefill(q, k, v, cu, cu, mask)
-wide, wide_lse = ops.prefill(q.float(), k.float(), v.float(), cu, cu, mask)
-assert torch.equal(lse, wide_lse) and torch.equal(out, wide.to(out.dtype))
-torch.save((out, lse), sys.argv[1])
-"""
-
-
-def test_bfloat16_with_and_without_matrix_units(tmp_path: Path) -> None:
-    """Without them it is float32's arithmetic, to the bit; with them weights are rounded."""
-    q, k, v = (normal(seed, 603, heads, 80, dtype=BF16) for seed, heads in ((1, 6), (2, 2), (3, 2)))
-    cu = ints([0, 600, 603])
-    torch.save((q, k, v, cu), tmp_path / "case.pt")
-    command = [sys.executable, "-c", WITHOUT_AMX, str(tmp_path / "case.pt")]
-    env = os.environ | {"LSERVE_AMX": "0", "PYTHONPATH": str(Path(lserve_ext.__file__).parents[1])}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    out, lse = torch.load(tmp_path / "case.pt")
-    found, found_lse = ops.prefill(q, k, v, cu, cu, Mask(ints([DENSE, 3]), sink=1))
-    torch.testing.assert_close(found_lse, lse, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found, out, rtol=2e-2, atol=1e-2)
