@@ -28,6 +28,7 @@ test: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/generate.py
+	$(BIN)/python bench/placement.py
 
 # WHEEL=1: with the wheel that is installed already, where a machine cannot build one.
 PYTEST := $(if $(WHEEL),pytest,$(BIN)/pytest)

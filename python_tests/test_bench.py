@@ -41,3 +41,17 @@ def test_generate(tmp_path: Path) -> None:
     assert all(r["limit_ms"] > 0 and r["step_ms"] > 0 and r["prefill_s"] > 0 for r in results)
     ours = results[1]
     assert 0.3 < sum(ours[f"{part}_ms"] for part in ("model", "cache", "ops")) / ours["step_ms"] < 3
+
+
+@pytest.mark.slow
+def test_placement(tmp_path: Path) -> None:
+    out = tmp_path / "placement.json"
+    script = KERNELS.with_name("placement.py")
+    command = [sys.executable, str(script), "--tokens", "1500", "--steps", "8", "--reuse", "4", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())["results"]
+    assert [r["slots"] for r in results] == [None, 1.0, 1.5, 2.0, 4.0]
+    missed = [r["missed_of_listed"] for r in results]
+    assert missed[0] == 0 and 0 < missed[4] <= missed[2] <= missed[1]
+    assert all(r["step_ms"] > 0 for r in results)
