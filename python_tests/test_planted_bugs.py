@@ -119,8 +119,8 @@ BUGS = [
     Bug(
         "NaN is the best score",
         "select",
-        "ordered(x != x ? -INFINITY : x + 0.0f)",
-        "ordered(x + 0.0f)",
+        "ordered(value != value ? -INFINITY : value + 0.0f)",
+        "ordered(value + 0.0f)",
         "python_tests/test_select.py -k sort",
     ),
     Bug(
