@@ -27,7 +27,17 @@ pytest.importorskip("transformers")
 PACKAGE = Path(lserve_ext.__file__).parent
 FILES = {
     str(PACKAGE / f"{name}.py")
-    for name in ("blocks", "cache", "scorers", "sequences", "step", "hf/cache", "hf/interface", "hf/layers")
+    for name in (
+        "blocks",
+        "cache",
+        "scorers",
+        "sequences",
+        "step",
+        "placement",
+        "hf/cache",
+        "hf/interface",
+        "hf/layers",
+    )
 }
 LAYERS, KV_HEADS, VOCABULARY = 3, 2, 258
 PRESETS = {
@@ -36,6 +46,10 @@ PRESETS = {
     "half": CONFIGS["half"].replace(streaming_heads=HeadPattern([[0.0, 1.0], [1.0, 0.0], [0.2, 0.8]])),
     "duo": SparseConfig.duo(streaming_heads=HeadPattern([[0.0, 1.0], [1.0, 0.0], [0.2, 0.8]]), **SMALL),
     "quest": SparseConfig.quest(budget_tokens=48, dense_layers=1),
+}
+# The device holds little more than one head of one sequence.
+PRESETS |= {
+    f"{name}, slots": PRESETS[name].replace(device_bytes=64 << 10) for name in ("dense", "pages", "half", "h2o")
 }
 
 
@@ -86,14 +100,12 @@ def same(a: list[Any], b: list[Any]) -> bool:
 def audit_all(*caches: SparseCache) -> None:
     for cache in caches:
         cache._settle()
-    for index in range(LAYERS):
-        layers = [cache.layers[index].kv for cache in caches]
-        pools: dict[int, list[LayerCache]] = {}
-        for layer in layers:
-            if layer is not None:
-                pools.setdefault(id(layer._pool), []).append(layer)
-        for group in pools.values():
-            audit(*group)
+    pools: dict[int, list[LayerCache]] = {}
+    for layer in (layer.kv for cache in caches for layer in cache.ours):
+        if layer is not None:
+            pools.setdefault(id(layer.pool), []).append(layer)
+    for group in pools.values():
+        audit(*group)
 
 
 # ---- an interrupt at every line
@@ -141,7 +153,7 @@ ACTIONS: dict[str, Callable[[Any, SparseCache], object]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dense-int8", "half", "pages", "h2o"])
+@pytest.mark.parametrize("name", ["dense-int8", "half", "pages", "h2o", "half, slots", "h2o, slots"])
 @pytest.mark.parametrize("action", ACTIONS)
 def test_an_interrupt_at_any_line_leaves_the_cache_as_before_or_as_after(
     model: Any, name: str, action: str, monkeypatch: pytest.MonkeyPatch

@@ -265,7 +265,7 @@ def test_a_recital_marks_the_tokens_that_predict_keys() -> None:
 
 @pytest.mark.slow
 def test_demo_finds_the_pass_key_in_a_smaller_cache(capsys: pytest.CaptureFixture[str]) -> None:
-    """The main job, on a real model: dense, lserve and alisa; and lserve where the device takes a tenth of its pages."""
+    """The main job, on a real model: dense, lserve and alisa; and lserve with a tenth of its pages on the device."""
     assert cli.main(["demo"]) == 0
     out = capsys.readouterr().out
     assert cells(out, "pass key found") == ["yes"] * 4
