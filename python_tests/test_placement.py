@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import _tiny
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cache import CONFIGS, SMALL, D, G, H, P, attend, feed, tokens
+from test_cache import CONFIGS, SMALL, D, G, H, P, attend, audit, feed, tokens
 from test_cache import streams as streams_of
 
 from lserve_ext import LayerCache, SparseConfig, ops, placement
@@ -247,3 +248,29 @@ def test_resident_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
     lse = torch.randn(2, 4, H * G)
     assert torch.equal(*(a.attention_mass(q, lse, mask, kv, n) for a in (resident, ops)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense-int8", "pages", "h2o"])
+def test_a_soak(name: str) -> None:
+    """Ten thousand steps with crops, forks and batch operations: memory stays what it was, and no block is lost."""
+    cache, rng = make(name, 2, 60), torch.Generator().manual_seed(0)
+    qkv, held = tokens(1000, 2), []
+    feed(cache, tuple(x[:, :, :100] for x in qkv), [100])  # type: ignore[arg-type]
+    most = 3 * 2 * H * (200 // P + 1)  # blocks of the cache and two forks
+    for step in range(10_000):
+        i = int(torch.randint(0, 1000, (1,), generator=rng))
+        attend(cache, *(x[:, :, i : i + 1] for x in qkv))
+        if step % 97 == 96:
+            cache.crop(97)
+        if step % 101 == 0:
+            held = [*held[-1:], cache.fork()]
+        if step % 211 == 0:
+            cache.take_rows(torch.randint(0, 2, (2,), generator=rng))
+        if step % 1000 == 999:
+            gc.collect()
+            audit(cache, *held)
+            assert cache.pool.allocator.capacity <= 1.5 * most
+            memory = cache.pool.tiers()["device"]
+            assert memory.used <= memory.reserved
+    assert cache.lengths == [100 + 10_000 - 10_000 // 97 * 97] * 2
