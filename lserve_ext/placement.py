@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -48,12 +49,13 @@ class Slots:
     Args:
         pool: of one layer or of several.
         size: the most bytes that they take.
+        layers: how many share them.
 
     Raises:
         ValueError: there is no room for a single block.
     """
 
-    def __init__(self, pool: Pool, size: int) -> None:
+    def __init__(self, pool: Pool, size: int, layers: int = 1) -> None:
         self._pool = pool
         moved = {name: x for name, x in pool.tensors.items() if name in MOVED}
         self.slot_bytes = slot_bytes(pool)
@@ -61,6 +63,7 @@ class Slots:
         if count < 1:
             raise ValueError(f"device_bytes: expected at least the {self.slot_bytes:,} bytes of one page, got {size:,}")
         self.tensors = {name: x.new_empty((count, *x.shape[1:])) for name, x in moved.items()}
+        self._layers = layers
         device = moved["k"].device
         self._blocks = torch.full((count,), -1, dtype=torch.int32, device=device)
         self._last_use = torch.zeros_like(self._blocks)
@@ -99,6 +102,33 @@ class Slots:
         self.fetched += (src >= 0).sum()
         self._is_settled = True
 
+    def share(self, wanted: int) -> int:
+        """Pages that a layer keeps which wants so many: the shares of all layers and the rest of one fit."""
+        others = self._layers - 1
+        return max(0, self.count - wanted) // others if others else self.count
+
+    def offer(self, lists: Tensor, slot_table: Tensor, kept: Tensor, share: int) -> Tensor:
+        """What was fetched has been attended. Pages beyond the layer's share make room before those of other layers: a
+        step goes through all layers in turn, and where it wants more than there are slots, those used longest ago are
+        just those that come next.
+
+        Args:
+            lists, slot_table: as `fetch` took them.
+            kept: [] pages of the layer so far in this step.
+            share: of the layer.
+
+        Returns:
+            [] the same with these.
+        """
+        wanted = lists >= 0
+        order = kept + wanted.view(-1).cumsum(0).view(wanted.shape)
+        surplus = wanted & (order > share)
+        slots = torch.where(surplus, slot_table, self.count).view(-1).long()
+        padded = torch.cat([self._last_use, self._last_use[:1]])
+        padded[slots] = 0
+        self._last_use.copy_(padded[:-1])
+        return kept + wanted.sum()
+
     def forget(self, blocks: Tensor) -> None:
         """These blocks [N] will hold something else."""
         self._blocks[torch.isin(self._blocks, blocks)] = -1
@@ -107,14 +137,18 @@ class Slots:
 class TieredPool(Pool):
     """Blocks whose home is host memory, and slots for some of them on the device."""
 
-    def __init__(self, config: SparseConfig, like: Tensor, capacity: int) -> None:
+    def __init__(self, config: SparseConfig, like: Tensor, capacity: int, layers: int = 1) -> None:
         if like.device.type != "cpu":
             raise ValueError(
                 f"device_bytes: expected None on a GPU, where it is not supported yet, got {config.device_bytes}"
             )
         super().__init__(config, like, capacity)
         assert config.device_bytes is not None
-        self.slots = Slots(self, config.device_bytes)
+        self.layers = layers
+        self.slots = Slots(self, config.device_bytes, layers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TieredPool:
+        return TieredPool(self.config, self._like, 0, self.layers)
 
     def table(self, ids: np.ndarray, wanted: np.ndarray | None = None) -> BlockTable:
         table = super().table(ids, wanted)
@@ -129,10 +163,32 @@ class TieredPool(Pool):
         return {"device": self.slots.memory + stats, "host": host}
 
 
-def make_pool(config: SparseConfig, like: Tensor, capacity: int) -> Pool:
+def make_pool(config: SparseConfig, like: Tensor, capacity: int, layers: int = 1) -> Pool:
     """The pool that a config asks for. Steps change its tensors, in inference mode or not."""
     with torch.inference_mode(False):
-        return (Pool if config.device_bytes is None else TieredPool)(config, like, capacity)
+        if config.device_bytes is None:
+            return Pool(config, like, capacity)
+        return TieredPool(config, like, capacity, layers)
+
+
+class SharedPools:
+    """The pools of layers that share a limit, by what their blocks are like."""
+
+    def __init__(self, config: SparseConfig, layers: int) -> None:
+        self.config, self.layers = config, layers
+        self._pools: dict[tuple[int, torch.dtype, torch.device], Pool] = {}
+
+    def pool(self, like: Tensor) -> Pool:
+        """For keys of that dtype, device and head dimension."""
+        kind = like.shape[-1], like.dtype, like.device
+        if kind not in self._pools:
+            self._pools[kind] = make_pool(self.config, like, 0, self.layers)
+        return self._pools[kind]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedPools:
+        twin = SharedPools(self.config, self.layers)
+        twin._pools = {kind: copy.deepcopy(pool, memo) for kind, pool in self._pools.items()}
+        return twin
 
 
 class Resident:
@@ -198,12 +254,14 @@ class Resident:
         page = torch.arange(M, dtype=torch.int32, device=wanted.device)
         lists = torch.where(wanted, page, -1)
         slot_table, tensors = self._slot_table[..., :M], self._slots.tensors
+        kept, share = torch.zeros((), dtype=torch.int64, device=wanted.device), self._slots.share(sum(map(sum, needs)))
         for b, h in self._parts(needs, B, H):
             self._slots.fetch(lists[b, h], kv.block_table[b, h], slot_table[b, h])
             assert kv.residual_k is not None and kv.residual_v is not None
             residual_k, residual_v = kv.residual_k[b, h], kv.residual_v[b, h]
             yield b, h, PagedKV(tensors["k"], tensors["v"], kv.stats, tensors.get("scales"), kv.block_table[b, h],
                                 slot_table[b, h], residual_k, residual_v, kv.sealed[b])  # fmt: skip
+            kept = self._slots.offer(lists[b, h], slot_table[b, h], kept, share)
 
     def _parts(self, needs: list[list[int]], B: int, H: int) -> Iterator[tuple[slice, slice]]:
         """All heads of all sequences, or else runs of heads of one, that need no more slots than there are."""

@@ -209,6 +209,21 @@ def test_a_model(name: str, share: float, tmp_path: Any) -> None:
     both(110, 125)
 
 
+def test_a_step_that_wants_more_than_there_is_finds_some_of_it() -> None:
+    """Layers take turns, so slots used longest ago are those that come next: each layer keeps a share."""
+    model = _tiny.llama(layers=4, attn_implementation="lserve")
+    cache = model_cache(model, "pages", 0.25)
+    ids = torch.randint(0, 258, (1, 160), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model(ids[:, :100], use_cache=True, **_tiny.cached(cache))
+        wanted, fetched = cache.fetched()
+        for i in range(100, 160):
+            model(ids[:, i : i + 1], use_cache=True, **_tiny.cached(cache))
+    wanted, fetched = cache.fetched()[0] - wanted, cache.fetched()[1] - fetched
+    pool = next(layer.kv.pool for layer in cache.ours if layer.kv is not None)
+    assert pool.slots.count < wanted / 60 and fetched < 0.7 * wanted
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_in_and_out_of_inference_mode(name: str) -> None:
     model = _tiny.llama(attn_implementation="lserve")

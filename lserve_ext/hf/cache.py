@@ -24,11 +24,12 @@ from transformers.cache_utils import (
 )
 
 from .. import heads
-from ..blocks import Memory, Pool
+from ..blocks import Memory
 from ..cache import LayerCache
 from ..config import SparseConfig
 from ..files import write_beside
 from ..heads import HeadPattern
+from ..placement import SharedPools
 from ..reserved import ReservedBatch
 from ..sequences import Sequences, Step
 from .layers import Padding, PendingKV, SparseHybridLayer, SparseLayer
@@ -101,7 +102,7 @@ class SparseCache(Cache):
             )
         kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         patterns = heads.resolve(self.config.streaming_heads, len(layers), kv_heads, ours)
-        pools: dict[Any, Pool] | None = None if self.config.device_bytes is None else {}
+        pools = None if self.config.device_bytes is None else SharedPools(self.config, len(ours))
         for i in ours:
             arguments = (self.config, text, patterns[i], i, pools)
             if isinstance(layers[i], LinearAttentionLayer):

@@ -13,10 +13,9 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from .. import heads, ops
-from ..blocks import Pool
 from ..cache import LayerCache
 from ..config import SparseConfig
-from ..placement import make_pool
+from ..placement import SharedPools
 from ..reserved import ReservedBatch
 from ..sequences import Sequences, Step
 from .handle import NAME, WHO, Handle
@@ -104,11 +103,11 @@ class SparseLayer(CacheLayerMixin):
         model_config: PretrainedConfig,
         pattern: Sequence[bool] | bool,
         index: int,
-        pools: dict[Any, Pool] | None = None,
+        pools: SharedPools | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.config, self.model_config, self.pattern, self.index = config, model_config, pattern, index
-        self.pools = pools  # which layers share, by what blocks are like; None: each has its own
+        self.pools = pools  # None: each layer has its own
         self.kv: LayerCache | None = None
 
     def _no_tensor(self) -> NoReturn:
@@ -164,10 +163,7 @@ class SparseLayer(CacheLayerMixin):
         """An empty cache for keys of that shape, dtype and device."""
         dense = self.index < self.config.dense_layers
         streaming = [False] * like.shape[1] if dense else _local_heads(self.pattern, like.shape[1])
-        pool = None
-        if self.pools is not None:
-            kind = like.shape[-1], like.dtype, like.device
-            pool = self.pools[kind] = self.pools.get(kind) or make_pool(self.config, like, 0)
+        pool = None if self.pools is None else self.pools.pool(like)
         return LayerCache(self.config, streaming, dense, like, pool)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
