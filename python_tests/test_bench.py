@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,14 +30,18 @@ def test_kernels(tmp_path: Path) -> None:
     assert {"SDPA", "SDPA grouped"} <= {name for result in results for name in result["peers_us"]}
 
 
-@pytest.mark.slow
-def test_generate(tmp_path: Path) -> None:
-    out = tmp_path / "generate.json"
-    script = KERNELS.with_name("generate.py")
-    command = [sys.executable, str(script), "--tokens", "200", "--steps", "8", "--only", "lserve", "--out", str(out)]
+def results_of(script: str, out: Path, *options: str) -> list[dict[str, Any]]:
+    """What another bench of the folder writes."""
+    command = [sys.executable, str(KERNELS.with_name(script)), *options, "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    results = json.loads(out.read_text())["results"]
+    results: list[dict[str, Any]] = json.loads(out.read_text())["results"]
+    return results
+
+
+@pytest.mark.slow
+def test_generate(tmp_path: Path) -> None:
+    results = results_of("generate.py", tmp_path / "x.json", "--tokens", "200", "--steps", "8", "--only", "lserve")
     assert [r["run"] for r in results] == ["Dynamic", "lserve", "lserve, reserved"]
     assert all(r["limit_ms"] > 0 and r["step_ms"] > 0 and r["prefill_s"] > 0 for r in results)
     ours = results[1]
@@ -45,12 +50,7 @@ def test_generate(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_placement(tmp_path: Path) -> None:
-    out = tmp_path / "placement.json"
-    script = KERNELS.with_name("placement.py")
-    command = [sys.executable, str(script), "--tokens", "1500", "--steps", "8", "--reuse", "4", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    results = json.loads(out.read_text())["results"]
+    results = results_of("placement.py", tmp_path / "x.json", "--tokens", "1500", "--steps", "8", "--reuse", "4")
     assert [r["slots"] for r in results] == [None, 1.0, 1.5, 2.0, 4.0]
     missed = [r["missed_of_listed"] for r in results]
     assert missed[0] == 0 and 0 < missed[4] <= missed[2] <= missed[1]

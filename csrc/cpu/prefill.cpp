@@ -20,7 +20,8 @@ namespace {
 
 constexpr float kLog2E = 1.44269504f;
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr int64_t kBlock = 32;  // queries whose weights stay in the first cache
+constexpr int64_t kQueries = 256, kKeys = 256;  // a tile
+constexpr int64_t kBlock = 32;                  // queries whose weights stay in the first cache
 // Values are summed before they are divided by the sum of weights. Scaled down by a power of two, which changes no bit
 // of the result, thousands of the largest values still have a finite sum.
 constexpr float kHeadroom = 0x1p-24f;
@@ -118,7 +119,6 @@ class Buffer {
 // What a thread works on. A word is 4 bytes: kPair operands that stand side by side along the inner dimension.
 template <class E>
 struct Scratch {
-  static constexpr int64_t kQueries = 256, kKeys = 256;  // a tile
   static constexpr int64_t kPair = sizeof(float) / sizeof(E);
   static constexpr int64_t kRows = 8 * kPair;  // whole blocks of the product
 
@@ -144,6 +144,7 @@ struct Scratch {
       return weights.get();
     }
   }
+
   // Keys up to a position, of which there are between `least` and `most`.
   int64_t seen(int64_t least, int64_t most, int64_t last) const {
     while (least < most && position[least] <= last) ++least;
@@ -180,7 +181,7 @@ struct Scratch {
   Buffer<E> v;                      // [kKeys / kPair, D, kPair]
   Buffer<E> v_rows;                 // [kPair, D]
   Buffer<float> s;                  // [kBlock, kKeys]
-  Buffer<E> weights;                // [kBlock, kKeys] weights
+  Buffer<E> weights;                // [kBlock, kKeys], rounded
   Buffer<float> out;                // [G, kQueries, D]
   Buffer<float> max, sum;           // [G, kQueries]
   int64_t position[kKeys];          // of every key in the tile
@@ -389,7 +390,7 @@ class Prefill {
     }
   }
 
-  static constexpr int64_t kQueries = Scratch<E>::kQueries, kKeys = Scratch<E>::kKeys, kRows = Scratch<E>::kRows;
+  static constexpr int64_t kRows = Scratch<E>::kRows;
   const PrefillArgs& a_;
   const Paged& kv_;
   const int64_t D_;
