@@ -171,23 +171,30 @@ def make_pool(config: SparseConfig, like: Tensor, capacity: int, layers: int = 1
         return TieredPool(config, like, capacity, layers)
 
 
-class SharedPools:
-    """The pools of layers that share a limit, by what their blocks are like."""
+class SharedPool:
+    """The pool of layers that share a limit, made for the first of them."""
 
     def __init__(self, config: SparseConfig, layers: int) -> None:
         self.config, self.layers = config, layers
-        self._pools: dict[tuple[int, torch.dtype, torch.device], Pool] = {}
+        self._kind: tuple[int, torch.dtype, torch.device] | None = None
+        self._pool: Pool | None = None
 
     def pool(self, like: Tensor) -> Pool:
-        """For keys of that dtype, device and head dimension."""
-        kind = like.shape[-1], like.dtype, like.device
-        if kind not in self._pools:
-            self._pools[kind] = make_pool(self.config, like, 0, self.layers)
-        return self._pools[kind]
+        """For keys of that head dimension, dtype and device.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedPools:
-        twin = SharedPools(self.config, self.layers)
-        twin._pools = {kind: copy.deepcopy(pool, memo) for kind, pool in self._pools.items()}
+        Raises:
+            ValueError: they are others than those of the first layer, so that the limit would not be one of both.
+        """
+        kind = like.shape[-1], like.dtype, like.device
+        if self._pool is None:
+            self._pool, self._kind = make_pool(self.config, like, 0, self.layers), kind
+        if kind != self._kind:
+            raise ValueError(f"device_bytes: expected layers of {self._kind} as the first one, got one of {kind}")
+        return self._pool
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedPool:
+        twin = SharedPool(self.config, self.layers)
+        twin._kind, twin._pool = self._kind, copy.deepcopy(self._pool, memo)
         return twin
 
 

@@ -138,6 +138,16 @@ def test_bad_limits() -> None:
         LayerCache(SparseConfig.dense(device_bytes=1000, **SMALL), [False] * H, False, torch.empty(1, H, 1, D))
 
 
+def test_one_limit_is_for_layers_of_one_kind() -> None:
+    shared = placement.SharedPool(SparseConfig.dense(device_bytes=2**20, **SMALL), 2)
+    pool = shared.pool(torch.empty(1, H, 1, D))
+    assert (
+        shared.pool(torch.empty(2, 1, 0, D)) is pool and copy.deepcopy(shared).pool(torch.empty(1, H, 1, D)) is not pool
+    )
+    with pytest.raises(ValueError, match=r"device_bytes: expected layers of \(16, .* got one of \(32, "):
+        shared.pool(torch.empty(1, H, 1, 2 * D))
+
+
 def test_an_interrupt_between_resolving_and_copying(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots that say more than they hold are not believed."""
     for name in ("pages", "dense", "alisa"):

@@ -29,7 +29,7 @@ from ..cache import LayerCache
 from ..config import SparseConfig
 from ..files import write_beside
 from ..heads import HeadPattern
-from ..placement import SharedPools
+from ..placement import SharedPool
 from ..reserved import ReservedBatch
 from ..sequences import Sequences, Step
 from .layers import Padding, PendingKV, SparseHybridLayer, SparseLayer
@@ -102,9 +102,9 @@ class SparseCache(Cache):
             )
         kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         patterns = heads.resolve(self.config.streaming_heads, len(layers), kv_heads, ours)
-        pools = None if self.config.device_bytes is None else SharedPools(self.config, len(ours))
+        shared_pool = None if self.config.device_bytes is None else SharedPool(self.config, len(ours))
         for i in ours:
-            arguments = (self.config, text, patterns[i], i, pools)
+            arguments = (self.config, text, patterns[i], i, shared_pool)
             if isinstance(layers[i], LinearAttentionLayer):
                 layers[i] = SparseHybridLayer(*arguments, number_of_states=layers[i].number_of_states)
             else:

@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from .. import heads, ops
 from ..cache import LayerCache
 from ..config import SparseConfig
-from ..placement import SharedPools
+from ..placement import SharedPool
 from ..reserved import ReservedBatch
 from ..sequences import Sequences, Step
 from .handle import NAME, WHO, Handle
@@ -103,11 +103,11 @@ class SparseLayer(CacheLayerMixin):
         model_config: PretrainedConfig,
         pattern: Sequence[bool] | bool,
         index: int,
-        pools: SharedPools | None = None,
+        shared_pool: SharedPool | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.config, self.model_config, self.pattern, self.index = config, model_config, pattern, index
-        self.pools = pools  # None: each layer has its own
+        self.shared_pool = shared_pool  # None: each layer has its own
         self.kv: LayerCache | None = None
 
     def _no_tensor(self) -> NoReturn:
@@ -163,7 +163,7 @@ class SparseLayer(CacheLayerMixin):
         """An empty cache for keys of that shape, dtype and device."""
         dense = self.index < self.config.dense_layers
         streaming = [False] * like.shape[1] if dense else _local_heads(self.pattern, like.shape[1])
-        pool = None if self.pools is None else self.pools.pool(like)
+        pool = None if self.shared_pool is None else self.shared_pool.pool(like)
         return LayerCache(self.config, streaming, dense, like, pool)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
