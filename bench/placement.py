@@ -29,7 +29,7 @@ from lserve_ext.eval import tasks
 from lserve_ext.eval.generate import prefill
 from lserve_ext.hf import cache_argument
 from lserve_ext.machine import Machine
-from lserve_ext.placement import slot_bytes
+from lserve_ext.placement import Traffic, slot_bytes
 
 FACTORS = (None, 1.0, 1.5, 2.0, 4.0)
 WARM_UP = 16
@@ -47,17 +47,17 @@ class Run:
             config = config.replace(device_bytes=int(factor * self.heads * pages) * self.page_bytes)
         self.config, self.cache = config, SparseCache(text, config)
         self.steps: list[float] = []
-        self.before = (0, 0)
+        self.before = Traffic()
 
     def step(self, machine: Machine, token: Tensor) -> None:
         if len(self.steps) == WARM_UP:
-            self.before = self.cache.fetched()
+            self.before = self.cache.traffic()
         forward = cache_argument(self.model, self.cache) | {"use_cache": True, "logits_to_keep": 1}
         self.steps.append(machine.seconds(lambda: self.model(token, **forward)))
 
     def result(self, bandwidth: float) -> dict[str, Any]:
         steps = len(self.steps) - WARM_UP
-        wanted, fetched = (x - y for x, y in zip(self.cache.fetched(), self.before, strict=True))
+        wanted, fetched, _, _ = self.cache.traffic() - self.before
         listed = self.config.budget.picks or 0
         moved = fetched / steps * self.page_bytes
         return {

@@ -67,6 +67,11 @@ class BlockAllocator:
         """Blocks that a table names."""
         return self.capacity - len(self._free)
 
+    def is_used(self, ids: np.ndarray) -> np.ndarray:
+        """Whether a table names these blocks."""
+        used: np.ndarray = self._references[ids] > 0
+        return used
+
     def grow(self, capacity: int) -> None:
         """More free blocks."""
         old = self.capacity
@@ -124,8 +129,6 @@ class Pool:
     """
 
     GROWTH = 1.5
-    slots: Any = None
-    """Where blocks lie on the device, if that is another place than these tensors."""
 
     def __init__(self, config: SparseConfig, like: Tensor, capacity: int) -> None:
         P, D, dtype = config.page_size, like.shape[-1], like.dtype
@@ -166,6 +169,17 @@ class Pool:
         return PagedKV(t["k"], t["v"], t.get("stats"), t.get("scales"), block_table, slot_table, residual_k,
                        residual_v, sealed)  # fmt: skip
 
+    def read(self, ids: np.ndarray) -> dict[str, Tensor]:
+        """What lies in these blocks [N], as tensors [N, ...]."""
+        rows = torch.from_numpy(ids).to(self._like.device).long()
+        return {name: tensor[rows] for name, tensor in self.tensors.items()}
+
+    def write(self, ids: np.ndarray, contents: dict[str, Tensor]) -> None:
+        """Fills new blocks [N] with what `read` has given."""
+        rows = torch.from_numpy(ids).to(self._like.device).long()
+        for name, tensor in contents.items():
+            self.tensors[name][rows] = tensor.to(self._like.device)
+
     def table(self, ids: np.ndarray, wanted: np.ndarray | None = None) -> BlockTable:
         """A table of these blocks (-1: none), with free ones where `wanted`; the pool grows if there are too few."""
         self.settle()
@@ -191,6 +205,7 @@ class Pool:
     def settle(self) -> None:
         """Mends what an interrupt has left of a change."""
         if not self.allocator.is_settled():
-            capacity = min(len(tensor) for tensor in self.tensors.values())
+            sizes = [len(tensor) for tensor in self.tensors.values()]
+            capacity = min(sizes, default=self.allocator.capacity)
             self.tensors = {name: tensor[:capacity] for name, tensor in self.tensors.items()}
             self.allocator.settle(capacity)

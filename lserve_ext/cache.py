@@ -21,7 +21,7 @@ from .blocks import BlockTable, Memory, Pool
 from .config import SparseConfig
 from .files import Tensors
 from .ops import DENSE, LISTED, Mask, PagedKV
-from .placement import Attention, Resident, make_pool
+from .placement import Attention, Resident, TieredPool, make_pool
 from .reserved import ReservedBatch, ReservedLayer
 from .scorers import Selection
 from .sequences import Sequences, Step, on_device
@@ -193,7 +193,7 @@ class LayerCache:
         blocks, table = self._tables(now)
         residual_k, residual_v = s.residual_k, s.residual_v
         slot_table = s.slot_table if table is s.block_table else self._slot_table(table, s.slot_table)
-        attention: Attention = ops if pool.slots is None else Resident(pool.slots, slot_table)
+        attention: Attention = Resident(pool, slot_table) if isinstance(pool, TieredPool) else ops
         kv = pool.kv(table, table, residual_k, residual_v, on.sealed)
         if now.decode:
             mask = self._decode_mask
@@ -265,7 +265,7 @@ class LayerCache:
     # ---- tables -----------------------------------------------------------------------------------------------------
     def _slot_table(self, table: Tensor, before: Tensor | None = None) -> Tensor:
         """Of a new block table: the same; or with slots, where its blocks may lie, as known before."""
-        if self._pool.slots is None:
+        if not isinstance(self._pool, TieredPool):
             return table
         slots = torch.full_like(table, -1)
         if before is not None:
@@ -348,13 +348,12 @@ class LayerCache:
 
     def _unseal(self, b: int, page: int, residual_k: Tensor, residual_v: Tensor) -> None:
         """Copies a page from the pools into the residual buffer."""
-        P, tensors, table = self.config.page_size, self._pool.tensors, self._state.blocks.ids
+        P, table = self.config.page_size, self._state.blocks.ids
         held = np.flatnonzero(table[b, :, page] >= 0)  # not those of streaming heads that are past
-        ids = on_device(table[b, held, page], self.device).long()
-        k, v = tensors["k"][ids], tensors["v"][ids]
-        if "scales" in tensors:
-            stats = tensors["stats"][ids] if "stats" in tensors else None
-            k, v = ops.dequantize_kv(k, v, stats, tensors["scales"][ids], self.dtype)
+        pages = self._pool.read(table[b, held, page])
+        k, v = pages["k"], pages["v"]
+        if "scales" in pages:
+            k, v = ops.dequantize_kv(k, v, pages.get("stats"), pages["scales"], self.dtype)
         rows = slice(page % 2 * P, page % 2 * P + P)
         heads = torch.from_numpy(held).to(self.device)
         residual_k[b, heads, rows], residual_v[b, heads, rows] = k, v
@@ -416,7 +415,7 @@ class LayerCache:
         """A copy with a pool of its own, which holds no blocks of forks."""
         s = self._state
         like = s.residual_k.new_empty(self.batch_size, self.heads, 0, self.head_dim)
-        pool = None if self._pool.slots is None else copy.deepcopy(self._pool, memo)
+        pool = copy.deepcopy(self._pool, memo) if isinstance(self._pool, TieredPool) else None
         twin = LayerCache(self.config, self._streaming.tolist(), self._dense, like, pool)
         twin.restore({name: tensor.clone() for name, tensor in self.state().items()}, s.sequences)
         return twin
@@ -426,10 +425,9 @@ class LayerCache:
         """Everything but `sequences` that `restore` needs; only blocks in use, renumbered."""
         s, ids = self._state, self._state.blocks.ids
         used = np.unique(ids[ids >= 0])
-        rows = torch.from_numpy(used).to(self.device).long()
         table = np.where(ids >= 0, np.searchsorted(used, ids), -1).astype(np.int32)
         state = {"table": torch.from_numpy(table), "selection.age": torch.tensor(s.selection.age)}
-        state |= {f"pool.{name}": tensor[rows] for name, tensor in self._pool.tensors.items()}
+        state |= {f"pool.{name}": tensor for name, tensor in self._pool.read(used).items()}
         state |= {"residual_k": s.residual_k, "residual_v": s.residual_v}
         return state | {f"selection.{name}": x.contiguous() for name, x in s.selection.tensors().items()}
 
@@ -444,9 +442,7 @@ class LayerCache:
         self._check_file(Tensors(state), sequences)
         ids, pools = state["table"].numpy(), [name for name in state if name.startswith("pool.")]
         taken = self._pool.table(np.full(len(state["pool.k"]), -1), np.ones(len(state["pool.k"]), bool))
-        rows = on_device(taken.ids, self.device).long()
-        for name in pools:
-            self._pool.tensors[name.removeprefix("pool.")][rows] = state[name].to(self.device)
+        self._pool.write(taken.ids, {name.removeprefix("pool."): state[name] for name in pools})
         blocks = self._pool.table(np.where(ids >= 0, taken.ids[ids], -1) if len(taken.ids) else ids)
         table = on_device(blocks.ids, self.device)
         fields = {name: state.get(f"selection.{name}") for name in ("lists", "local_start", "mass")}
@@ -460,7 +456,7 @@ class LayerCache:
     def _check_file(self, state: Tensors, sequences: Sequences) -> None:
         """Raises ValueError with the name of the tensor that does not fit."""
         B, H, P, D = self.batch_size, self.heads, self.config.page_size, self.head_dim
-        pools = {f"pool.{name}": tensor for name, tensor in self._pool.tensors.items()}
+        pools = {f"pool.{name}": tensor for name, tensor in self._pool.read(np.zeros(0, np.int32)).items()}
         selection = {f"selection.{name}" for name in ("age", "lists", "local_start", "mass")}
         state.only({"table", "residual_k", "residual_v", *pools, *selection})
         count = state.take("pool.k", pools["pool.k"].dtype, None, P, D).shape[0]

@@ -39,8 +39,11 @@ def report(runs: dict[str, Run], configs: dict[str, SparseConfig], key: str | No
         held = [run.memory.get(tier) for run in runs.values()]
         lines[f"KV bytes, {tier}"] = ["-" if memory is None else f"{memory.used:,}" for memory in held]
         lines[f"KV bytes at the peak, {tier}"] = ["-" if memory is None else f"{memory.peak:,}" for memory in held]
-    if any(run.wanted for run in runs.values()):
+    if any(run.traffic.wanted for run in runs.values()):
         lines["pages found on the device"] = [_found(run) for run in runs.values()]
+    if any(run.traffic.written for run in runs.values()):
+        moved = [run.traffic for run in runs.values()]
+        lines["pages to and from the disk"] = [f"{n.written:,}, {n.loaded:,}" if n.written else "-" for n in moved]
     lines["prefill, tokens/s"] = [f"{run.prefill:.1f}" for run in runs.values()]
     lines["decode, tokens/s"] = [f"{run.decode:.1f}" for run in runs.values()]
     lines["attended in decode"] = [_attended(run, configs[name]) for name, run in runs.items()]
@@ -54,7 +57,8 @@ def _agreement(run: Run) -> str:
 
 
 def _found(run: Run) -> str:
-    return "-" if not run.wanted else f"{1 - run.fetched / run.wanted:.0%} of {run.wanted:,}"
+    moved = run.traffic
+    return "-" if not moved.wanted else f"{1 - moved.fetched / moved.wanted:.0%} of {moved.wanted:,}"
 
 
 def _attended(run: Run, config: SparseConfig) -> str:

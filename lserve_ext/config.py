@@ -14,7 +14,15 @@ from .heads import HeadPattern
 from .scorers import SCORERS, Budget, Function, PageScores, Scorer
 from .sequences import Pages
 
-_OPTIONAL = ("prefill_sink_tokens", "prefill_local_tokens", "budget_tokens", "max_tokens", "device_bytes")
+_OPTIONAL = (
+    "prefill_sink_tokens",
+    "prefill_local_tokens",
+    "budget_tokens",
+    "max_tokens",
+    "device_bytes",
+    "host_bytes",
+    "disk_bytes",
+)
 
 _FORMAT = 2  # of files
 PRESETS = ("dense", "streaming", "duo", "quest", "h2o", "lserve", "alisa")
@@ -43,6 +51,9 @@ class SparseConfig:
     dense_layers          the first n layers attend everything
     device_bytes          the most that pages of all layers may take on the device, statistics and the newest tokens not
                           counted; the others lie in host memory until they are attended. None: all lie on the device
+    host_bytes            the most that pages may take in host memory, beside device_bytes; the others lie on the disk
+    disk_dir              a folder on that disk, or a URL that fsspec knows; nothing is left there. None: no disk
+    disk_bytes            the most that pages may take there; None: what it has room for
     max_tokens            tokens a sequence to reserve memory for, so that torch.compile makes one graph of a decode
                           step; None: memory grows on demand
     """
@@ -63,6 +74,9 @@ class SparseConfig:
     dense_layers: int = 0
     max_tokens: int | None = None
     device_bytes: int | None = None
+    host_bytes: int | None = None
+    disk_bytes: int | None = None
+    disk_dir: str | os.PathLike[str] | None = None
 
     # ---- presets: any field is an override --------------------------------------------------------------------------
     @classmethod
@@ -196,6 +210,8 @@ class SparseConfig:
             fields["streaming_heads"] = self.streaming_heads.to_dict()
         elif isinstance(self.streaming_heads, os.PathLike):
             fields["streaming_heads"] = os.fspath(self.streaming_heads)
+        if self.disk_dir is not None:
+            fields["disk_dir"] = os.fspath(self.disk_dir)
         return fields
 
     @classmethod
@@ -238,11 +254,21 @@ class SparseConfig:
             self._check_name("scorer", *SCORERS)
         if self.page_size % self.stats_group:
             raise self._error("stats_group", f"a divisor of page_size {self.page_size}")
-        self._check_int("device_bytes", 1, 2**63)
-        if self.device_bytes is not None and self.max_tokens is not None:
-            raise self._error("device_bytes", "None beside max_tokens, which reserves memory for all pages")
+        self._check_tiers()
         self._check_streaming()
         self._check_selection()
+
+    def _check_tiers(self) -> None:
+        for name in ("device_bytes", "host_bytes", "disk_bytes"):
+            self._check_int(name, 1, 2**63)
+        if self.device_bytes is not None and self.max_tokens is not None:
+            raise self._error("device_bytes", "None beside max_tokens, which reserves memory for all pages")
+        above = {"host_bytes": "device_bytes", "disk_dir": "host_bytes", "disk_bytes": "disk_dir"}
+        for name, needed in above.items():
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise self._error(name, f"None without {needed}")
+        if self.disk_dir is not None and not isinstance(self.disk_dir, (str, os.PathLike)):
+            raise self._error("disk_dir", "a folder or a URL", TypeError)
 
     def _check_streaming(self) -> None:
         if self.streaming_heads is None or isinstance(self.streaming_heads, (HeadPattern, str, os.PathLike)):

@@ -1,10 +1,11 @@
-"""Which blocks lie on the device where not all do: slots, the pages that attention wants, and rounds of heads."""
+"""Which pages lie on the device where not all do: slots, the pages that attention wants, and rounds of heads."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,12 +14,15 @@ from torch import Tensor
 from . import ops
 from .blocks import BlockTable, Memory, Pool
 from .config import SparseConfig
+from .home import Home, open_tier
 from .ops import LISTED, Mask, PagedKV
 from .sequences import on_device
 
 
 class Attention(Protocol):
-    """Who attends pages: `ops`, where all of them are resident, or `Resident`."""
+    """Who appends and attends pages: `ops`, where all of them are resident, or `Resident`."""
+
+    def append_kv(self, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None: ...
 
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, mask: Mask,
@@ -38,9 +42,26 @@ MOVED = ("k", "v", "scales")
 """Tensors of a pool that lie in slots. Statistics stay on the device anyway."""
 
 
+class Traffic(NamedTuple):
+    """Pages of one kv head that have been moved between tiers."""
+
+    wanted: int = 0
+    """By attention, on the device."""
+    fetched: int = 0
+    """From host memory to the device."""
+    loaded: int = 0
+    """From the disk to host memory."""
+    written: int = 0
+    """From host memory to the disk."""
+
+    def __sub__(self, before: Traffic) -> Traffic:
+        return Traffic(*(now - then for now, then in zip(self, before, strict=True)))
+
+
 def slot_bytes(pool: Pool) -> int:
     """Of one page of one kv head."""
-    return sum(x.element_size() * x.shape[1:].numel() for name, x in pool.tensors.items() if name in MOVED)
+    pages = pool.read(np.zeros(0, np.int32))
+    return sum(x.element_size() * x.shape[1:].numel() for name, x in pages.items() if name in MOVED)
 
 
 class Slots:
@@ -55,9 +76,9 @@ class Slots:
         ValueError: there is no room for a single block.
     """
 
-    def __init__(self, pool: Pool, size: int, layers: int = 1) -> None:
+    def __init__(self, pool: TieredPool, size: int, layers: int = 1) -> None:
         self._pool = pool
-        moved = {name: x for name, x in pool.tensors.items() if name in MOVED}
+        moved = {name: x for name, x in pool.read(np.zeros(0, np.int32)).items() if name in MOVED}
         self.slot_bytes = slot_bytes(pool)
         count = size // self.slot_bytes
         if count < 1:
@@ -96,8 +117,7 @@ class Slots:
             self._blocks.fill_(-1)
         self._is_settled = False
         src, dst = ops.resolve_pages(lists, block_table, slot_table, self._blocks, self._last_use, self._clock)
-        for name, tensor in self.tensors.items():
-            ops.gather_pages(self._pool.tensors[name], src.view(-1), tensor, dst.view(-1))
+        self._pool.copy(src.view(-1), self.tensors, dst.view(-1))
         self.wanted += (lists >= 0).sum()
         self.fetched += (src >= 0).sum()
         self._is_settled = True
@@ -135,7 +155,12 @@ class Slots:
 
 
 class TieredPool(Pool):
-    """Blocks whose home is host memory, and slots for some of them on the device."""
+    """Blocks whose home is host memory, and slots for some of them on the device.
+
+    Where the home is limited, its tensors are not by block: what ops take of them is to be had in slots alone.
+    """
+
+    home: Home | None = None
 
     def __init__(self, config: SparseConfig, like: Tensor, capacity: int, layers: int = 1) -> None:
         if like.device.type != "cpu":
@@ -145,22 +170,69 @@ class TieredPool(Pool):
         super().__init__(config, like, capacity)
         assert config.device_bytes is not None
         self.layers = layers
+        if config.host_bytes is not None:
+            self.home = Home(
+                {name: self.tensors.pop(name)[:0] for name in MOVED if name in self.tensors},
+                config.host_bytes,
+                None if config.disk_dir is None else partial(open_tier, config.disk_dir, config.disk_bytes),
+                self._is_used,
+            )
         self.slots = Slots(self, config.device_bytes, layers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TieredPool:
         return TieredPool(self.config, self._like, 0, self.layers)
 
+    def _is_used(self, blocks: np.ndarray) -> np.ndarray:
+        self.settle()
+        return self.allocator.is_used(blocks)
+
     def table(self, ids: np.ndarray, wanted: np.ndarray | None = None) -> BlockTable:
         table = super().table(ids, wanted)
         if wanted is not None and wanted.any():
             self.slots.forget(on_device(table.ids[wanted], self._like.device))
+            if self.home is not None:
+                self.home.forget(table.ids[wanted])
         return table
 
+    def kv(
+        self, block_table: Tensor, slot_table: Tensor, residual_k: Tensor, residual_v: Tensor, sealed: Tensor
+    ) -> PagedKV:
+        if self.home is None:
+            return super().kv(block_table, slot_table, residual_k, residual_v, sealed)
+        t = self.home.tensors
+        nowhere = torch.full_like(slot_table, -1)
+        return PagedKV(t["k"], t["v"], self.tensors.get("stats"), t.get("scales"), block_table, nowhere, residual_k,
+                       residual_v, sealed)  # fmt: skip
+
+    def read(self, ids: np.ndarray) -> dict[str, Tensor]:
+        pages = super().read(ids)
+        return pages if self.home is None else self.home.read(ids) | pages
+
+    def write(self, ids: np.ndarray, contents: dict[str, Tensor]) -> None:
+        moved = {name: x for name, x in contents.items() if name not in self.tensors}
+        super().write(ids, {name: x for name, x in contents.items() if name in self.tensors})
+        if self.home is not None:
+            self.home.write(ids, moved)
+
+    def copy(self, src: Tensor, into: dict[str, Tensor], dst: Tensor) -> None:
+        """Pages of blocks src [N] to rows dst [N] of slots; -1: none."""
+        if self.home is not None:
+            self.home.copy(src, into, dst)
+            return
+        for name, tensor in into.items():
+            ops.gather_pages(self.tensors[name], src, tensor, dst)
+
+    def traffic(self) -> Traffic:
+        """Since the pool was made."""
+        home = (0, 0) if self.home is None else (self.home.loaded, self.home.written)
+        return Traffic(int(self.slots.wanted), int(self.slots.fetched), *home)
+
     def tiers(self) -> dict[str, Memory]:
-        home, moved = self.memory, self.slots.slot_bytes / self.block_bytes
-        host = Memory(*(int(n * moved) for n in (home.used, home.reserved, home.peak)))
-        stats = Memory(*(n - m for n, m in zip(vars(home).values(), vars(host).values(), strict=True)))
-        return {"device": self.slots.memory + stats, "host": host}
+        blocks = self.allocator
+        self.settle()
+        counts, page = (blocks.used, blocks.capacity, blocks.peak), self.slots.slot_bytes
+        tiers = {"device": self.slots.memory + Memory(*(n * (self.block_bytes - page) for n in counts))}
+        return tiers | ({"host": Memory(*(n * page for n in counts))} if self.home is None else self.home.tiers())
 
 
 def make_pool(config: SparseConfig, like: Tensor, capacity: int, layers: int = 1) -> Pool:
@@ -203,12 +275,31 @@ class Resident:
     there are, as many heads at a time as fit. Heads do not know of each other, so results are the same to the bit.
 
     Args:
-        slots: of the pool whose blocks `PagedKV.block_table` names.
+        pool: whose blocks `PagedKV.block_table` names.
         slot_table: [B, H, M] int32 where pages may lie; written.
     """
 
-    def __init__(self, slots: Slots, slot_table: Tensor) -> None:
-        self._slots, self._slot_table = slots, slot_table
+    def __init__(self, pool: TieredPool, slot_table: Tensor) -> None:
+        self._pool, self._slots, self._slot_table = pool, pool.slots, slot_table
+
+    def append_kv(self, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None:
+        """`ops.append_kv`; where the home is limited, sealed pages are made beside it and then handed over."""
+        home, P = self._pool.home, kv.k_pool.shape[1]
+        if home is None:
+            ops.append_kv(k, v, cu_seqlens_k, context_lens, kv)
+            return
+        lengths = context_lens + cu_seqlens_k.diff()
+        page = torch.arange(kv.block_table.shape[2], device=k.device)
+        ends = torch.div(lengths, P, rounding_mode="floor")[:, None] - 1
+        sealing = ((page >= kv.sealed[:, None]) & (page < ends))[:, None] & (kv.block_table >= 0)
+        blocks = kv.block_table[sealing]
+        slot_table = torch.full_like(kv.block_table, -1)
+        slot_table[sealing] = torch.arange(len(blocks), dtype=torch.int32, device=k.device)
+        pages = {name: x.new_empty((len(blocks), *x.shape[1:])) for name, x in home.tensors.items()}
+        beside = kv._replace(k_pool=pages["k"], v_pool=pages["v"], scales=pages.get("scales"), slot_table=slot_table)
+        ops.append_kv(k, v, cu_seqlens_k, context_lens, beside)
+        if len(blocks):
+            home.write(blocks.numpy(), pages)
 
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, mask: Mask,

@@ -38,7 +38,7 @@ def prefill(
         scorer, selection: what the layer knows for decode; its lists are dropped.
         scale: of q·k.
         sinks: see `with_sinks`.
-        attention: who attends pages.
+        attention: who appends and attends pages.
 
     Returns:
         [N, Hq, D], and the new selection.
@@ -47,7 +47,7 @@ def prefill(
     cu_seqlens = on.cu_seqlens
     out, lse = attention.prefill(q, k, v, cu_seqlens, cu_seqlens, mask, before, on.context_lens, scale=scale)
     out, lse = with_sinks(out, lse, sinks)
-    ops.append_kv(k, v, cu_seqlens, on.context_lens, after)
+    attention.append_kv(k, v, cu_seqlens, on.context_lens, after)
     selection = selection.without_lists()
     if scorer is not None and scorer.observes:
         tail, tail_lse = _last_queries(q, lse, step)
@@ -82,12 +82,12 @@ def decode(
         scorer, selection: which lists; None: no head follows one.
         scale: of q·k.
         sinks: see `with_sinks`.
-        attention: who attends pages.
+        attention: who appends and attends pages.
 
     Returns:
         [B, Hq, D], and the new selection.
     """
-    ops.append_kv(k, v, step.cu_seqlens, step.context_lens, kv)
+    attention.append_kv(k, v, step.cu_seqlens, step.context_lens, kv)
     if scorer is not None:
         selection = scorer.next(selection, q, kv, step, mask.windows)
         mask = mask._replace(lists=selection.lists, local_start=selection.local_start, unit=scorer.unit_tokens)

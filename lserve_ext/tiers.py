@@ -93,9 +93,11 @@ class Tier(abc.ABC):
             raise ValueError(f"limit: expected at least the {self.stride:,} bytes of one record, got {limit:,}")
         self._entries: dict[bytes, _Entry] = {}  # by the digests of keys
         self._lock = threading.RLock()
-        self._failed: list[BaseException] = []
+        self._failed: dict[Pending, BaseException] = {}
         self._under_way = 0
         self._used = 0
+        self.peak = 0
+        """The most bytes that the records ever took."""
         self._is_closed = False
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="lserve-tier")
 
@@ -142,6 +144,7 @@ class Tier(abc.ABC):
             pending = Pending(key, size)
             entry = self._entries[digest] = _Entry(self._allocate(digest), size, pending, users=1)
             self._used += self.stride
+            self.peak = max(self.peak, self._used)
             self._start(pending, self._put, digest, entry, record.cast("B"))
         return pending
 
@@ -186,7 +189,7 @@ class Tier(abc.ABC):
         found = list(pending)
         size = sum(p.size for p in found)
         seconds = self.deadline[0] + self.deadline[1] * size / 1024
-        done, late = concurrent.futures.wait([p.future for p in found], timeout=seconds)
+        _, late = concurrent.futures.wait([p.future for p in found], timeout=seconds)
         if late:
             for p in found:
                 p.abandon()
@@ -194,8 +197,11 @@ class Tier(abc.ABC):
             raise TierTimeoutError(
                 f"{self}: expected {size:,} bytes within {seconds:.1f} s, got no record {_text(first.key)} by then"
             )
-        for future in done:
-            future.result()
+        with self._lock:
+            for p in found:
+                self._failed.pop(p, None)
+        for p in found:
+            p.future.result()
 
     def poll(self) -> int:
         """Operations under way.
@@ -205,7 +211,7 @@ class Tier(abc.ABC):
         """
         with self._lock:
             if self._failed:
-                raise self._failed.pop(0)
+                raise self._failed.pop(next(iter(self._failed)))
             return self._under_way
 
     def close(self) -> None:
@@ -242,7 +248,8 @@ class Tier(abc.ABC):
             self._write(entry.place, _header(digest, record), record)
         except BaseException as error:
             with self._lock:
-                self._failed.append(error)
+                assert entry.written is not None
+                self._failed[entry.written] = error
                 if self._entries.get(digest) is entry:
                     del self._entries[digest]
                     entry.is_deleted = True
@@ -404,7 +411,7 @@ class FsspecTier(Tier):
 
     Args:
         fs: an `fsspec.AbstractFileSystem`.
-        folder: emptied first, and when the tier is closed, unless kept.
+        folder: emptied first; and when the tier is closed or nobody has it any more, unless kept.
         keep: leave the files, and find there what the last tier has left, as far as the limit goes.
         options: of `Tier`.
     """
@@ -415,6 +422,7 @@ class FsspecTier(Tier):
         super().__init__(limit, record_bytes, **options)
         self.fs, self.folder, self.keep = fs, folder.rstrip("/"), keep
         fs.makedirs(self.folder, exist_ok=True)
+        self._clean = weakref.finalize(self, lambda: None) if keep else weakref.finalize(self, _remove, fs, self.folder)
         for file in sorted(fs.ls(self.folder, detail=True), key=lambda file: str(file["name"])):
             path, size = str(file["name"]), int(file["size"]) - HEADER.size
             if not path.endswith(SUFFIX):
@@ -430,10 +438,7 @@ class FsspecTier(Tier):
 
     def close(self) -> None:
         super().close()
-        if not self.keep:
-            for path in self.fs.ls(self.folder, detail=False):
-                if str(path).endswith(SUFFIX):
-                    self.fs.rm_file(path)
+        self._clean()
 
     def _allocate(self, digest: bytes) -> str:
         return f"{self.folder}/{digest.hex()}{SUFFIX}"
@@ -447,6 +452,15 @@ class FsspecTier(Tier):
     def _release(self, place: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(place)
+
+
+def _remove(fs: Any, folder: str) -> None:
+    """Removes the records of a folder, and the folder if nothing else is in it."""
+    with contextlib.suppress(OSError):  # it is not there any more, or holds something else
+        for path in fs.ls(folder, detail=False):
+            if str(path).endswith(SUFFIX):
+                fs.rm_file(path)
+        fs.rmdir(folder)
 
 
 def _aligned(size: int) -> int:

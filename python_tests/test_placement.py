@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from pathlib import Path
 from typing import Any
 
 import _tiny
@@ -17,17 +18,20 @@ from test_cache import streams as streams_of
 from lserve_ext import LayerCache, SparseConfig, ops, placement
 from lserve_ext.blocks import Pool
 from lserve_ext.hf import SparseCache
-from lserve_ext.placement import Resident, Slots
+from lserve_ext.placement import Resident, Slots, TieredPool
+from lserve_ext.tiers import ALIGNMENT
 
 NAMES = ["dense", "dense-int8", "streaming", "pages", "half", "h2o", "alisa"]
 
 
-def make(name: str, batch: int, slots: int | None, pool: Any = None) -> LayerCache:
-    """A layer with room for so many pages on the device; None: for all."""
+def make(name: str, batch: int, slots: int | None, frames: int | None = None, disk: Any = None) -> LayerCache:
+    """A layer with room for so many pages on the device and in host memory; None: for all."""
     config, like = CONFIGS[name], torch.empty(batch, H, 1, D)
     if slots is not None:
         config = config.replace(device_bytes=slots * slot_bytes(name))
-    return LayerCache(config, streams_of(name), False, like, pool)
+    if frames is not None:
+        config = config.replace(host_bytes=frames * slot_bytes(name), disk_dir=disk)
+    return LayerCache(config, streams_of(name), False, like)
 
 
 def slot_bytes(name: str) -> int:
@@ -37,7 +41,8 @@ def slot_bytes(name: str) -> int:
 @settings(max_examples=1000, deadline=None)
 @given(data=st.data())
 def test_placement_changes_nothing(data: st.DataObject) -> None:
-    """Any preset, batch, prompt and number of slots that a head fits in: prefill in chunks, then decode."""
+    """Any preset, batch, prompt, number of slots that a head fits in, and number of frames, with a tier below them:
+    prefill in chunks, then decode."""
     name, batch = data.draw(st.sampled_from(NAMES)), data.draw(st.integers(1, 3))
     prompt, steps = data.draw(st.integers(1, 12 * P)), data.draw(st.integers(1, 3 * P))
     pages = (prompt + steps) // P + 1
@@ -45,17 +50,24 @@ def test_placement_changes_nothing(data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, prompt), max_size=3)) | {prompt})
     qkv = tokens(prompt + steps, batch, data.draw(st.integers(0, 3)))
     cuts += range(prompt + 1, prompt + steps + 1)
-    limited = make(name, batch, slots)
+    frames = data.draw(st.one_of(st.none(), st.integers(1, batch * H * pages)))
+    limited = make(name, batch, slots, frames, "memory://placement")
     assert torch.equal(feed(make(name, batch, None), qkv, cuts), feed(limited, qkv, cuts))
     memory = limited.pool.tiers()
     blocks = int((limited.kv.block_table >= 0).sum())
-    assert memory["device"].used <= memory["device"].reserved and memory["host"].used == blocks * slot_bytes(name)
+    assert memory["device"].used <= memory["device"].reserved
+    if frames is None:
+        assert memory["host"].used == blocks * slot_bytes(name)
+    else:
+        assert memory["host"].peak <= memory["host"].reserved == frames * slot_bytes(name)
+        assert memory["host"].used // slot_bytes(name) + memory["disk"].used // ALIGNMENT >= blocks
 
 
+@pytest.mark.parametrize("frames", [None, 9])
 @pytest.mark.parametrize("name", NAMES)
-def test_batch_operations_and_forks(name: str) -> None:
-    """Beams, crops, forks, copies and several turns, a cache with slots beside one without."""
-    caches = [make(name, 2, None), make(name, 2, 17)]
+def test_batch_operations_and_forks(name: str, frames: int | None, tmp_path: Path) -> None:
+    """Beams, crops, forks, copies and several turns, a cache with tiers beside one without."""
+    caches = [make(name, 2, None), make(name, 2, 17, frames, tmp_path)]
     qkv = tokens(200, 2)
 
     def both(from_: int, to: int, rows: int = 2) -> None:
@@ -88,9 +100,10 @@ def test_batch_operations_and_forks(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dense", "dense-int8", "pages", "h2o", "alisa"])
-def test_blocks_that_get_other_contents(name: str) -> None:
-    """After a deep crop new pages lie in the blocks of old ones, whose copies are still in slots."""
-    caches = [make(name, 1, None), make(name, 1, 40)]
+@pytest.mark.parametrize("frames", [None, 9])
+def test_blocks_that_get_other_contents(name: str, frames: int | None, tmp_path: Path) -> None:
+    """After a deep crop new pages lie in the blocks of old ones, whose copies are still in slots and on the disk."""
+    caches = [make(name, 1, None), make(name, 1, 40, frames, tmp_path)]
     qkv, others = tokens(150), tokens(150, seed=1)
     for cache in caches:
         feed(cache, qkv, [100, *range(101, 150), 150])
@@ -167,7 +180,7 @@ def test_an_interrupt_between_resolving_and_copying(monkeypatch: pytest.MonkeyPa
             assert torch.equal(*(attend(cache, *(x[:, :, i : i + 1] for x in qkv)) for cache in caches))
 
 
-def model_cache(model: Any, name: str, share: float | None) -> SparseCache:
+def model_cache(model: Any, name: str, share: float | None, frames: int | None = None) -> SparseCache:
     pattern = {"streaming_heads": 1.0} if name == "streaming" else {}
     if name == "half":
         pattern = {"streaming_heads": None}
@@ -175,16 +188,18 @@ def model_cache(model: Any, name: str, share: float | None) -> SparseCache:
     if share is not None:
         whole = 2 * 2 * (160 // P) * slot_bytes(name)  # 2 layers, 2 heads
         config = config.replace(device_bytes=int(share * whole))
+    if frames is not None:
+        config = config.replace(host_bytes=frames * slot_bytes(name), disk_dir="memory://model")
     return SparseCache(model.config, config)
 
 
-@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("share, frames", [(0.3, None), (1.0, None), (0.3, 7)])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_model(name: str, share: float, tmp_path: Any) -> None:
+def test_a_model(name: str, share: float, frames: int | None, tmp_path: Any) -> None:
     """Logits of a model with a limit, in several turns, with crops, beams, a fork, a copy and a file between them."""
     model = _tiny.llama(attn_implementation="lserve")
     ids = torch.randint(0, 258, (2, 160), generator=torch.Generator().manual_seed(0))
-    caches = [model_cache(model, name, None), model_cache(model, name, share)]
+    caches = [model_cache(model, name, None), model_cache(model, name, share, frames)]
 
     def both(from_: int, to: int) -> None:
         with torch.no_grad():
@@ -206,10 +221,11 @@ def test_a_model(name: str, share: float, tmp_path: Any) -> None:
     caches = [copy.deepcopy(cache) for cache in originals]
     both(110, 111)
     memory = caches[1].memory()
-    assert set(memory) == {"device", "host"} and memory["host"].used > 0
+    assert set(memory) == {"device", "host"} | ({"disk"} if frames else set()) and memory["host"].used > 0
     limit = caches[1].config.device_bytes
     residual = sum(layer.kv.residual_bytes for layer in caches[1].ours if layer.kv is not None)
-    stats = memory["host"].reserved  # no more than the codes are
+    pool = next(layer.kv.pool for layer in caches[1].ours if layer.kv is not None)
+    stats = pool.allocator.capacity * (pool.block_bytes - slot_bytes(name))
     assert limit is not None and memory["device"].reserved <= limit + residual + stats
     for i, cache in enumerate(originals):
         cache.save(tmp_path / f"{i}.safetensors")
@@ -226,10 +242,10 @@ def test_a_step_that_wants_more_than_there_is_finds_some_of_it() -> None:
     ids = torch.randint(0, 258, (1, 160), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         model(ids[:, :100], use_cache=True, **_tiny.cached(cache))
-        wanted, fetched = cache.fetched()
+        before = cache.traffic()
         for i in range(100, 160):
             model(ids[:, i : i + 1], use_cache=True, **_tiny.cached(cache))
-    wanted, fetched = cache.fetched()[0] - wanted, cache.fetched()[1] - fetched
+    wanted, fetched, _, _ = cache.traffic() - before
     pool = next(layer.kv.pool for layer in cache.ours if layer.kv is not None)
     assert pool.slots.count < wanted / 60 and fetched < 0.7 * wanted
 
@@ -249,12 +265,13 @@ def test_in_and_out_of_inference_mode(name: str) -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("frames", [None, 8])
 @pytest.mark.parametrize("name", ["pages", "alisa", "dense"])
-def test_beams(name: str) -> None:
+def test_beams(name: str, frames: int | None) -> None:
     model = _tiny.llama(attn_implementation="lserve")
     ids = torch.randint(3, 258, (1, 90), generator=torch.Generator().manual_seed(1))
     options = {"max_new_tokens": 30, "num_beams": 3, "do_sample": False}
-    caches = (model_cache(model, name, share) for share in (None, 0.7))
+    caches = model_cache(model, name, None), model_cache(model, name, 0.7, frames)
     assert torch.equal(*(model.generate(ids, **_tiny.cached(cache), **options) for cache in caches))
 
 
@@ -264,9 +281,10 @@ def test_resident_alone() -> None:
     qkv = tokens(122, 2)
     feed(cache, qkv, [122])
     config = CONFIGS["dense"].replace(device_bytes=15 * slot_bytes("dense"))
-    slots = Slots(cache.pool, config.device_bytes or 0)
     kv, n = cache.kv, torch.tensor([122, 122], dtype=torch.int32)
-    resident = Resident(slots, torch.full_like(kv.block_table, -1))
+    pool = TieredPool(config, torch.empty(1, H, 1, D), cache.pool.allocator.capacity)
+    pool.tensors = cache.pool.tensors
+    resident = Resident(pool, torch.full_like(kv.block_table, -1))
     mask = ops.Mask(torch.tensor([ops.DENSE, 3], dtype=torch.int32), sink=1)
     q = qkv[0][:, :, -4:].transpose(1, 2).contiguous()
     found, want = (a.decode(q[:, -1], mask, kv, n) for a in (resident, ops))
@@ -276,10 +294,11 @@ def test_resident_alone() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("frames", [None, 20])
 @pytest.mark.parametrize("name", ["dense-int8", "pages", "h2o"])
-def test_a_soak(name: str) -> None:
+def test_a_soak(name: str, frames: int | None, tmp_path: Path) -> None:
     """Ten thousand steps with crops, forks and batch operations: memory stays what it was, and no block is lost."""
-    cache, rng = make(name, 2, 60), torch.Generator().manual_seed(0)
+    cache, rng = make(name, 2, 60, frames, tmp_path), torch.Generator().manual_seed(0)
     qkv, held = tokens(1000, 2), []
     feed(cache, tuple(x[:, :, :100] for x in qkv), [100])  # type: ignore[arg-type]
     most = 3 * 2 * H * (200 // P + 1)  # blocks of the cache and two forks
@@ -296,6 +315,9 @@ def test_a_soak(name: str) -> None:
             gc.collect()
             audit(cache, *held)
             assert cache.pool.allocator.capacity <= 1.5 * most
-            memory = cache.pool.tiers()["device"]
-            assert memory.used <= memory.reserved
+            tiers = cache.pool.tiers()
+            assert tiers["device"].used <= tiers["device"].reserved
+            if frames is not None:
+                assert tiers["host"].used <= tiers["host"].reserved == frames * slot_bytes(name)
+                assert tiers["disk"].used <= 1.5 * most * ALIGNMENT
     assert cache.lengths == [100 + 10_000 - 10_000 // 97 * 97] * 2

@@ -210,6 +210,8 @@ def test_a_write_that_fails(make: Make, monkeypatch: pytest.MonkeyPatch) -> None
         patch.setattr(type(tier), "_write", broken)
         with pytest.raises(OSError, match="broken"):
             tier.wait([tier.put(key(1), record(1))])
+        assert tier.poll() == 0  # somebody has been told
+        tier.put(key(2), record(2)).future.exception()
     with pytest.raises(OSError, match="broken"):
         tier.poll()
     assert tier.poll() == 0 and not tier.exists(key(1)) and tier.used == tier.stride

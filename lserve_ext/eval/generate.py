@@ -14,6 +14,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from ..blocks import Memory
 from ..config import SparseConfig
 from ..hf import SparseCache, cache_argument
+from ..placement import Traffic
 from . import metrics
 
 
@@ -61,10 +62,8 @@ class Run:
     """`SparseCache.attended` at the end."""
     length: int
     """Tokens in the cache at the end."""
-    wanted: int
-    """Pages that attention wanted on the device, where not all lie there."""
-    fetched: int
-    """Of these, pages that were not there and were copied."""
+    traffic: Traffic
+    """`SparseCache.traffic` at the end."""
 
 
 class Generation:
@@ -97,7 +96,6 @@ class Generation:
             followed = self.first.tokens[:-1]
             logits = torch.cat([last[None], follow(self.model, followed, fork)]) if followed else last[None]
             agreement = metrics.compare(self.first.logits, logits)
-        wanted, fetched = cache.fetched()
         run = Run(
             answer=self.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
             tokens=tokens,
@@ -108,8 +106,7 @@ class Generation:
             decode=(len(tokens) - 1) / seconds,
             attended=cache.attended(),
             length=cache.get_seq_length(),
-            wanted=wanted,
-            fetched=fetched,
+            traffic=cache.traffic(),
         )
         self.first = self.first or run
         return run

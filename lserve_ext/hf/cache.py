@@ -29,7 +29,7 @@ from ..cache import LayerCache
 from ..config import SparseConfig
 from ..files import write_beside
 from ..heads import HeadPattern
-from ..placement import SharedPool
+from ..placement import SharedPool, TieredPool, Traffic
 from ..reserved import ReservedBatch
 from ..sequences import Sequences, Step
 from .layers import Padding, PendingKV, SparseHybridLayer, SparseLayer
@@ -378,12 +378,11 @@ class SparseCache(Cache):
                     tiers[tier] = tiers.get(tier, Memory()) + memory
             return tiers
 
-    def fetched(self) -> tuple[int, int]:
-        """Pages that attention has wanted on the device and those of them that were copied there, forks included; 0 and
-        0 where all lie there."""
+    def traffic(self) -> Traffic:
+        """Pages that were moved between tiers, forks included; all 0 where there is a device only."""
         pools = {id(layer.kv.pool): layer.kv.pool for layer in self.ours if layer.kv is not None}
-        slots = [pool.slots for pool in pools.values() if pool.slots is not None]
-        return sum(int(s.wanted) for s in slots), sum(int(s.fetched) for s in slots)
+        tiered = [pool.traffic() for pool in pools.values() if isinstance(pool, TieredPool)]
+        return Traffic(*(sum(counts) for counts in zip(*tiered, strict=True)))
 
     def attended(self) -> tuple[int, int]:
         """Tokens that a decode step attends and those that a dense one would, over the layers with full attention, kv
