@@ -1,4 +1,4 @@
-"""The command `lserve`: generate, calibrate, demo, doctor."""
+"""The command `lserve`: generate, calibrate, demo, profile, doctor."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import inspect
 import io
 import json
 import os
+import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import __version__, doctor, files, heads, models
+from . import __version__, doctor, files, heads, machine, models
 from .config import PRESETS, SparseConfig
 from .doctor import table
 from .eval import tasks
 from .heads import HeadPattern
+from .machine import Profile
 
 if TYPE_CHECKING:
     from .eval.generate import Run
@@ -260,6 +262,12 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--local-tokens", type=int, default=256, help="of a streaming head (%(default)s)")
     calibrate.set_defaults(call=_calibrate)
 
+    profile = commands.add_parser("profile", help="measure this machine for the cost model")
+    profile.add_argument("--name", default=platform.node() or "this machine", help="of the machine (%(default)s)")
+    profile.add_argument("--disk", type=Path, help="a folder on the disk to be measured; by default none is")
+    profile.add_argument("--out", type=Path, default=Path("machine.json"), help="the profile's file (%(default)s)")
+    profile.set_defaults(call=_profile)
+
     commands.add_parser("doctor", help="versions, devices, and which kernels are compiled in").set_defaults(
         call=_doctor
     )
@@ -353,6 +361,24 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         rows.append([str(layer), "  ".join(f"{score:.3f}{'*' if streams else ' '}" for score, streams in marks)])
     print(f"\n{table(rows)}\n\nwritten to {arguments.out}; use it with --streaming-heads {arguments.out}")
     return 0
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    if arguments.out.is_dir() or not arguments.out.absolute().parent.is_dir():
+        raise ValueError(f"--out: expected a file in a folder that exists, got {str(arguments.out)!r}")
+    found = machine.measure(arguments.name, arguments.disk, lambda what: print(f"measuring {what}", file=sys.stderr))
+    found.save(arguments.out)
+    print(f"{table(_figures(found))}\n\nwritten to {arguments.out}; use it with lserve plan --machine {arguments.out}")
+    return 0
+
+
+def _figures(profile: Profile) -> list[list[str]]:
+    """A profile as rows of text."""
+    rows = [["figure", "how", "value, by bytes of a unit where there are several", "unit"]]
+    for name, figure in profile.figures.items():
+        values = [f"{size:,.0f}: {value:,.4g}" if size else f"{value:,.4g}" for size, value in figure.points]
+        rows.append([name, figure.how, ", ".join(values), figure.unit.split(",")[0]])
+    return rows
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

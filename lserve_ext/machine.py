@@ -1,14 +1,26 @@
-"""What this machine can do at best: one clock, and the ceilings that benchmarks and the cost model measure with it."""
+"""What this machine can do: a clock, the ceilings that benchmarks measure with it, a profile for the cost model."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
+import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import resources
 from itertools import cycle
+from pathlib import Path
+from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
+
+from . import files, ops
+from .tiers import DiskTier
 
 
 class Machine:
@@ -55,3 +67,302 @@ class Machine:
         squares = [self._squares[dtype] for dtype in dtypes]
         times = [self.seconds(partial(torch.matmul, square, square)) for square in squares]
         return 2 * self._side**3 / min(times)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """What a machine does, as a curve over the bytes of a unit (a page, a record, a copy), or as one number.
+
+    Args:
+        unit: of the values.
+        how: "measured" or "nominal": by `lserve profile`, or as a vendor or a paper states it.
+        points: (bytes of a unit, value), ascending; a single number stands at 0 bytes.
+        source: of a nominal figure.
+    """
+
+    unit: str
+    how: str
+    points: tuple[tuple[float, float], ...]
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.how not in ("measured", "nominal"):
+            raise ValueError(f"how: expected 'measured' or 'nominal', got {self.how!r}")
+        sizes, values = zip(*self.points, strict=True) if self.points else ((), ())
+        if not self.points or list(sizes) != sorted(set(sizes)) or not all(math.isfinite(x) and x > 0 for x in values):
+            raise ValueError(f"points: expected ascending sizes and positive values, got {self.points!r:.80}")
+
+    def at(self, size: float = 0) -> float:
+        """The value for units of that size: between two points on a line over the logarithm of the size, outside of
+        them that of the nearest one."""
+        sizes, values = zip(*self.points, strict=True)
+        return float(np.interp(math.log(max(size, 1)), [math.log(max(x, 1)) for x in sizes], values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        fields = dataclasses.asdict(self) | {"points": [list(point) for point in self.points]}
+        return {name: value for name, value in fields.items() if value != ""}
+
+    @classmethod
+    def from_dict(cls, name: str, fields: Any) -> Figure:
+        """The inverse of `to_dict`. Raises ValueError, with the figure's name."""
+        try:
+            points = tuple((float(size), float(value)) for size, value in fields["points"])
+            return cls(**{**fields, "points": points})
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"Profile.figures.{name}: {error}") from None
+
+
+FIGURES = {
+    "memory": "bytes/s read from the device's memory",
+    "matmul.float32": "operations/s of large matrix products",
+    "matmul.bfloat16": "operations/s of large matrix products",
+    "linear.float32": "bytes/s of weights, in matrices of so many bytes, that one token is multiplied with",
+    "linear.bfloat16": "bytes/s of weights, in matrices of so many bytes, that one token is multiplied with",
+    "attend.auto": "bytes/s of KV that a decode step reads",
+    "attend.int8": "bytes/s of INT8 KV that a decode step reads",
+    "fetch": "bytes/s from host memory to the device, in units of so many bytes",
+    "spill": "bytes/s from the device to host memory",
+    "load": "bytes/s from the disk to host memory, past the page cache",
+    "store": "bytes/s from host memory to the disk",
+    "layer": "s of a decode step in a layer, whatever its sizes",
+    "layer.slots": "the same with device_bytes",
+    "layer.frames": "the same with host_bytes",
+    "device_bytes": "bytes of the device's memory",
+    "host_bytes": "bytes of host memory",
+    "disk_bytes": "bytes that the disk has free",
+}
+"""What a profile says, and in which unit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """A machine in figures, for the cost model.
+
+    Args:
+        name: of the machine.
+        device: "cpu" or "cuda".
+        figures: by the names of `FIGURES`.
+    """
+
+    name: str
+    device: str
+    figures: Mapping[str, Figure]
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"Profile.device: expected 'cpu' or 'cuda', got {self.device!r}")
+        for name in self.figures:
+            if name not in FIGURES:
+                raise ValueError(f"Profile.figures: expected {', '.join(FIGURES)}, got {name!r}")
+
+    def figure(self, name: str, size: float = 0) -> float:
+        """A value, for units of that size.
+
+        Raises:
+            ValueError: the profile does not have it.
+        """
+        if name not in self.figures:
+            raise ValueError(f"profile {self.name!r}: expected a figure {name!r} ({FIGURES[name]}), got none")
+        return self.figures[name].at(size)
+
+    def seconds(self, name: str, size: float, unit: float = 0) -> float:
+        """For so many bytes, or operations, in units of that size."""
+        return size / self.figure(name, unit) if size else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        figures = {name: figure.to_dict() for name, figure in self.figures.items()}
+        return {"format": _FORMAT, "name": self.name, "device": self.device, "figures": figures}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Profile:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a field or a figure is missing, unknown or of another kind.
+        """
+        fields = files.without_format(fields, "Profile", _FORMAT)
+        expected = {"name", "device", "figures"}
+        if set(fields) != expected or not isinstance(fields["figures"], Mapping):
+            raise ValueError(f"Profile: expected the fields {', '.join(sorted(expected))}, got {', '.join(fields)}")
+        figures = {name: Figure.from_dict(name, figure) for name, figure in fields["figures"].items()}
+        return cls(str(fields["name"]), fields["device"], figures)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON."""
+        files.write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str]) -> Profile:
+        """Reads the file of `save`, or, by its name, a profile that comes with the package."""
+        known = shipped()
+        if os.fspath(source) in known and not Path(source).exists():
+            text = (resources.files(__package__) / "data" / "machines" / f"{source}.json").read_text("utf-8")
+        else:
+            try:
+                text = files.read_text(source, "profile")
+            except FileNotFoundError:
+                names = ", ".join(known)
+                raise ValueError(f"profile: expected a file or one of {names}, got {os.fspath(source)!r}") from None
+        try:
+            return cls.from_dict(files.read_json(text, "profile", source))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(source)}: {error}") from None
+
+
+_FORMAT = 1  # of files
+
+
+def shipped() -> list[str]:
+    """Names of the profiles that come with the package."""
+    folder = resources.files(__package__) / "data" / "machines"
+    return sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json"))
+
+
+# ---- lserve profile -------------------------------------------------------------------------------------------------
+
+UNITS = (2048, 8192, 32768, 131072, 524288, 2097152)  # bytes
+MATRICES = (1 << 20, 4 << 20, 16 << 20, 64 << 20)  # bytes
+
+
+def measure(
+    name: str, disk: str | os.PathLike[str] | None = None, progress: Callable[[str], object] = lambda what: None
+) -> Profile:
+    """This machine in figures, in about a minute: medians of what the package itself does on it.
+
+    Args:
+        name: of the machine.
+        disk: a folder on the disk to be measured; None: none is.
+        progress: is told what comes next.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    machine, found = Machine(256 << 20, device), dict[str, list[tuple[float, float]]]()
+
+    def take(figure: str, *points: tuple[float, float]) -> None:
+        found[figure] = list(points)
+
+    with torch.inference_mode():
+        progress("memory")
+        take("memory", (0, median(machine.bandwidth() for _ in range(9))))
+        progress("matrix products")
+        for dtype in (torch.float32, torch.bfloat16):
+            machine.matmul(dtype)
+            kind = str(dtype).removeprefix("torch.")
+            take(f"matmul.{kind}", (0, median(machine.matmul(dtype) for _ in range(7))))
+            take(f"linear.{kind}", *((size, _linear(machine, size, dtype)) for size in MATRICES))
+        progress("attention")
+        for kind in ("auto", "int8"):
+            take(f"attend.{kind}", (0, _attended(machine, kind)))
+        progress("copies")
+        take("fetch", *((unit, _copied(machine, unit, to_device=True)) for unit in UNITS))
+        take("spill", *((unit, _copied(machine, unit, to_device=False)) for unit in UNITS))
+        if disk is not None:
+            for unit in UNITS:
+                progress(f"disk, {unit:,} bytes")
+                store, load = (median(rates) for rates in zip(*(_stored(unit, disk) for _ in range(5)), strict=True))
+                found.setdefault("store", []).append((unit, store))
+                found.setdefault("load", []).append((unit, load))
+        for figure, limits in _LAYERS.items():
+            progress("steps of a small model")
+            take(figure, (0, _layer(machine, limits)))
+    free = torch.cuda.mem_get_info()[1] if device == "cuda" else _host_bytes()
+    take("device_bytes", (0, free))
+    take("host_bytes", (0, _host_bytes()))
+    if disk is not None:
+        take("disk_bytes", (0, shutil.disk_usage(disk).free))
+    figures = {figure: Figure(FIGURES[figure], "measured", tuple(points)) for figure, points in found.items()}
+    return Profile(name, device, figures)
+
+
+def _host_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _linear(machine: Machine, size: int, dtype: torch.dtype) -> float:
+    """Bytes a second of square weights that one token is multiplied with, and that no cache holds."""
+    side = math.isqrt(size // dtype.itemsize)
+    count = max(2, (256 << 20) // size)
+    weights = torch.randn(count, side, side, device=machine.device).to(dtype)
+    x = torch.randn(1, side, device=machine.device).to(dtype)
+    times = [machine.seconds(lambda: [torch.nn.functional.linear(x, w) for w in weights]) for _ in range(4)]
+    return count * side * side * dtype.itemsize / median(times[1:])
+
+
+def _attended(machine: Machine, kind: str) -> float:
+    """Bytes a second of the pages that a decode step reads, of a layer with 8 heads of 64 channels."""
+    from . import LayerCache, SparseConfig
+
+    H, G, D, tokens = 8, 3, 64, 4096
+    config = SparseConfig.dense(kv_dtype=kind)
+    cache = LayerCache(config, [False] * H, True, torch.empty(1, H, 0, D, device=machine.device))
+    k, v = torch.randn(2, tokens, H, D, device=machine.device)
+    q = torch.randn(tokens, H * G, D, device=machine.device)
+    cache.attend(q, k, v, [tokens], D**-0.5)
+    kv, lengths = cache.kv, torch.tensor([tokens], dtype=torch.int32, device=machine.device)
+    mask = ops.Mask(torch.full((H,), ops.DENSE, dtype=torch.int32, device=machine.device))
+    pages, times = cache.pool.memory.used, []
+    for _ in range(15):
+        machine.bandwidth()  # afterwards no cache holds the pages
+        times.append(machine.seconds(lambda: ops.decode(q[:1], mask, kv, lengths, scale=D**-0.5)))
+    return pages / median(times)
+
+
+def _copied(machine: Machine, unit: int, to_device: bool) -> float:
+    """Bytes a second of `gather_pages` between host memory and the device, random units each."""
+    count = max(4, min(4096, (32 << 20) // unit))
+    host, there = torch.ones(count, unit, dtype=torch.uint8), torch.ones(count, unit, dtype=torch.uint8)
+    if machine.device == "cuda":
+        host, there = host.pin_memory(), there.cuda()
+    src, dst = (host, there) if to_device else (there, host)
+    order = torch.randperm(count).to(torch.int32)
+    rows = torch.arange(count, dtype=torch.int32)
+    times = []
+    for _ in range(7):
+        machine.bandwidth()
+        if machine.device == "cpu":
+            times.append(machine.seconds(lambda: ops.gather_pages(src, order, dst, rows)))
+        else:
+            times.append(machine.seconds(lambda: [dst[i].copy_(src[j], non_blocking=True)
+                                                  for i, j in enumerate(order.tolist())]))  # fmt: skip
+    return count * unit / median(times)
+
+
+def _stored(unit: int, disk: str | os.PathLike[str]) -> tuple[float, float]:
+    """Bytes a second of writing to and reading from a `DiskTier`, in records of so many bytes."""
+    count = max(8, min(1024, (64 << 20) // unit))
+    record: Any = np.random.default_rng(0).integers(0, 256, unit, np.uint8)
+    into: Any = np.empty((count, unit), np.uint8)
+    with DiskTier(disk, 2 * count * (unit + 8192), unit) as tier:
+        start = time.perf_counter()
+        tier.wait([tier.put(b"%d" % i, memoryview(record)) for i in range(count)])
+        stored = time.perf_counter()
+        order = np.random.default_rng(1).permutation(count)
+        tier.wait([tier.get(b"%d" % i, memoryview(row)) for i, row in zip(order, into, strict=True)])
+        return count * unit / (stored - start), count * unit / (time.perf_counter() - stored)
+
+
+_LAYERS: dict[str, dict[str, int]] = {"layer": {}, "layer.slots": {"device_bytes": 1 << 20},
+                                      "layer.frames": {"device_bytes": 1 << 20, "host_bytes": 1 << 20}}  # fmt: skip
+
+
+def _layer(machine: Machine, limits: Mapping[str, int]) -> float:
+    """Seconds a layer of a decode step of a model so small that only calls count."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from . import SparseCache, SparseConfig
+    from .hf import cache_argument
+
+    layers = 8
+    small: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 64}
+    config = LlamaConfig(num_hidden_layers=layers, num_key_value_heads=2, **small)
+    model: Any = LlamaForCausalLM._from_config(config, attn_implementation="lserve").train(False)
+    model.to(machine.device)
+    if machine.device == "cuda":
+        limits = {}
+    fields: dict[str, Any] = dict(limits)
+    cache = SparseCache(config, SparseConfig.lserve(streaming_heads=None, budget_tokens=512, **fields))
+    argument, token = cache_argument(model, cache), torch.zeros(1, 1, dtype=torch.int64, device=machine.device)
+    model(token.expand(1, 1000), **argument, use_cache=True)
+    times = [machine.seconds(lambda: model(token, **argument, use_cache=True)) for _ in range(41)]
+    return median(times) / layers
