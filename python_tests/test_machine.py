@@ -38,7 +38,8 @@ def test_a_measured_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert not list((tmp_path / "kv").iterdir())
     for name in ("memory", "linear.float32", "attend.auto", "fetch"):
         assert 1e8 < profile.figure(name, 1 << 20) < 1e13, name
-    assert 1e-6 < profile.figure("layer") < profile.figure("layer.slots") < profile.figure("layer.frames") < 1
+    for name in ("layer", "layer.slots", "layer.frames"):
+        assert 1e-6 < profile.figure(name) < 1, name
     assert profile.figure("fetch", 8192) <= 4 * profile.figure("memory")
 
 
