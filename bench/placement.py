@@ -1,7 +1,7 @@
 """Decoding where the device holds a part of the pages: how many are missing, and what that costs.
 
     python bench/placement.py                    two minutes
-    python bench/placement.py --save             bench/results/placement-<machine>.json
+    python bench/placement.py --save             bench/results/placement-<machine>.json, and what `lserve plan` knows
 
 One text is read by all runs, which take turns at each step. `slots` are those of a kv head, beside the pages that it
 attends in a step (the budget): so much of the cache lies on the device, all the rest in host memory. A page is missed
@@ -31,6 +31,7 @@ from lserve_ext.hf import cache_argument
 from lserve_ext.machine import Machine
 from lserve_ext.placement import Traffic, slot_bytes
 
+LOCALITY = Path(__file__).parents[1] / "lserve_ext" / "data" / "locality.json"
 FACTORS = (None, 1.0, 1.5, 2.0, 4.0)
 WARM_UP = 16
 
@@ -88,6 +89,16 @@ def measure(model: Any, ids: Tensor, options: argparse.Namespace) -> list[dict[s
     return [run.result(median(rates)) for run in runs]
 
 
+def missed(found: dict[str, Any]) -> dict[str, Any]:
+    """What `lserve plan` takes from the results: of each reuse interval, pairs of slots and missed pages."""
+    source = f"bench/placement.py: {found['model']}, {found['tokens']:,} tokens, budget {found['budget']:,}"
+    curves: dict[str, list[list[float]]] = {}
+    for r in found["results"]:
+        if r["slots"] is not None:
+            curves.setdefault(str(r["reuse_interval"]), []).append([r["slots"], r["missed_of_listed"]])
+    return {"source": source, "missed_of_listed": curves}
+
+
 def show(results: list[dict[str, Any]]) -> None:
     print(
         "\nreuse  slots   missed of listed  of wanted  pages a head and step  MB a step  step ms  beside all  limit ms"
@@ -123,6 +134,8 @@ def main() -> None:
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(head | {"results": results}, indent=2) + "\n", encoding="utf-8")
+    if options.save:
+        LOCALITY.write_text(json.dumps(missed(head | {"results": results}), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command `lserve`: generate, calibrate, demo, profile, doctor."""
+"""The command `lserve`: generate, calibrate, demo, profile, plan, doctor."""
 
 from __future__ import annotations
 
@@ -100,11 +100,13 @@ def _read(path: Path) -> str:
 
 def _checked(arguments: argparse.Namespace) -> None:
     """Refuses numbers that make no sense before a model is loaded. Flags that a command does not have are not asked."""
-    least = {"chunk": 1, "new_tokens": 1, "length": 1, "samples": 1, "sink_tokens": 0, "local_tokens": 1}
+    least = {"chunk": 1, "batch": 1, "new_tokens": 1, "length": 1, "samples": 1, "sink_tokens": 0, "local_tokens": 1}
+    least |= {"context": 1}
     for name, value in vars(arguments).items():
         flag = "--" + name.replace("_", "-")
-        if name in least and isinstance(value, int) and value < least[name]:
-            raise ValueError(f"{flag}: expected at least {least[name]}, got {value}")
+        for number in value if isinstance(value, list) else [value]:
+            if name in least and isinstance(number, int) and number < least[name]:
+                raise ValueError(f"{flag}: expected at least {least[name]}, got {number}")
         if name in ("depth", "fraction") and not 0 <= value <= 1:  # NaN neither
             raise ValueError(f"{flag}: expected a number from 0 to 1, got {value}")
 
@@ -205,6 +207,15 @@ def _field_helps() -> dict[str, str]:
     return {name: text.replace("%", "%%") for name, text in found.items()}
 
 
+def _add_fields(command: argparse.ArgumentParser) -> None:
+    """A flag for every field of SparseConfig."""
+    group, helps = command.add_argument_group("fields of the config, of a preset or a file"), _field_helps()
+    for field in dataclasses.fields(SparseConfig):
+        flags = ["--" + field.name.replace("_", "-"), *(["--budget"] if field.name == "budget_tokens" else [])]
+        options: dict[str, Any] = {"type": _field_value, "default": argparse.SUPPRESS, "metavar": "VALUE"}
+        group.add_argument(*flags, dest=field.name, help=helps[field.name], **options)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lserve", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
@@ -234,18 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--preset", choices=PRESETS, help="what is attended (lserve)")
     generate.add_argument("--config", type=Path, help="a file of SparseConfig.save, in place of a preset")
     generate.add_argument("--compare", choices=PRESETS, metavar="PRESET", help="another preset to run first")
-    fields = generate.add_argument_group("fields of the config, of a preset or a file")
-    helps = _field_helps()
-    for field in dataclasses.fields(SparseConfig):
-        flags = ["--" + field.name.replace("_", "-"), *(["--budget"] if field.name == "budget_tokens" else [])]
-        fields.add_argument(
-            *flags,
-            dest=field.name,
-            type=_field_value,
-            default=argparse.SUPPRESS,
-            metavar="VALUE",
-            help=helps[field.name],
-        )
+    _add_fields(generate)
     generate.set_defaults(call=_generate)
 
     commands.add_parser(
@@ -267,6 +267,17 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--disk", type=Path, help="a folder on the disk to be measured; by default none is")
     profile.add_argument("--out", type=Path, default=Path("machine.json"), help="the profile's file (%(default)s)")
     profile.set_defaults(call=_profile)
+
+    plan = commands.add_parser("plan", help="what a context costs on a machine, from a model's config alone")
+    plan.add_argument("--model", default="llama-3-8b", help="folder or hub name, or a known config (%(default)s)")
+    plan.add_argument("--machine", default="h100-pcie5", help="a file of lserve profile, or a known one (%(default)s)")
+    plan.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (the model's own)")
+    plan.add_argument("--context", type=int, nargs="+", default=[1 << n for n in range(15, 21)], help="tokens")
+    plan.add_argument("--batch", type=int, default=1, help="sequences (%(default)s)")
+    plan.add_argument("--preset", choices=PRESETS, help="what is attended (lserve)")
+    plan.add_argument("--config", type=Path, help="a file of SparseConfig.save, in place of a preset")
+    _add_fields(plan)
+    plan.set_defaults(call=_plan)
 
     commands.add_parser("doctor", help="versions, devices, and which kernels are compiled in").set_defaults(
         call=_doctor
@@ -379,6 +390,43 @@ def _figures(profile: Profile) -> list[list[str]]:
         values = [f"{size:,.0f}: {value:,.4g}" if size else f"{value:,.4g}" for size, value in figure.points]
         rows.append([name, figure.how, ", ".join(values), figure.unit.split(",")[0]])
     return rows
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from .plan import Model, Plan
+
+    names = [field.name for field in dataclasses.fields(SparseConfig)]
+    overrides = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    if arguments.config is not None:
+        if arguments.preset is not None:
+            raise ValueError(f"--config: expected no --preset beside it, got {arguments.preset}")
+        config = SparseConfig.load(arguments.config).replace(**overrides)
+    else:
+        config = SparseConfig.preset(arguments.preset or "lserve", **overrides)
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    model, profile = Model.load(arguments.model, dtype), Profile.load(arguments.machine)
+    plan = Plan(model, config, profile)
+    head = "context|KV, dense|device|host|disk|phase|alpha|beta|ms a step|tokens/s|binds"
+    rows = [head.split("|")]
+    for context in arguments.context:
+        p = plan.predict(context, arguments.batch)
+        held = [_gigabytes(p.bytes[tier]) if tier in p.bytes else "-" for tier in ("device", "host", "disk")]
+        step = [f"{p.step * 1e3:,.1f}", f"{p.rate:,.1f}"] if p.phase else ["-", "-"]
+        dense = _gigabytes(arguments.batch * model.kv_bytes(context))
+        phase = "I" * p.phase or "-"
+        rows.append([f"{context:,}", dense, *held, phase, f"{p.alpha:.2f}", f"{p.beta:.2f}", *step, p.binds])
+    how = sorted({figure.how for figure in profile.figures.values()})
+    where = f"on {profile.name} ({' and '.join(how)} figures), batch {arguments.batch}"
+    print(f"{model.name}, {_gigabytes(model.weight_bytes)} of weights, {where}\n\n{table(rows)}\n")
+    for phase, context in zip(("II", "III"), plan.switches(arguments.batch), strict=True):
+        begins = "does not begin before 16M tokens" if context is None else f"begins at {context:,} tokens"
+        print(f"phase {phase} {begins}")
+    print(plan.choice.why)
+    return 0
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB"
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -115,6 +115,7 @@ class Figure:
 
 FIGURES = {
     "memory": "bytes/s read from the device's memory",
+    "host_memory": "bytes/s that the CPU reads from host memory",
     "matmul.float32": "operations/s of large matrix products",
     "matmul.bfloat16": "operations/s of large matrix products",
     "linear.float32": "bytes/s of weights, in matrices of so many bytes, that one token is multiplied with",
@@ -245,6 +246,8 @@ def measure(
     with torch.inference_mode():
         progress("memory")
         take("memory", (0, median(machine.bandwidth() for _ in range(9))))
+        host = machine if device == "cpu" else Machine(256 << 20, "cpu")
+        take("host_memory", (0, median(host.bandwidth() for _ in range(9))))
         progress("matrix products")
         for dtype in (torch.float32, torch.bfloat16):
             machine.matmul(dtype)

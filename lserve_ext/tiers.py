@@ -28,6 +28,11 @@ SUFFIX = ".lserve"
 ALIGNMENT = 4096  # of records in a file and of buffers, which O_DIRECT asks for
 
 
+def stride(record_bytes: int) -> int:
+    """Bytes that a record of so many takes."""
+    return -(-(HEADER.size + record_bytes) // ALIGNMENT) * ALIGNMENT
+
+
 class TierFullError(RuntimeError):
     """A tier's limit, or the disk itself, does not take another record."""
 
@@ -87,7 +92,7 @@ class Tier(abc.ABC):
         if record_bytes < 1:
             raise ValueError(f"record_bytes: expected at least 1, got {record_bytes}")
         self.limit, self.record_bytes, self.deadline = limit, record_bytes, deadline
-        self.stride = -(-(HEADER.size + record_bytes) // ALIGNMENT) * ALIGNMENT
+        self.stride = stride(record_bytes)
         """Bytes that a record takes."""
         if limit < self.stride:
             raise ValueError(f"limit: expected at least the {self.stride:,} bytes of one record, got {limit:,}")
