@@ -102,7 +102,11 @@ class Home:
         for part in _chunks(len(blocks), CHUNK):
             wanted = blocks[part]
             frames = self._frame(wanted)
-            missing, rows = np.unique(wanted[frames < 0], return_inverse=True)
+            row = {block: i for i, block in enumerate(dict.fromkeys(wanted[frames < 0].tolist()))}
+            missing, rows = (
+                np.array([*row], np.int64),
+                np.array([row[b] for b in wanted[frames < 0].tolist()], np.int64),
+            )
             there, gone = (part.start + np.flatnonzero(x) for x in (frames >= 0, frames < 0))
             self._last_use[frames[frames >= 0]] = next(self._clock)
             loaded = self._load(missing) if len(missing) else {}
@@ -167,8 +171,10 @@ class Home:
 
     def _drop_unused(self) -> None:
         """Forgets blocks that nobody has any more."""
-        known = np.union1d(self._blocks[self._blocks >= 0], np.flatnonzero(self._records >= 0))
-        unused = known[~self._is_used(known)]
+        known = self._records >= 0
+        known[self._blocks[self._blocks >= 0]] = True
+        blocks = np.flatnonzero(known)
+        unused = blocks[~self._is_used(blocks)]
         if len(unused):
             self.forget(unused)
 
@@ -253,7 +259,7 @@ class Home:
         assert self.tier is not None
         raw = torch.empty(len(blocks), self.page_bytes, dtype=torch.uint8)
         rows = zip(blocks.tolist(), raw.numpy(), strict=True)
-        self.tier.wait([self.tier.get(self._key(block), memoryview(row)) for block, row in rows])
+        self.tier.wait(self.tier.get_many([(self._key(block), memoryview(row)) for block, row in rows]))
         self.loaded += len(blocks)
         parts = zip(raw.split(list(self._page_bytes.values()), 1), self.tensors.items(), strict=True)
         return {name: x.contiguous().view(like.dtype).view(-1, *like.shape[1:]) for x, (name, like) in parts}

@@ -285,12 +285,11 @@ class Resident:
     def append_kv(self, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None:
         """`ops.append_kv`; where the home is limited, sealed pages are made beside it and then handed over."""
         home, P = self._pool.home, kv.k_pool.shape[1]
-        if home is None:
+        ends = torch.div(context_lens + cu_seqlens_k.diff(), P, rounding_mode="floor")[:, None] - 1
+        if home is None or not (ends > kv.sealed[:, None]).any():
             ops.append_kv(k, v, cu_seqlens_k, context_lens, kv)
             return
-        lengths = context_lens + cu_seqlens_k.diff()
         page = torch.arange(kv.block_table.shape[2], device=k.device)
-        ends = torch.div(lengths, P, rounding_mode="floor")[:, None] - 1
         sealing = ((page >= kv.sealed[:, None]) & (page < ends))[:, None] & (kv.block_table >= 0)
         blocks = kv.block_table[sealing]
         slot_table = torch.full_like(kv.block_table, -1)

@@ -18,13 +18,14 @@ import struct
 import threading
 import weakref
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HEADER = struct.Struct("<8sIIQ16s")  # magic, version, checksum, bytes, digest of the key
 MAGIC, VERSION = b"lservekv", 1
 SUFFIX = ".lserve"
+NEIGHBOURS = 16  # records that are read at once, if they stand side by side
 ALIGNMENT = 4096  # of records in a file and of buffers, which O_DIRECT asks for
 
 
@@ -47,7 +48,12 @@ class TierTimeoutError(RuntimeError):
 
 @dataclasses.dataclass(eq=False)
 class Pending:
-    """A put or get on its way. After `abandon` nothing is written any more to where a get was to go."""
+    """A put, or some gets, on their way. After `abandon` nothing is written any more to where gets were to go.
+
+    Args:
+        key: of the first record.
+        size: bytes of all records.
+    """
 
     key: bytes
     size: int
@@ -76,6 +82,12 @@ class _Entry:
     is_deleted: bool = False
 
 
+class _Get(NamedTuple):
+    key: bytes
+    entry: _Entry
+    into: memoryview
+
+
 class Tier(abc.ABC):
     """Records of up to `record_bytes` under opaque keys.
 
@@ -96,6 +108,7 @@ class Tier(abc.ABC):
         """Bytes that a record takes."""
         if limit < self.stride:
             raise ValueError(f"limit: expected at least the {self.stride:,} bytes of one record, got {limit:,}")
+        self._threads = threads
         self._entries: dict[bytes, _Entry] = {}  # by the digests of keys
         self._lock = threading.RLock()
         self._failed: dict[Pending, BaseException] = {}
@@ -115,8 +128,8 @@ class Tier(abc.ABC):
     def _write(self, place: Any, header: bytes, record: memoryview) -> None: ...
 
     @abc.abstractmethod
-    def _read(self, place: Any, size: int) -> memoryview:
-        """Header and record. They may be overwritten by the next call of the same thread."""
+    def _read(self, places: Sequence[Any], sizes: Sequence[int]) -> Iterator[memoryview]:
+        """Headers and records, one after the other. Each may be overwritten when the next one is asked for."""
 
     @abc.abstractmethod
     def _release(self, place: Any) -> None:
@@ -159,17 +172,35 @@ class Tier(abc.ABC):
         Raises:
             BadRecordError: at once if there is none; from `wait` if it is not what was put there.
         """
+        return self.get_many([(key, into)])[0]
+
+    def get_many(self, wanted: Sequence[tuple[bytes, memoryview]]) -> list[Pending]:
+        """The same of many records: each thread reads some of them, neighbours on the disk at once.
+
+        Raises:
+            BadRecordError: at once, and nothing is read, if one is not there.
+        """
         with self._lock:
             self._check_open()
-            entry = self._entries.get(_digest(key))
-            if entry is None:
-                raise BadRecordError(f"{self}: expected record {_text(key)}, which is not there")
-            if entry.size != into.nbytes:
-                raise ValueError(f"into: expected the {entry.size} bytes of record {_text(key)}, got {into.nbytes}")
-            entry.users += 1
-            pending = Pending(key, entry.size)
-            self._start(pending, self._get, entry, pending, into.cast("B"))
-        return pending
+            gets = [_Get(key, self._found(key, into), into.cast("B")) for key, into in wanted]
+            gets.sort(key=lambda get: get.entry.place)
+            share = max(1, -(-len(gets) // self._threads))
+            started = []
+            for part in (gets[i : i + share] for i in range(0, len(gets), share)):
+                for get in part:
+                    get.entry.users += 1
+                pending = Pending(part[0].key, sum(get.entry.size for get in part))
+                self._start(pending, self._get, part, pending)
+                started.append(pending)
+        return started
+
+    def _found(self, key: bytes, into: memoryview) -> _Entry:
+        entry = self._entries.get(_digest(key))
+        if entry is None:
+            raise BadRecordError(f"{self}: expected record {_text(key)}, which is not there")
+        if entry.size != into.nbytes:
+            raise ValueError(f"into: expected the {entry.size} bytes of record {_text(key)}, got {into.nbytes}")
+        return entry
 
     def exists(self, key: bytes) -> bool:
         """Whether a record is there, or is being written."""
@@ -262,20 +293,24 @@ class Tier(abc.ABC):
         finally:
             self._done_with(entry)
 
-    def _get(self, entry: _Entry, pending: Pending, into: memoryview) -> None:
+    def _get(self, gets: Sequence[_Get], pending: Pending) -> None:
         try:
-            if entry.written is not None:
-                entry.written.future.result()
-            try:
-                found = self._read(entry.place, HEADER.size + entry.size)
-            except FileNotFoundError as error:
-                raise BadRecordError(
-                    f"{self}: expected record {_text(pending.key)}, which is not there any more"
-                ) from error
-            self._check(pending.key, entry, found)
-            pending.deliver(found[HEADER.size :], into)
+            for get in gets:
+                if get.entry.written is not None:
+                    get.entry.written.future.result()
+            records = self._read([get.entry.place for get in gets], [HEADER.size + get.entry.size for get in gets])
+            for get in gets:
+                try:
+                    found = next(records)
+                except FileNotFoundError as error:
+                    raise BadRecordError(
+                        f"{self}: expected record {_text(get.key)}, which is not there any more"
+                    ) from error
+                self._check(get.key, get.entry, found)
+                pending.deliver(found[HEADER.size :], get.into)
         finally:
-            self._done_with(entry)
+            for get in gets:
+                self._done_with(get.entry)
 
     def _check(self, key: bytes, entry: _Entry, found: memoryview) -> None:
         where = f"{self}: record {_text(key)} at {entry.place}"
@@ -364,7 +399,7 @@ class DiskTier(Tier):
         self._places = min(os.fstat(self._file).st_size, self.limit) // self.stride
         os.ftruncate(self._file, self._places * self.stride)
         for place in range(self._places):
-            magic, version, _, size, digest = HEADER.unpack(self._read(place, HEADER.size))
+            magic, version, _, size, digest = HEADER.unpack(next(self._read([place], [HEADER.size])))
             if (magic, version) == (MAGIC, VERSION) and 0 < size <= self.record_bytes and digest not in self._entries:
                 self._entries[digest] = _Entry(place, size, None)
                 self._used += self.stride
@@ -391,10 +426,18 @@ class DiskTier(Tier):
         if os.pwrite(self._file, aligned, place * self.stride) != len(aligned):
             raise TierFullError(f"{self}: expected room for {len(aligned):,} bytes, got less")
 
-    def _read(self, place: int, size: int) -> memoryview:
-        buffer = self._buffer()
-        got = os.preadv(self._file, [buffer[: _aligned(size)]], place * self.stride)
-        return buffer[: min(got, size)]
+    def _read(self, places: Sequence[int], sizes: Sequence[int]) -> Iterator[memoryview]:
+        buffer, stride, first = self._buffer(), self.stride, 0
+        while first < len(places):
+            end = first + 1  # of a run of neighbours
+            while end < len(places) and end - first < NEIGHBOURS and places[end] == places[end - 1] + 1:
+                end += 1
+            size = (end - 1 - first) * stride + _aligned(sizes[end - 1])
+            got = os.preadv(self._file, [buffer[:size]], places[first] * stride)
+            for i in range(end - first):
+                start = i * stride
+                yield buffer[min(got, start) : min(got, start + sizes[first + i])]
+            first = end
 
     def _release(self, place: int) -> None:
         if self.keep:  # not to be found again
@@ -404,9 +447,9 @@ class DiskTier(Tier):
         self._vacant.append(place)
 
     def _buffer(self) -> memoryview:
-        """Memory of this thread for a record, aligned as O_DIRECT asks."""
+        """Memory of this thread for some records, aligned as O_DIRECT asks."""
         if not hasattr(self._buffers, "memory"):
-            self._buffers.memory = memoryview(mmap.mmap(-1, self.stride))
+            self._buffers.memory = memoryview(mmap.mmap(-1, NEIGHBOURS * self.stride))
         memory: memoryview = self._buffers.memory
         return memory
 
@@ -451,8 +494,8 @@ class FsspecTier(Tier):
     def _write(self, place: str, header: bytes, record: memoryview) -> None:
         self.fs.pipe_file(place, header + record)
 
-    def _read(self, place: str, size: int) -> memoryview:
-        return memoryview(self.fs.cat_file(place))
+    def _read(self, places: Sequence[str], sizes: Sequence[int]) -> Iterator[memoryview]:
+        return (memoryview(self.fs.cat_file(place)) for place in places)
 
     def _release(self, place: str) -> None:
         with contextlib.suppress(FileNotFoundError):

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,9 +184,9 @@ def test_a_load_past_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert tier is not None
     tier.deadline = (0.05, 0.0)
 
-    def slow(self: DiskTier, place: Any, size: int) -> memoryview:
+    def slow(self: DiskTier, places: Any, sizes: Any) -> Iterator[memoryview]:
         time.sleep(0.3)
-        return read(self, place, size)
+        return read(self, places, sizes)
 
     gone = np.array([block for block in range(6) if ours._frame(np.array([block]))[0] < 0])
     with monkeypatch.context() as patch:
@@ -223,10 +223,10 @@ def test_a_model_goes_on_after_a_failure(
     def broken(*args: Any) -> Any:
         raise OSError(errno.EIO, "broken")
 
-    def flipped(self: DiskTier, place: Any, size: int) -> memoryview:
-        found = read(self, place, size)
-        found[-1] ^= 1
-        return found
+    def flipped(self: DiskTier, places: Any, sizes: Any) -> Iterator[memoryview]:
+        for found in read(self, places, sizes):
+            found[-1] ^= 1
+            yield found
 
     assert torch.equal(*(forward(c, 0, 120) for c in (plain, cache)))
     failures = 0

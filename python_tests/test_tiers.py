@@ -184,9 +184,9 @@ def test_a_record_past_its_deadline(make: Make, monkeypatch: pytest.MonkeyPatch)
     tier, gate, reading = make(deadline=(0.1, 0.0)), threading.Event(), type(make())._read
     tier.wait([tier.put(key(0), record(0))])
 
-    def slow(self: Tier, place: Any, size: int) -> memoryview:
+    def slow(self: Tier, places: Any, sizes: Any) -> Iterator[memoryview]:
         gate.wait(10)
-        return reading(self, place, size)
+        return reading(self, places, sizes)
 
     monkeypatch.setattr(type(tier), "_read", slow)
     into = bytearray(RECORD)
