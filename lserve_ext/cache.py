@@ -87,6 +87,7 @@ class LayerCache:
             self._decode_mask = Mask(decode, sink=config.sink_pages, unit=config.page_size)
             self._prefill_mask = Mask(prefill, sink=config.prefill_sink_pages)
             self._pool = make_pool(config, like, self._reserved_blocks(B)) if pool is None else pool
+            self._resident = Resident(self._pool) if isinstance(self._pool, TieredPool) else None
             blocks = self._pool.table(np.full((B, H, config.max_pages or 4), -1, np.int32))
             table = on_device(blocks.ids, self.device)
             k, v = (like.new_zeros(B, H, 2 * config.page_size, D) for _ in "kv")  # zeros: files hold all rows
@@ -193,7 +194,9 @@ class LayerCache:
         blocks, table = self._tables(now)
         residual_k, residual_v = s.residual_k, s.residual_v
         slot_table = s.slot_table if table is s.block_table else self._slot_table(table, s.slot_table)
-        attention: Attention = Resident(pool, slot_table) if isinstance(pool, TieredPool) else ops
+        attention: Attention = ops
+        if self._resident is not None:
+            attention, self._resident.slot_table = self._resident, slot_table
         kv = pool.kv(table, table, residual_k, residual_v, on.sealed)
         if now.decode:
             mask = self._decode_mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -90,9 +91,11 @@ class Slots:
         self._last_use = torch.zeros_like(self._blocks)
         self._clock = torch.zeros(1, dtype=torch.int32, device=device)
         self._is_settled = True
-        self.fetched = torch.zeros((), dtype=torch.int64, device=device)
+        self.generation = 0
+        """Changes when a slot is given to another page."""
+        self.fetched = 0
         """Pages that were copied into slots."""
-        self.wanted = torch.zeros((), dtype=torch.int64, device=device)
+        self.wanted = 0
         """Pages that were wanted, of which those fetched had not been there."""
 
     @property
@@ -106,20 +109,29 @@ class Slots:
         reserved = self.count * self.slot_bytes
         return Memory(used, reserved, reserved)
 
-    def fetch(self, lists: Tensor, block_table: Tensor, slot_table: Tensor) -> None:
+    def fetch(
+        self, lists: Tensor, block_table: Tensor, slot_table: Tensor, count: int, generation: int | None = None
+    ) -> None:
         """Copies what is wanted and not there.
 
         Args:
             lists: [B, H, K] int32 pages, -1: none; no more than there are slots.
             block_table, slot_table: [B, H, M], see `ops.resolve_pages`; the second is written.
+            count: pages in the lists.
+            generation: when all of them were there. If it is still the same, nothing is to be done.
         """
+        self.wanted += count
         if not self._is_settled:  # an interrupt has left slots that say more than they hold
             self._blocks.fill_(-1)
+        elif generation == self.generation:
+            return
         self._is_settled = False
         src, dst = ops.resolve_pages(lists, block_table, slot_table, self._blocks, self._last_use, self._clock)
-        self._pool.copy(src.view(-1), self.tensors, dst.view(-1))
-        self.wanted += (lists >= 0).sum()
-        self.fetched += (src >= 0).sum()
+        fetched = int((src >= 0).sum())
+        if fetched:
+            self.generation += 1
+            self._pool.copy(src.view(-1), self.tensors, dst.view(-1))
+            self.fetched += fetched
         self._is_settled = True
 
     def share(self, wanted: int) -> int:
@@ -127,27 +139,24 @@ class Slots:
         others = self._layers - 1
         return max(0, self.count - wanted) // others if others else self.count
 
-    def offer(self, lists: Tensor, slot_table: Tensor, kept: Tensor, share: int) -> Tensor:
+    def offer(self, lists: Tensor, slot_table: Tensor, kept: int, count: int, share: int) -> None:
         """What was fetched has been attended. Pages beyond the layer's share make room before those of other layers: a
         step goes through all layers in turn, and where it wants more than there are slots, those used longest ago are
         just those that come next.
 
         Args:
-            lists, slot_table: as `fetch` took them.
-            kept: [] pages of the layer so far in this step.
+            lists, slot_table, count: as `fetch` took them.
+            kept: pages of the layer so far in this step.
             share: of the layer.
-
-        Returns:
-            [] the same with these.
         """
+        if kept + count <= share:
+            return
         wanted = lists >= 0
-        order = kept + wanted.view(-1).cumsum(0).view(wanted.shape)
-        surplus = wanted & (order > share)
+        surplus = wanted & (kept + wanted.view(-1).cumsum(0).view(wanted.shape) > share)
         slots = torch.where(surplus, slot_table, self.count).view(-1).long()
         padded = torch.cat([self._last_use, self._last_use[:1]])
         padded[slots] = 0
         self._last_use.copy_(padded[:-1])
-        return kept + wanted.sum()
 
     def forget(self, blocks: Tensor) -> None:
         """These blocks [N] will hold something else."""
@@ -225,7 +234,7 @@ class TieredPool(Pool):
     def traffic(self) -> Traffic:
         """Since the pool was made."""
         home = (0, 0) if self.home is None else (self.home.loaded, self.home.written)
-        return Traffic(int(self.slots.wanted), int(self.slots.fetched), *home)
+        return Traffic(self.slots.wanted, self.slots.fetched, *home)
 
     def tiers(self) -> dict[str, Memory]:
         blocks = self.allocator
@@ -274,13 +283,18 @@ class Resident:
     """Attention over pages that are fetched into slots first: all heads at once, or, where they need more slots than
     there are, as many heads at a time as fit. Heads do not know of each other, so results are the same to the bit.
 
+    A decode step that wants the same pages as the last one, because a selection is reused, looks for none of them if no
+    slot has been given to another page meanwhile.
+
     Args:
         pool: whose blocks `PagedKV.block_table` names.
-        slot_table: [B, H, M] int32 where pages may lie; written.
     """
 
-    def __init__(self, pool: TieredPool, slot_table: Tensor) -> None:
-        self._pool, self._slots, self._slot_table = pool, pool.slots, slot_table
+    def __init__(self, pool: TieredPool) -> None:
+        self._pool, self._slots = pool, pool.slots
+        self.slot_table = torch.empty(0)
+        """[B, H, M] int32 where pages may lie, of the layer that attends; written."""
+        self._last = _Wanted((), self.slot_table, [])  # of the last decode step
 
     def append_kv(self, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None:
         """`ops.append_kv`; where the home is limited, sealed pages are made beside it and then handed over."""
@@ -309,7 +323,7 @@ class Resident:
         G = q.shape[1] // k.shape[1]
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
         bounds = cu_seqlens_k.tolist()
-        for b, h, part in self._rounds(wanted_pages(mask, kv, context_lens), kv):
+        for b, h, part in self._rounds(_wanted((), mask, kv, context_lens), kv):
             tokens, queries = slice(bounds[b.start], bounds[b.stop]), slice(h.start * G, h.stop * G)
             cu_seqlens = cu_seqlens_k[b.start : b.stop + 1] - bounds[b.start]
             found = ops.prefill(
@@ -325,7 +339,10 @@ class Resident:
         """`ops.decode`."""
         G = q.shape[1] // kv.block_table.shape[1]
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-        for b, h, part in self._rounds(wanted_pages(mask, kv, seq_lens - 1), kv):
+        for b, h, part in self._rounds(self._of_step(mask, kv, seq_lens), kv):
+            if part.block_table is kv.block_table:
+                out, lse = ops.decode(q, mask, part, seq_lens, scale=scale)
+                continue
             queries = slice(h.start * G, h.stop * G)
             found = ops.decode(q[b, queries], _part(mask, b, h), part, seq_lens[b], scale=scale)
             out[b, queries], lse[b, queries] = found
@@ -338,34 +355,48 @@ class Resident:
         (B, H, M), P = kv.block_table.shape, kv.k_pool.shape[1]
         G = q.shape[2] // H
         mass = q.new_empty(B, H, M * P, dtype=torch.float32)
-        for b, h, part in self._rounds(wanted_pages(mask, kv, seq_lens - q.shape[1]), kv):
+        one = q.shape[1] == 1
+        wanted = self._of_step(mask, kv, seq_lens) if one else _wanted((), mask, kv, seq_lens - q.shape[1])
+        for b, h, part in self._rounds(wanted, kv):
             queries = slice(h.start * G, h.stop * G)
             logs = lse[b, :, queries].contiguous()
             found = ops.attention_mass(q[b, :, queries], logs, _part(mask, b, h), part, seq_lens[b], scale=scale)
             mass[b, h] = found
         return mass
 
-    def _rounds(self, wanted: Tensor, kv: PagedKV) -> Iterator[tuple[slice, slice, PagedKV]]:
+    def _of_step(self, mask: Mask, kv: PagedKV, seq_lens: Tensor) -> _Wanted:
+        """What a decode step wants. It follows from tensors that stay the same objects until something changes."""
+        key = (mask.windows, mask.lists, mask.local_start, kv.sealed, kv.block_table, self.slot_table)
+        if len(self._last.key) != len(key) or any(a is not b for a, b in zip(key, self._last.key, strict=True)):
+            self._last = _wanted(key, mask, kv, seq_lens - 1)
+        return self._last
+
+    def _rounds(self, wanted: _Wanted, kv: PagedKV) -> Iterator[tuple[slice, slice, PagedKV]]:
         """Sequences, kv heads, and their cache with the pages that they want in slots."""
-        needs, (B, H, M) = wanted.sum(2).tolist(), kv.block_table.shape
-        page = torch.arange(M, dtype=torch.int32, device=wanted.device)
-        lists = torch.where(wanted, page, -1)
-        slot_table, tensors = self._slot_table[..., :M], self._slots.tensors
-        kept, share = torch.zeros((), dtype=torch.int64, device=wanted.device), self._slots.share(sum(map(sum, needs)))
-        for b, h in self._parts(needs, B, H):
-            self._slots.fetch(lists[b, h], kv.block_table[b, h], slot_table[b, h])
+        slots, (B, H, M) = self._slots, kv.block_table.shape
+        slot_table, tensors = self.slot_table[..., :M], slots.tensors
+        total = sum(map(sum, wanted.needs))
+        kept, share = 0, slots.share(total)
+        if total <= slots.count:
+            slots.fetch(wanted.lists, kv.block_table, slot_table, total, wanted.generation)
+            whole = kv._replace(k_pool=tensors["k"], v_pool=tensors["v"], scales=tensors.get("scales"))
+            yield slice(0, B), slice(0, H), whole._replace(slot_table=slot_table)
+            slots.offer(wanted.lists, slot_table, 0, total, share)
+            wanted.generation = slots.generation
+            return
+        for b, h in self._parts(wanted.needs, H):
+            count = sum(sum(need[h]) for need in wanted.needs[b])
+            slots.fetch(wanted.lists[b, h], kv.block_table[b, h], slot_table[b, h], count)
             assert kv.residual_k is not None and kv.residual_v is not None
             residual_k, residual_v = kv.residual_k[b, h], kv.residual_v[b, h]
             yield b, h, PagedKV(tensors["k"], tensors["v"], kv.stats, tensors.get("scales"), kv.block_table[b, h],
                                 slot_table[b, h], residual_k, residual_v, kv.sealed[b])  # fmt: skip
-            kept = self._slots.offer(lists[b, h], slot_table[b, h], kept, share)
+            slots.offer(wanted.lists[b, h], slot_table[b, h], kept, count, share)
+            kept += count
 
-    def _parts(self, needs: list[list[int]], B: int, H: int) -> Iterator[tuple[slice, slice]]:
-        """All heads of all sequences, or else runs of heads of one, that need no more slots than there are."""
+    def _parts(self, needs: list[list[int]], H: int) -> Iterator[tuple[slice, slice]]:
+        """Runs of heads of one sequence that need no more slots than there are."""
         room = self._slots.count
-        if sum(map(sum, needs)) <= room:
-            yield slice(0, B), slice(0, H)
-            return
         for b, need in enumerate(needs):
             if max(need) > room:
                 want, have = (n * self._slots.slot_bytes for n in (max(need), room))
@@ -378,6 +409,26 @@ class Resident:
                     first, total = h, 0
                 total += more
             yield slice(b, b + 1), slice(first, H)
+
+
+@dataclasses.dataclass
+class _Wanted:
+    """Pages that a step wants."""
+
+    key: tuple[Tensor | None, ...]
+    """What it follows from."""
+    lists: Tensor
+    """[B, H, M] int32, -1: none."""
+    needs: list[list[int]]
+    """[B][H] how many."""
+    generation: int = -1
+    """Of the slots when all of them were there."""
+
+
+def _wanted(key: tuple[Tensor | None, ...], mask: Mask, kv: PagedKV, first: Tensor) -> _Wanted:
+    wanted = wanted_pages(mask, kv, first)
+    page = torch.arange(wanted.shape[2], dtype=torch.int32, device=wanted.device)
+    return _Wanted(key, torch.where(wanted, page, -1), wanted.sum(2).tolist())
 
 
 def wanted_pages(mask: Mask, kv: PagedKV, first: Tensor) -> Tensor:

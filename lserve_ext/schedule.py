@@ -83,8 +83,8 @@ def seconds(costs: Costs, schedule: Schedule) -> np.ndarray:
     loaded = attended(away * n) - again
     spilled = np.diff(away * n, prepend=0.0)
     found = costs.base + loaded * costs.load + again * costs.recompute + spilled * costs.spill
-    slack = 1 + 1e-9
-    fits = ((1 - away) * n <= costs.device * slack) & ((away - gone) * n <= costs.host * slack)
+    slack = 1e-9 * n
+    fits = ((1 - away) * n <= costs.device + slack) & ((away - gone) * n <= costs.host + slack)
     return np.where(fits, found, np.inf)
 
 
@@ -103,7 +103,7 @@ def search(costs: Costs) -> Schedule | None:
     if costs.recompute < costs.load:
         return Schedule(alpha, alpha, p1, p1)
     beta = max(0.0, alpha - costs.host / last)
-    over = (alpha * costs.tokens > costs.host * (1 + 1e-9)) & (np.arange(steps) >= p1)
+    over = (alpha * costs.tokens > costs.host + 1e-9 * costs.tokens) & (np.arange(steps) >= p1)
     return Schedule(alpha, beta, p1, int(np.argmax(over)) if over.any() else steps)
 
 

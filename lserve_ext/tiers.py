@@ -471,7 +471,7 @@ class FsspecTier(Tier):
         self.fs, self.folder, self.keep = fs, folder.rstrip("/"), keep
         fs.makedirs(self.folder, exist_ok=True)
         self._clean = weakref.finalize(self, lambda: None) if keep else weakref.finalize(self, _remove, fs, self.folder)
-        for file in sorted(fs.ls(self.folder, detail=True), key=lambda file: str(file["name"])):
+        for file in sorted(_listed(fs, self.folder), key=lambda file: str(file["name"])):
             path, size = str(file["name"]), int(file["size"]) - HEADER.size
             if not path.endswith(SUFFIX):
                 continue
@@ -502,12 +502,19 @@ class FsspecTier(Tier):
             self.fs.rm_file(place)
 
 
+def _listed(fs: Any, folder: str) -> list[dict[str, Any]]:
+    """What lies in a folder, with names and sizes."""
+    while True:
+        with contextlib.suppress(RuntimeError):  # fsspec's file system in memory, while other threads write to it
+            return list(fs.ls(folder, detail=True))
+
+
 def _remove(fs: Any, folder: str) -> None:
     """Removes the records of a folder, and the folder if nothing else is in it."""
     with contextlib.suppress(OSError):  # it is not there any more, or holds something else
-        for path in fs.ls(folder, detail=False):
-            if str(path).endswith(SUFFIX):
-                fs.rm_file(path)
+        for file in _listed(fs, folder):
+            if str(file["name"]).endswith(SUFFIX):
+                fs.rm_file(file["name"])
         fs.rmdir(folder)
 
 

@@ -284,7 +284,8 @@ def test_resident_alone() -> None:
     kv, n = cache.kv, torch.tensor([122, 122], dtype=torch.int32)
     pool = TieredPool(config, torch.empty(1, H, 1, D), cache.pool.allocator.capacity)
     pool.tensors = cache.pool.tensors
-    resident = Resident(pool, torch.full_like(kv.block_table, -1))
+    resident = Resident(pool)
+    resident.slot_table = torch.full_like(kv.block_table, -1)
     mask = ops.Mask(torch.tensor([ops.DENSE, 3], dtype=torch.int32), sink=1)
     q = qkv[0][:, :, -4:].transpose(1, 2).contiguous()
     found, want = (a.decode(q[:, -1], mask, kv, n) for a in (resident, ops))
