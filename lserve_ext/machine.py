@@ -118,8 +118,8 @@ FIGURES = {
     "host_memory": "bytes/s that the CPU reads from host memory",
     "matmul.float32": "operations/s of large matrix products",
     "matmul.bfloat16": "operations/s of large matrix products",
-    "linear.float32": "bytes/s of weights, in matrices of so many bytes, that one token is multiplied with",
-    "linear.bfloat16": "bytes/s of weights, in matrices of so many bytes, that one token is multiplied with",
+    "linear.float32": "bytes/s of weights, in rows of so many bytes, that one token is multiplied with",
+    "linear.bfloat16": "bytes/s of weights, in rows of so many bytes, that one token is multiplied with",
     "attend.auto": "bytes/s of KV that a decode step reads",
     "attend.int8": "bytes/s of INT8 KV that a decode step reads",
     "fetch": "bytes/s from host memory to the device, in units of so many bytes",
@@ -127,8 +127,9 @@ FIGURES = {
     "load": "bytes/s from the disk to host memory, past the page cache",
     "store": "bytes/s from host memory to the disk",
     "layer": "s of a decode step in a layer, whatever its sizes",
-    "layer.slots": "the same with device_bytes",
-    "layer.frames": "the same with host_bytes",
+    "layer.mass": "the same where lists follow the attention mass",
+    "layer.slots": "what device_bytes adds to it",
+    "layer.frames": "what host_bytes adds to that",
     "device_bytes": "bytes of the device's memory",
     "host_bytes": "bytes of host memory",
     "disk_bytes": "bytes that the disk has free",
@@ -224,7 +225,7 @@ def shipped() -> list[str]:
 # ---- lserve profile -------------------------------------------------------------------------------------------------
 
 UNITS = (2048, 8192, 32768, 131072, 524288, 2097152)  # bytes
-MATRICES = (1 << 20, 4 << 20, 16 << 20, 64 << 20)  # bytes
+ROWS = (1024, 2048, 4096, 8192, 16384, 32768)  # bytes
 
 
 def measure(
@@ -253,7 +254,7 @@ def measure(
             machine.matmul(dtype)
             kind = str(dtype).removeprefix("torch.")
             take(f"matmul.{kind}", (0, median(machine.matmul(dtype) for _ in range(7))))
-            take(f"linear.{kind}", *((size, _linear(machine, size, dtype)) for size in MATRICES))
+            take(f"linear.{kind}", *((size, _linear(machine, size, dtype)) for size in ROWS))
         progress("attention")
         for kind in ("auto", "int8"):
             take(f"attend.{kind}", (0, _attended(machine, kind)))
@@ -266,9 +267,9 @@ def measure(
                 store, load = (median(rates) for rates in zip(*(_stored(unit, disk) for _ in range(5)), strict=True))
                 found.setdefault("store", []).append((unit, store))
                 found.setdefault("load", []).append((unit, load))
-        for figure, limits in _LAYERS.items():
-            progress("steps of a small model")
-            take(figure, (0, _layer(machine, limits)))
+        progress("steps of a small model")
+        for figure, seconds in _layers(machine).items():
+            take(figure, (0, seconds))
     free = torch.cuda.mem_get_info()[1] if device == "cuda" else _host_bytes()
     take("device_bytes", (0, free))
     take("host_bytes", (0, _host_bytes()))
@@ -282,14 +283,14 @@ def _host_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _linear(machine: Machine, size: int, dtype: torch.dtype) -> float:
-    """Bytes a second of square weights that one token is multiplied with, and that no cache holds."""
-    side = math.isqrt(size // dtype.itemsize)
-    count = max(2, (256 << 20) // size)
-    weights = torch.randn(count, side, side, device=machine.device).to(dtype)
-    x = torch.randn(1, side, device=machine.device).to(dtype)
+def _linear(machine: Machine, row: int, dtype: torch.dtype) -> float:
+    """Bytes a second of weights in rows of so many bytes that one token is multiplied with, and that no cache holds."""
+    size, count, columns = 4 << 20, 64, row // dtype.itemsize
+    rows = size // row
+    weights = torch.randn(count, rows, columns, device=machine.device).to(dtype)
+    x = torch.randn(1, columns, device=machine.device).to(dtype)
     times = [machine.seconds(lambda: [torch.nn.functional.linear(x, w) for w in weights]) for _ in range(4)]
-    return count * side * side * dtype.itemsize / median(times[1:])
+    return count * size / median(times[1:])
 
 
 def _attended(machine: Machine, kind: str) -> float:
@@ -347,12 +348,8 @@ def _stored(unit: int, disk: str | os.PathLike[str]) -> tuple[float, float]:
         return count * unit / (stored - start), count * unit / (time.perf_counter() - stored)
 
 
-_LAYERS: dict[str, dict[str, int]] = {"layer": {}, "layer.slots": {"device_bytes": 1 << 20},
-                                      "layer.frames": {"device_bytes": 1 << 20, "host_bytes": 1 << 20}}  # fmt: skip
-
-
-def _layer(machine: Machine, limits: Mapping[str, int]) -> float:
-    """Seconds a layer of a decode step of a model so small that only calls count."""
+def _layers(machine: Machine) -> dict[str, float]:
+    """Seconds a layer of decode steps of a model so small that only calls count; configs take turns."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from . import SparseCache, SparseConfig
@@ -363,11 +360,21 @@ def _layer(machine: Machine, limits: Mapping[str, int]) -> float:
     config = LlamaConfig(num_hidden_layers=layers, num_key_value_heads=2, **small)
     model: Any = LlamaForCausalLM._from_config(config, attn_implementation="lserve").train(False)
     model.to(machine.device)
-    if machine.device == "cuda":
-        limits = {}
-    fields: dict[str, Any] = dict(limits)
-    cache = SparseCache(config, SparseConfig.lserve(streaming_heads=None, budget_tokens=512, **fields))
-    argument, token = cache_argument(model, cache), torch.zeros(1, 1, dtype=torch.int64, device=machine.device)
-    model(token.expand(1, 1000), **argument, use_cache=True)
-    times = [machine.seconds(lambda: model(token, **argument, use_cache=True)) for _ in range(41)]
-    return median(times) / layers
+    plain = SparseConfig.lserve(streaming_heads=None, budget_tokens=512)
+    configs = {"layer": plain, "layer.mass": SparseConfig.alisa()}
+    if machine.device == "cpu":
+        slots = plain.replace(device_bytes=1 << 20)
+        configs |= {"layer.slots": slots, "layer.frames": slots.replace(host_bytes=1 << 20)}
+    caches = {name: SparseCache(config, kind) for name, kind in configs.items()}
+    token, times = torch.zeros(1, 1, dtype=torch.int64, device=machine.device), {name: list[float]() for name in caches}
+    for cache in caches.values():
+        model(token.expand(1, 1000), **cache_argument(model, cache), use_cache=True)
+    for _ in range(60):
+        for name, cache in caches.items():
+            arguments = cache_argument(model, cache)
+            times[name].append(machine.seconds(lambda: model(token, **arguments, use_cache=True)))  # noqa: B023
+    found = {name: median(taken) / layers for name, taken in times.items()}
+    for name, before in (("layer.frames", "layer.slots"), ("layer.slots", "layer")):
+        if name in found:
+            found[name] = max(1e-7, found[name] - found[before])
+    return found

@@ -29,7 +29,7 @@ class Model:
 
     Args:
         hidden: width of a layer's input.
-        matrices: (elements, how many) of the weights that each token is multiplied with.
+        matrices: (rows, columns, how many) of the weights that each token is multiplied with.
         parameters: elements of all weights.
         dtype: of weights, activations and unquantised KV.
     """
@@ -40,7 +40,7 @@ class Model:
     kv_heads: int
     head_dim: int
     hidden: int
-    matrices: tuple[tuple[int, int], ...]
+    matrices: tuple[tuple[int, int, int], ...]
     parameters: int
     dtype: torch.dtype
 
@@ -66,10 +66,12 @@ class Model:
         embedding, head = made.get_input_embeddings().weight, made.get_output_embeddings().weight
         weights = [p for p in made.parameters() if p.dim() > 1 and (p is not embedding or p is head)]
         tables = {id(m.weight) for m in made.modules() if isinstance(m, torch.nn.Embedding)} - {id(head)}
-        sizes = Counter(p.numel() for p in weights if id(p) not in tables)
+        sizes = Counter((p[..., 0].numel(), p.shape[-1]) for p in weights if id(p) not in tables)
+        matrices = tuple((*shape, count) for shape, count in sorted(sizes.items()))
+        parameters = sum(p.numel() for p in made.parameters())
         return cls(
             name or str(getattr(config, "model_type", "")), int(text.num_hidden_layers), heads, kv_heads, head_dim,
-            int(text.hidden_size), tuple(sorted(sizes.items())), sum(p.numel() for p in made.parameters()), dtype,
+            int(text.hidden_size), matrices, parameters, dtype,
         )  # fmt: skip
 
     @classmethod
@@ -106,10 +108,10 @@ class Model:
         """To multiply so many tokens with all weights: their bytes or the operations, whichever take longer."""
         kind = "float32" if self.dtype == torch.float32 else "bfloat16"
         total = 0.0
-        for elements, count in self.matrices:
-            size = elements * self.dtype.itemsize
-            read = profile.seconds(f"linear.{kind}", size, size)
-            total += count * max(read, profile.seconds(f"matmul.{kind}", 2 * elements * tokens))
+        for rows, columns, count in self.matrices:
+            row, products = columns * self.dtype.itemsize, 2 * rows * columns * tokens
+            read = profile.seconds(f"linear.{kind}", rows * row, row)
+            total += count * max(read, profile.seconds(f"matmul.{kind}", products))
         return total
 
 
@@ -227,6 +229,12 @@ class Plan:
         return sum(rows)
 
     @property
+    def observes(self) -> bool:
+        """Whether each step takes the attention mass, for which keys are read once more."""
+        scorer = self.config.make_scorer()
+        return scorer is not None and scorer.observes
+
+    @property
     def others(self) -> int:
         """Kv heads that hold everything, of all layers."""
         return self.model.layers * self.model.kv_heads - self.streaming
@@ -333,23 +341,28 @@ class Plan:
                     what = "disk" if records else "host memory" if frames else "device memory"
                     return Prediction(context, batch, 0, found, alpha, 0, {}, {}, f"{what} too small")
         misses = self._misses(context, batch, slots) if phase > 1 else 0.0
-        loads = misses * max(0.0, 1 - frames / held) if phase == 3 and beta == 0 else 0.0
-        again = misses * beta
-        tier = "layer" if phase == 1 and config.device_bytes is None else "layer.slots" if phase < 3 else "layer.frames"
+        loads = min(misses, self._misses(context, batch, frames)) if phase == 3 and beta == 0 else 0.0
+        recomputed = misses * beta
+        calls = profile.figure("layer.mass" if self.observes else "layer")
+        if phase > 1 or config.device_bytes is not None:
+            calls += profile.figure("layer.slots")
+        if phase == 3 or config.host_bytes is not None:
+            calls += profile.figure("layer.frames")
         attended, streams = self.attended(context)
         token_bytes = self.page_bytes / config.page_size
-        read = batch * token_bytes * (self.others * attended + self.streaming * streams)
+        keys_again = 1.5 if self.observes else 1.0
+        read = batch * token_bytes * (self.others * attended * keys_again + self.streaming * streams)
         scores = batch * self.others * self.pages(context)[0] * self.stats_bytes / config.reuse_interval
         seconds = {
             "weights": m.step_seconds(profile, batch),
             "attention": profile.seconds(f"attend.{config.kv_dtype}", read),
             "selection": profile.seconds("attend.auto", scores) if config.selects else 0.0,
-            "calls": m.layers * profile.figure(tier),
-            "fetch": profile.seconds("fetch", (misses - again) * page, page),
+            "calls": m.layers * calls,
+            "fetch": profile.seconds("fetch", (misses - recomputed) * page, page),
             "load": profile.seconds("load", loads * page, page) if loads else 0.0,
-            "recompute": again / self.choice.heads * self.choice.recompute,
+            "recompute": recomputed / self.choice.heads * self.choice.recompute,
         }
-        moved = {"fetch": (misses - again) * page, "load": loads * page}
+        moved = {"fetch": (misses - recomputed) * page, "load": loads * page}
         return Prediction(context, batch, phase, found, alpha, beta, moved, seconds)
 
     def _recomputed(self, held: int, frames: int) -> float:
@@ -362,7 +375,7 @@ class Plan:
         return beta if beta <= 1 else 0.0
 
     def _misses(self, context: int, batch: int, slots: int) -> float:
-        """Pages that a step wants and that are not on the device."""
+        """Pages that a step wants and that do not lie in so many slots, or frames."""
         held, wanted = batch * self.held(context), batch * self.wanted(context)
         if not self.config.selects:  # all of them in turn: each layer keeps a share
             layers = self.model.layers

@@ -146,7 +146,8 @@ class Paper:
         picks, local = (tokens * (1 - self.sparsity) / 2,) * 2 if swa else (tokens, np.zeros_like(tokens))
         kind = "attend.int8" if self.kv_bits == 8 else "attend.auto"
         read = (picks + local) * size / profile.figure(kind)
-        base = m.step_seconds(profile, work.batch) + m.layers * profile.figure("layer") + read
+        calls = m.layers * profile.figure("layer.mass" if swa else "layer")
+        base = m.step_seconds(profile, work.batch) + calls + read
         inputs = m.layers * m.hidden * m.dtype.itemsize * work.batch
         products = 2 * m.hidden * 2 * m.kv_heads * m.head_dim * m.layers * work.batch
         again = profile.seconds("fetch", inputs, inputs) + profile.seconds("matmul.bfloat16", products)

@@ -45,7 +45,7 @@ def test_known_models(name: str) -> None:
     model = Model.load(name)
     size, unit = name.rsplit("-", 1)[1][:-1], name[-1]
     assert model.parameters == pytest.approx(float(size) * {"b": 1e9, "m": 1e6}[unit], rel=0.05)
-    assert sum(n * count for n, count in model.matrices) <= model.parameters
+    assert sum(rows * columns * count for rows, columns, count in model.matrices) <= model.parameters
     assert model.head_dim * model.heads == model.hidden
 
 
@@ -53,9 +53,9 @@ def test_matrices_are_those_that_a_token_is_multiplied_with() -> None:
     """Embeddings are looked up; a head that is tied to them is a product all the same."""
     for tied in (False, True):
         made = _tiny.llama(tie_word_embeddings=tied)
-        linear = [m.weight.numel() for m in made.modules() if isinstance(m, torch.nn.Linear)]
+        linear = [tuple(m.weight.shape) for m in made.modules() if isinstance(m, torch.nn.Linear)]
         model = Model.from_config(made.config, torch.float32)
-        assert sorted(itertools.chain(*([n] * count for n, count in model.matrices))) == sorted(linear)
+        assert sorted(itertools.chain(*([(a, b)] * count for a, b, count in model.matrices))) == sorted(linear)
         assert model.parameters == sum(p.numel() for p in made.parameters())
 
 
@@ -233,7 +233,7 @@ def test_methods_on_paper() -> None:
     paper, int8 = Paper(model, V100), Paper(model, V100, kv_bits=8)
     rates = {method: paper.throughput(small, method) for method in schedule.METHODS}
     assert rates["static"] == rates["static, CPU attends"] == pytest.approx(rates["paging"], rel=1e-3)
-    assert rates["static, SWA"] == rates["scheduled"] > rates["static"]
+    assert rates["static, SWA"] == rates["scheduled"]  # nothing is away, so there is nothing to schedule
     static, attends, swa, scheduled, paging = (paper.throughput(large, method) for method in schedule.METHODS)
     assert static < attends < swa < scheduled < int8.throughput(large, "scheduled") and paging < scheduled
     with pytest.raises(ValueError, match=r"method: expected one of static, .*, got 'x'"):
