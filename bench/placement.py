@@ -58,7 +58,7 @@ class Run:
 
     def result(self, bandwidth: float) -> dict[str, Any]:
         steps = len(self.steps) - WARM_UP
-        wanted, fetched, _, _ = self.cache.traffic() - self.before
+        wanted, fetched, *_ = self.cache.traffic() - self.before
         listed = self.config.budget.picks or 0
         moved = fetched / steps * self.page_bytes
         return {

@@ -20,8 +20,9 @@ from . import ops, step
 from .blocks import BlockTable, Memory, Pool
 from .config import SparseConfig
 from .files import Tensors
+from .home import Recompute
 from .ops import DENSE, LISTED, Mask, PagedKV
-from .placement import Attention, Resident, TieredPool, make_pool
+from .placement import Attention, Given, Resident, TieredPool, make_pool
 from .reserved import ReservedBatch, ReservedLayer
 from .scorers import Selection
 from .sequences import Sequences, Step, on_device
@@ -47,6 +48,8 @@ class State(NamedTuple):
     """[B, H, 2P, D], as in `PagedKV`."""
     residual_v: Tensor
     selection: Selection
+    inputs: Tensor | None = None
+    """[B, 2P, R] what the layer was given at the newest tokens, where that is kept; NaN where it is not known."""
 
 
 class LayerCache:
@@ -165,8 +168,9 @@ class LayerCache:
 
     # ---- attention --------------------------------------------------------------------------------------------------
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, new: Step | Sequence[int], scale: float, sinks: Tensor | None = None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, new: Step | Sequence[int], scale: float, sinks: Tensor | None = None,
+        given: tuple[Tensor, Recompute] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Appends the new tokens and attends: one token a sequence is decode, more is prefill.
 
         Args:
@@ -175,6 +179,8 @@ class LayerCache:
             new: [B] tokens of each sequence; or the step that all layers of a model take together.
             scale: of q·k.
             sinks: [Hq] a logit that each head's softmax has in its denominator and nowhere else (GPT-OSS).
+            given: with `SparseConfig.recompute`, the layer's inputs [N, R] at the new tokens, and what makes keys and
+                values of such.
 
         Returns:
             Of q's shape; 0 where nothing is attended.
@@ -186,9 +192,12 @@ class LayerCache:
             expected = [now.tokens, self.heads, self.head_dim]
             raise ValueError(f"k: expected {expected}, as the cache holds and new says, got {list(k.shape)}")
         with _below_autograd():
-            return self._attend(q, k, v, now, scale, sinks)
+            return self._attend(q, k, v, now, scale, sinks, given)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, now: Step, scale: float, sinks: Tensor | None) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, now: Step, scale: float, sinks: Tensor | None,
+        given: tuple[Tensor, Recompute] | None,
+    ) -> Tensor:  # fmt: skip
         s, pool, on = self._state, self._pool, now.on(self.device)
         pool.settle()
         blocks, table = self._tables(now)
@@ -197,6 +206,10 @@ class LayerCache:
         attention: Attention = ops
         if self._resident is not None:
             attention, self._resident.slot_table = self._resident, slot_table
+            inputs = self._newest_inputs(given, now)
+            self._resident.given = None if given is None or inputs is None else Given(given[0], inputs, given[1])
+        else:
+            inputs = None
         kv = pool.kv(table, table, residual_k, residual_v, on.sealed)
         if now.decode:
             mask = self._decode_mask
@@ -213,8 +226,19 @@ class LayerCache:
             out, selection = step.prefill(
                 q, k, v, before, after, now, mask, self._scorer, s.selection, scale, sinks, attention
             )  # fmt: skip
-        self._state = State(now.after, blocks, table, slot_table, residual_k, residual_v, selection)
+        self._state = State(now.after, blocks, table, slot_table, residual_k, residual_v, selection, inputs)
         return out
+
+    def _newest_inputs(self, given: tuple[Tensor, Recompute] | None, now: Step) -> Tensor | None:
+        """`State.inputs` that the step may write: a row of a token that is sealed in decode, else a copy."""
+        inputs = self._state.inputs
+        if not self.config.recompute or given is None:
+            return None
+        with torch.inference_mode(False):
+            if inputs is None:
+                return torch.full((self.batch_size, 2 * self.config.page_size, given[0].shape[1]), torch.nan,
+                                  dtype=given[0].dtype, device=self.device)  # fmt: skip
+            return inputs if now.decode else inputs.clone()
 
     # ---- reserved memory --------------------------------------------------------------------------------------------
     def enter_reserved(self) -> None:
@@ -322,12 +346,15 @@ class LayerCache:
         s, P = self._state, self.config.page_size
         before, after = s.sequences, s.sequences.crop(tokens)
         self._check_crop(tokens, after.lengths)
-        residual_k, residual_v = s.residual_k, s.residual_v
+        residual_k, residual_v, inputs = s.residual_k, s.residual_v, s.inputs
         cut = np.flatnonzero((after.sealed < before.sealed) & (after.lengths % P > 0))
         if len(cut):
             residual_k, residual_v = residual_k.clone(), residual_v.clone()
+            inputs = None if inputs is None else inputs.clone()
         for b in cut:
             self._unseal(int(b), int(after.sealed[b]), residual_k, residual_v)
+            if inputs is not None:
+                inputs[b] = torch.nan
         blocks, table = s.blocks, s.block_table
         if (after.sealed < before.sealed).any():
             beyond = np.arange(blocks.ids.shape[2]) >= after.sealed[:, None]
@@ -335,7 +362,7 @@ class LayerCache:
             table = on_device(blocks.ids, self.device)
         selection = s.selection.without_lists(after.facts(self.device).lengths)
         slot_table = self._slot_table(table, s.slot_table)
-        self._state = State(after, blocks, table, slot_table, residual_k, residual_v, selection)
+        self._state = State(after, blocks, table, slot_table, residual_k, residual_v, selection, inputs)
 
     def _check_crop(self, tokens: int, lengths: np.ndarray) -> None:
         s, P = self._state, self.config.page_size
@@ -373,7 +400,8 @@ class LayerCache:
         table = on_device(blocks.ids, self.device)
         residual_k, residual_v, selection = s.residual_k[rows], s.residual_v[rows], s.selection.take_rows(rows)
         slot_table, sequences = self._slot_table(table, s.slot_table[rows]), s.sequences.take_rows(index)
-        self._state = State(sequences, blocks, table, slot_table, residual_k, residual_v, selection)
+        inputs = None if s.inputs is None else s.inputs[rows]
+        self._state = State(sequences, blocks, table, slot_table, residual_k, residual_v, selection, inputs)
 
     def share(self, sequences: Sequences) -> None:
         """Takes the batch of another layer, which must say the same as its own: one object for all layers.
@@ -410,7 +438,8 @@ class LayerCache:
         twin._reserved = None
         slots = self._slot_table(s.block_table, s.slot_table)
         twin._state = s._replace(
-            residual_k=s.residual_k.clone(), residual_v=s.residual_v.clone(), slot_table=slots
+            residual_k=s.residual_k.clone(), residual_v=s.residual_v.clone(), slot_table=slots,
+            inputs=None if s.inputs is None else s.inputs.clone(),
         )  # fmt: skip
         return twin
 

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,8 @@ def report(runs: dict[str, Run], configs: dict[str, SparseConfig], key: str | No
         lines[f"KV bytes at the peak, {tier}"] = ["-" if memory is None else f"{memory.peak:,}" for memory in held]
     if any(run.traffic.wanted for run in runs.values()):
         lines["pages found on the device"] = [_found(run) for run in runs.values()]
+    if any(max(run.phases) > 1 for run in runs.values()):
+        lines["phases of the steps"] = [_phases(run.phases) for run in runs.values()]
     if any(run.traffic.written for run in runs.values()):
         moved = [run.traffic for run in runs.values()]
         lines["pages to and from the disk"] = [f"{n.written:,}, {n.loaded:,}" if n.written else "-" for n in moved]
@@ -61,6 +64,11 @@ def _agreement(run: Run) -> str:
 def _found(run: Run) -> str:
     moved = run.traffic
     return "-" if not moved.wanted else f"{1 - moved.fetched / moved.wanted:.0%} of {moved.wanted:,}"
+
+
+def _phases(phases: Sequence[int]) -> str:
+    """As "I 3, II 13": how many steps in each."""
+    return ", ".join(f"{'I' * phase} {phases.count(phase)}" for phase in sorted(set(phases)))
 
 
 def _attended(run: Run, config: SparseConfig) -> str:
@@ -327,15 +335,18 @@ def _run_all(
     configs: dict[str, SparseConfig],
     tenth_of: str | None = None,
 ) -> dict[str, Run]:
-    """Runs each config; and one of them, if named, once more where the device takes a tenth of its pages."""
+    """Runs each config; and one of them, if named, once more where the device takes a tenth of its bytes, host memory a
+    third, and a disk what remains."""
     from .eval.generate import Generation  # needs transformers, which `lserve doctor` does without
 
     generation = Generation(model, tokenizer, ids, arguments.new_tokens, arguments.chunk)
     runs = {name: generation.run(name, config) for name, config in configs.items()}
     if tenth_of is not None and model.device.type == "cpu":
-        name, limit = f"{tenth_of}, a tenth on the device", runs[tenth_of].memory["device"].used // 10
-        configs[name] = configs[tenth_of].replace(device_bytes=limit)
-        runs[name] = generation.run(name, configs[name])
+        name, used = f"{tenth_of}, on tiers", runs[tenth_of].memory["device"].used
+        with tempfile.TemporaryDirectory() as folder:
+            limits = {"device_bytes": used // 10, "host_bytes": used // 3, "disk_dir": folder}
+            configs[name] = configs[tenth_of].replace(**limits)
+            runs[name] = generation.run(name, configs[name])
     return runs
 
 

@@ -54,6 +54,7 @@ class SparseConfig:
     host_bytes            the most that pages may take in host memory, beside device_bytes; the others lie on the disk
     disk_dir              a folder on that disk, or a URL that fsspec knows; nothing is left there. None: no disk
     disk_bytes            the most that pages may take there; None: what it has room for
+    recompute             what lies there are the inputs of attention layers, from which keys and values are recomputed
     max_tokens            tokens a sequence to reserve memory for, so that torch.compile makes one graph of a decode
                           step; None: memory grows on demand
     """
@@ -77,6 +78,7 @@ class SparseConfig:
     host_bytes: int | None = None
     disk_bytes: int | None = None
     disk_dir: str | os.PathLike[str] | None = None
+    recompute: bool = False
 
     # ---- presets: any field is an override --------------------------------------------------------------------------
     @classmethod
@@ -269,6 +271,10 @@ class SparseConfig:
                 raise self._error(name, f"None without {needed}")
         if self.disk_dir is not None and not isinstance(self.disk_dir, (str, os.PathLike)):
             raise self._error("disk_dir", "a folder or a URL", TypeError)
+        if not isinstance(self.recompute, bool):
+            raise self._error("recompute", "True or False", TypeError)
+        if self.recompute and self.disk_dir is None:
+            raise self._error("recompute", "False without disk_dir")
 
     def _check_streaming(self) -> None:
         if self.streaming_heads is None or isinstance(self.streaming_heads, (HeadPattern, str, os.PathLike)):

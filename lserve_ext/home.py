@@ -1,11 +1,14 @@
-"""Where pages have their home if host memory is limited: frames there, and records in a tier below it."""
+"""Where pages have their home if host memory is limited: frames there, and records in a tier below it, of the pages or
+of what they are recomputed from."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,17 +20,51 @@ from .tiers import DiskTier, FsspecTier, Pending, Tier, TierFullError
 CHUNK = 256  # pages that are read, or written, at a time: so many are in memory twice
 
 
+Recompute = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Of a layer: inputs [N, P, R] of pages to keys and values [N, H, P, D], as attention would have got them."""
+
+
+class Inputs(NamedTuple):
+    """What pages of a layer can be recomputed from.
+
+    Args:
+        rows: [G, P, R] the layer's inputs at the tokens of G pages, those of all heads.
+        page: [N] which of them each block is a page of.
+        head: [N] of each block.
+        recompute: the layer's.
+    """
+
+    rows: Tensor
+    page: np.ndarray
+    head: np.ndarray
+    recompute: Recompute
+
+
+@dataclasses.dataclass(eq=False)
+class _Record:
+    """In the tier: a page of a block, or the inputs that the pages of some blocks are recomputed from."""
+
+    blocks: set[int]
+    """That need it still."""
+    recompute: Recompute | None = None
+    like: Tensor | None = None
+    """[0, P, R] of the inputs' dtype."""
+
+
 class Home:
     """Pages of blocks, by block: in a frame of host memory, in a record of the tier below, or in both. A page is
     written once and never changed, so a frame whose page has a record is given up by forgetting it.
 
-    Records are written in the background, oldest pages first: as many as leave half of the frames without one.
+    Records are written in the background, oldest pages first: as many as leave half of the frames without one. Where a
+    page comes with the layer's inputs, the record holds these, for all heads at once, and is written with the page.
 
     Args:
         like: tensors [0, ...] of a page; frames are as these.
         size: the most bytes that frames take.
         tier: makes the tier below for records of so many bytes; None: there is none.
         is_used: of blocks [N], [N] bool: whether anybody has them still.
+        encode: keys and values [N, P, D] of these blocks [N] as pages, on the grids that they were first stored on.
+        recompute: make the tier when the first inputs come, for records that hold them.
 
     Raises:
         ValueError: there is no room for a single page.
@@ -41,6 +78,8 @@ class Home:
         size: int,
         tier: Callable[[int], Tier] | None,
         is_used: Callable[[np.ndarray], np.ndarray],
+        encode: Callable[[np.ndarray, Tensor, Tensor], dict[str, Tensor]] | None = None,
+        recompute: bool = False,
     ) -> None:
         self._page_bytes = {name: x.element_size() * x.shape[1:].numel() for name, x in like.items()}
         self.page_bytes = sum(self._page_bytes.values())
@@ -48,21 +87,26 @@ class Home:
         if count < 1:
             raise ValueError(f"host_bytes: expected at least the {self.page_bytes:,} bytes of one page, got {size:,}")
         self.tensors = {name: x.new_empty((count, *x.shape[1:])) for name, x in like.items()}
-        self.tier = None if tier is None else tier(self.page_bytes)
-        self._is_used = is_used
+        self._make_tier = tier
+        self.tier = None if tier is None or recompute else tier(self.page_bytes)
+        self._is_used, self._encode = is_used, encode
         self._blocks = np.full(count, -1)  # in each frame; -1: none
         self._last_use = np.zeros(count, np.int64)
         self._clock = itertools.count(1)
         self._frames = np.zeros(0, np.int64)  # of each block, if that frame names it
-        self._records = np.zeros(0, np.int64)  # of each block, a number; -1: none
+        self._serials = np.zeros(0, np.int64)  # of each block, the number of its record; -1: none
         self._is_written = np.zeros(0, bool)  # whether that record is whole
+        self._heads = np.zeros(0, np.int64)  # of each block whose record holds inputs
         self._serial = itertools.count()
-        self._writing: dict[int, Pending] = {}  # by block
+        self._records: dict[int, _Record] = {}
+        self._writing: dict[int, Pending] = {}  # records
         self._peak = 0
         self.loaded = 0
         """Pages that were read from the tier below."""
         self.written = 0
-        """Pages that were written there."""
+        """Records that were written there."""
+        self.recomputed = 0
+        """Pages that were recomputed from inputs in the tier below."""
 
     def __len__(self) -> int:
         """Frames."""
@@ -77,18 +121,20 @@ class Home:
         return found
 
     # ---- pages ------------------------------------------------------------------------------------------------------
-    def write(self, blocks: np.ndarray, pages: Mapping[str, Tensor]) -> None:
-        """Takes pages [N, ...] of these blocks [N], which held nothing since `forget`.
+    def write(self, blocks: np.ndarray, pages: Mapping[str, Tensor], inputs: Inputs | None = None) -> None:
+        """Takes pages [N, ...] of these blocks [N], which held nothing since `forget`, and maybe what they come from.
 
         Raises:
             ValueError: without a tier below, there are not enough frames.
             TierFullError, TierTimeoutError, OSError: of the tier below.
         """
         self._reach(blocks)
+        if inputs is not None:
+            self._write_inputs(blocks, inputs)
         for part in _chunks(len(blocks), min(CHUNK, len(self))):
             frames = self._room(len(blocks[part]), must=True)
             self._keep(blocks[part], frames, {name: x[part] for name, x in pages.items()})
-        if self.tier is not None:
+        if self._make_tier is not None:
             dirty = self._dirty()
             self._write_down(dirty[: max(0, len(dirty) - len(self) // 2)])
 
@@ -132,12 +178,10 @@ class Home:
         self._reach(blocks)
         frames = self._frame(blocks)
         self._blocks[frames[frames >= 0]] = -1
-        for block in blocks[self._records[blocks] >= 0].tolist():
-            assert self.tier is not None
-            self.tier.delete(self._key(block))
-            self._writing.pop(block, None)
+        for block in blocks[self._serials[blocks] >= 0].tolist():
+            self._drop(block)
         self._is_written[blocks] = False
-        self._records[blocks] = -1
+        self._serials[blocks] = -1
 
     # ---- frames -----------------------------------------------------------------------------------------------------
     def _frame(self, blocks: np.ndarray) -> np.ndarray:
@@ -171,7 +215,7 @@ class Home:
 
     def _drop_unused(self) -> None:
         """Forgets blocks that nobody has any more."""
-        known = self._records >= 0
+        known = self._serials >= 0
         known[self._blocks[self._blocks >= 0]] = True
         blocks = np.flatnonzero(known)
         unused = blocks[~self._is_used(blocks)]
@@ -192,7 +236,7 @@ class Home:
         frames = np.flatnonzero(self._blocks >= 0)
         frames = frames[~self._is_written[self._blocks[frames]]]
         blocks = self._blocks[frames[np.argsort(self._last_use[frames], kind="stable")]]
-        return np.asarray(blocks[[int(block) not in self._writing for block in blocks]])
+        return np.asarray(blocks[[int(serial) not in self._writing for serial in self._serials[blocks]]])
 
     def _reach(self, blocks: np.ndarray) -> None:
         """Grows what is kept by block."""
@@ -200,37 +244,77 @@ class Home:
         if more > 0:
             more = max(more, len(self._frames))
             self._is_written = np.concatenate([self._is_written[: len(self._frames)], np.zeros(more, bool)])
-            self._records = np.concatenate([self._records[: len(self._frames)], np.full(more, -1)])
+            self._serials = np.concatenate([self._serials[: len(self._frames)], np.full(more, -1)])
+            self._heads = np.concatenate([self._heads[: len(self._frames)], np.zeros(more, np.int64)])
             self._frames = np.concatenate([self._frames, np.zeros(more, np.int64)])
 
     # ---- records ----------------------------------------------------------------------------------------------------
-    def _key(self, block: int) -> bytes:
-        return f"page {self._records[block]}".encode()
+    def _tier(self, record_bytes: int) -> Tier:
+        """The tier below, made now if it is not there yet.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self._make_tier is None:
+            held, have = (n * self.page_bytes for n in (len(self) + 1, len(self)))
+            raise ValueError(f"host_bytes: expected at least {held:,}, or disk_dir beside it, got {have:,}")
+        if self.tier is None:
+            self.tier = self._make_tier(max(self.page_bytes, record_bytes))
+        return self.tier
 
     def _write_down(self, blocks: np.ndarray) -> None:
         """Begins to write the pages of these blocks, which lie in frames, to the tier below."""
-        if self.tier is None:
-            held, have = (n * self.page_bytes for n in (len(self) + 1, len(self)))
-            raise ValueError(f"host_bytes: expected at least {held:,}, or disk_dir beside it, got {have:,}")
+        self._tier(self.page_bytes)
         for part in _chunks(len(blocks), CHUNK):
             if len(self._writing) >= CHUNK:
                 self._finish()
             frames = _index(self._frame(blocks[part]))
             rows = [x[frames].reshape(len(frames), -1).view(torch.uint8) for x in self.tensors.values()]
             for block, row in zip(blocks[part].tolist(), torch.cat(rows, 1).numpy(), strict=True):
-                self._put(block, memoryview(row))
+                self._put(_Record({block}), memoryview(row))
 
-    def _put(self, block: int, record: memoryview) -> None:
+    def _write_inputs(self, blocks: np.ndarray, inputs: Inputs) -> None:
+        """Begins to write inputs to the tier below, in place of the pages that come from them."""
+        rows = inputs.rows.contiguous()
+        raw = rows.view(len(rows), -1).view(torch.uint8)
+        if raw.shape[1] > self._tier(raw.shape[1]).record_bytes:
+            return  # the tier was made for pages alone
+        self._heads[blocks] = inputs.head
+        order = np.argsort(inputs.page, kind="stable")
+        members = np.split(blocks[order], np.flatnonzero(np.diff(inputs.page[order])) + 1)
+        for page, of_page in zip(np.unique(inputs.page).tolist(), members, strict=True):
+            if len(self._writing) >= CHUNK:
+                self._finish()
+            record = _Record(set(of_page.tolist()), inputs.recompute, rows[:0])
+            content: Any = raw[page].numpy()
+            self._put(record, memoryview(content))
+
+    def _put(self, record: _Record, content: memoryview) -> None:
         assert self.tier is not None
-        if self._records[block] >= 0:  # an interrupt has come before its end was noted
-            self.tier.delete(self._key(block))
-        self._records[block] = next(self._serial)
+        serial = next(self._serial)
+        for block in record.blocks:
+            if self._serials[block] >= 0:  # an interrupt has come before its end was noted
+                self._drop(block)
+        self._records[serial] = record
+        self._serials[list(record.blocks)] = serial
         try:
-            self._writing[block] = self.tier.put(self._key(block), record)
+            self._writing[serial] = self.tier.put(_key(serial), content)
         except TierFullError:
             self._drop_unused()
-            self._writing[block] = self.tier.put(self._key(block), record)
+            self._writing[serial] = self.tier.put(_key(serial), content)
         self.written += 1
+
+    def _drop(self, block: int) -> None:
+        """A block needs its record no more."""
+        serial = int(self._serials[block])
+        record = self._records.get(serial)
+        if record is not None:
+            record.blocks.discard(block)
+        if record is None or not record.blocks:
+            assert self.tier is not None
+            self.tier.delete(_key(serial))
+            self._writing.pop(serial, None)
+            self._records.pop(serial, None)
 
     def _settle(self) -> None:
         """Notes which records have been written.
@@ -240,10 +324,12 @@ class Home:
         """
         if self.tier is None:
             return
-        done = {block: pending for block, pending in self._writing.items() if pending.future.done()}
-        for block, pending in done.items():
-            self._is_written[block] = pending.future.exception() is None
-            self._writing.pop(block, None)
+        done = {serial: pending for serial, pending in self._writing.items() if pending.future.done()}
+        for serial, pending in done.items():
+            record = self._records.get(serial)
+            if record is not None:
+                self._is_written[list(record.blocks)] = pending.future.exception() is None
+            self._writing.pop(serial, None)
         self.tier.wait(done.values())
 
     def _finish(self) -> None:
@@ -256,13 +342,50 @@ class Home:
 
     def _load(self, blocks: np.ndarray) -> dict[str, Tensor]:
         """Pages [N, ...] from the tier below."""
+        pages = {name: x.new_empty((len(blocks), *x.shape[1:])) for name, x in self.tensors.items()}
+        recomputes: dict[Recompute, list[int]] = {}
+        plain = []
+        for i, serial in enumerate(self._serials[blocks].tolist()):
+            record = self._records.get(serial)
+            if record is None or record.recompute is None:
+                plain.append(i)
+            else:
+                recomputes.setdefault(record.recompute, []).append(i)
+        if plain:
+            raw = self._read(self._serials[blocks[plain]].tolist(), self.page_bytes)
+            self.loaded += len(plain)
+            parts = zip(raw.split(list(self._page_bytes.values()), 1), self.tensors.items(), strict=True)
+            for x, (name, like) in parts:
+                pages[name][plain] = x.contiguous().view(like.dtype).view(-1, *like.shape[1:])
+        for recompute, places in recomputes.items():
+            for name, x in self._recomputed(recompute, blocks[places]).items():
+                pages[name][places] = x
+        return pages
+
+    def _recomputed(self, recompute: Recompute, blocks: np.ndarray) -> dict[str, Tensor]:
+        """Pages [N, ...] of blocks of one layer from its inputs."""
+        serials = dict.fromkeys(self._serials[blocks].tolist())
+        like = self._records[next(iter(serials))].like
+        assert like is not None and self._encode is not None
+        raw = self._read(list(serials), like.element_size() * like.shape[1:].numel())
+        k, v = recompute(raw.view(like.dtype).view(-1, *like.shape[1:]))
+        place = {serial: i for i, serial in enumerate(serials)}
+        which = _index(np.array([place[serial] for serial in self._serials[blocks].tolist()]))
+        heads = _index(self._heads[blocks])
+        self.recomputed += len(blocks)
+        return self._encode(blocks, k[which, heads], v[which, heads])
+
+    def _read(self, serials: Sequence[int], size: int) -> Tensor:
+        """[N, size] bytes of records."""
         assert self.tier is not None
-        raw = torch.empty(len(blocks), self.page_bytes, dtype=torch.uint8)
-        rows = zip(blocks.tolist(), raw.numpy(), strict=True)
-        self.tier.wait(self.tier.get_many([(self._key(block), memoryview(row)) for block, row in rows]))
-        self.loaded += len(blocks)
-        parts = zip(raw.split(list(self._page_bytes.values()), 1), self.tensors.items(), strict=True)
-        return {name: x.contiguous().view(like.dtype).view(-1, *like.shape[1:]) for x, (name, like) in parts}
+        raw = torch.empty(len(serials), size, dtype=torch.uint8)
+        rows = zip(serials, raw.numpy(), strict=True)
+        self.tier.wait(self.tier.get_many([(_key(serial), memoryview(row)) for serial, row in rows]))
+        return raw
+
+
+def _key(serial: int) -> bytes:
+    return b"page %d" % serial
 
 
 def open_tier(where: str | os.PathLike[str], limit: int | None, record_bytes: int) -> Tier:

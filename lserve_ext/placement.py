@@ -15,8 +15,9 @@ from torch import Tensor
 from . import ops
 from .blocks import BlockTable, Memory, Pool
 from .config import SparseConfig
-from .home import Home, open_tier
+from .home import Home, Inputs, Recompute, open_tier
 from .ops import LISTED, Mask, PagedKV
+from .reference import quantize_kv
 from .sequences import on_device
 
 
@@ -53,7 +54,9 @@ class Traffic(NamedTuple):
     loaded: int = 0
     """From the disk to host memory."""
     written: int = 0
-    """From host memory to the disk."""
+    """From host memory to the disk: pages, or the inputs of some."""
+    recomputed: int = 0
+    """From a layer's inputs, which were loaded from the disk in their place."""
 
     def __sub__(self, before: Traffic) -> Traffic:
         return Traffic(*(now - then for now, then in zip(self, before, strict=True)))
@@ -185,6 +188,8 @@ class TieredPool(Pool):
                 config.host_bytes,
                 None if config.disk_dir is None else partial(open_tier, config.disk_dir, config.disk_bytes),
                 self._is_used,
+                self._encode,
+                config.recompute,
             )
         self.slots = Slots(self, config.device_bytes, layers)
 
@@ -194,6 +199,14 @@ class TieredPool(Pool):
     def _is_used(self, blocks: np.ndarray) -> np.ndarray:
         self.settle()
         return self.allocator.is_used(blocks)
+
+    def _encode(self, blocks: np.ndarray, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        """Keys and values [N, P, D] as pages of these blocks, INT8 keys on the grid of their statistics."""
+        if self.config.kv_dtype != "int8":
+            return {"k": k, "v": v}
+        stats = self.tensors.get("stats")
+        codes = quantize_kv(k, v, None if stats is None else stats[torch.from_numpy(blocks)])
+        return dict(zip(MOVED, codes, strict=True))
 
     def table(self, ids: np.ndarray, wanted: np.ndarray | None = None) -> BlockTable:
         table = super().table(ids, wanted)
@@ -231,9 +244,16 @@ class TieredPool(Pool):
         for name, tensor in into.items():
             ops.gather_pages(self.tensors[name], src, tensor, dst)
 
+    @property
+    def phase(self) -> int:
+        """1: all pages fit on the device; 2: they fit in host memory; 3: they fit in neither (ALISA, Algorithm 2)."""
+        self.settle()
+        held = self.allocator.used
+        return 1 if held <= self.slots.count else 2 if self.home is None or held <= len(self.home) else 3
+
     def traffic(self) -> Traffic:
         """Since the pool was made."""
-        home = (0, 0) if self.home is None else (self.home.loaded, self.home.written)
+        home = () if self.home is None else (self.home.loaded, self.home.written, self.home.recomputed)
         return Traffic(self.slots.wanted, self.slots.fetched, *home)
 
     def tiers(self) -> dict[str, Memory]:
@@ -279,6 +299,55 @@ class SharedPool:
         return twin
 
 
+@dataclasses.dataclass
+class Given:
+    """What a layer was given in a step, from which its keys and values come.
+
+    Args:
+        rows: [N, R] at the new tokens.
+        newest: [B, 2P, R] at the newest tokens, as `PagedKV.residual_k`; NaN where that is not known.
+        recompute: see `home.Recompute`.
+    """
+
+    rows: Tensor
+    newest: Tensor
+    recompute: Recompute
+
+    def append(self, cu_seqlens: Tensor, context_lens: Tensor) -> None:
+        """Writes the new rows into `newest`."""
+        size, new = self.newest.shape[1], cu_seqlens.diff()
+        b = torch.repeat_interleave(torch.arange(len(new)), new)
+        position = context_lens[b] + torch.arange(len(self.rows)) - cu_seqlens[b]
+        kept = position >= (context_lens + new)[b] - size
+        self.newest[b[kept], (position % size)[kept].long()] = self.rows[kept]
+
+    def inputs(self, sealing: Tensor, cu_seqlens: Tensor, context_lens: Tensor) -> tuple[Inputs, np.ndarray]:
+        """Of the pages that are sealed now, [B, H, M] bool; and which blocks, in their order, have none."""
+        M, size = sealing.shape[2], self.newest.shape[1]
+        b, h, page = sealing.nonzero(as_tuple=True)
+        pages, which = torch.unique(b * M + page, return_inverse=True)
+        at, first = pages // M, (pages % M) * (size // 2)
+        position = first[:, None] + torch.arange(size // 2)
+        since = position - context_lens[at, None]
+        new = (cu_seqlens[at, None] + since).clamp(min=0, max=max(0, len(self.rows) - 1)).long()
+        rows = torch.where((since >= 0)[..., None], self.rows[new], self.newest[at[:, None], position % size])
+        unknown = rows.isnan().flatten(1).any(1)[which].numpy()
+        return Inputs(rows, which.numpy(), h.numpy(), self.recompute), unknown
+
+
+def _write(home: Home, blocks: np.ndarray, pages: dict[str, Tensor], found: tuple[Inputs, np.ndarray] | None) -> None:
+    """Pages whose inputs are known go with these, the others alone."""
+    if found is None or found[1].all():
+        home.write(blocks, pages)
+        return
+    (rows, page, head, recompute), unknown = found
+    known = ~unknown
+    home.write(blocks[known], {name: x[torch.from_numpy(known)] for name, x in pages.items()},
+               Inputs(rows, page[known], head[known], recompute))  # fmt: skip
+    if unknown.any():
+        home.write(blocks[unknown], {name: x[torch.from_numpy(unknown)] for name, x in pages.items()})
+
+
 class Resident:
     """Attention over pages that are fetched into slots first: all heads at once, or, where they need more slots than
     there are, as many heads at a time as fit. Heads do not know of each other, so results are the same to the bit.
@@ -294,14 +363,18 @@ class Resident:
         self._pool, self._slots = pool, pool.slots
         self.slot_table = torch.empty(0)
         """[B, H, M] int32 where pages may lie, of the layer that attends; written."""
+        self.given: Given | None = None
+        """What the layer's new pages can be recomputed from."""
         self._last = _Wanted((), self.slot_table, [])  # of the last decode step
 
     def append_kv(self, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None:
         """`ops.append_kv`; where the home is limited, sealed pages are made beside it and then handed over."""
-        home, P = self._pool.home, kv.k_pool.shape[1]
+        home, P, given = self._pool.home, kv.k_pool.shape[1], self.given
         ends = torch.div(context_lens + cu_seqlens_k.diff(), P, rounding_mode="floor")[:, None] - 1
         if home is None or not (ends > kv.sealed[:, None]).any():
             ops.append_kv(k, v, cu_seqlens_k, context_lens, kv)
+            if given is not None:
+                given.append(cu_seqlens_k, context_lens)
             return
         page = torch.arange(kv.block_table.shape[2], device=k.device)
         sealing = ((page >= kv.sealed[:, None]) & (page < ends))[:, None] & (kv.block_table >= 0)
@@ -311,8 +384,11 @@ class Resident:
         pages = {name: x.new_empty((len(blocks), *x.shape[1:])) for name, x in home.tensors.items()}
         beside = kv._replace(k_pool=pages["k"], v_pool=pages["v"], scales=pages.get("scales"), slot_table=slot_table)
         ops.append_kv(k, v, cu_seqlens_k, context_lens, beside)
+        inputs = None if given is None else given.inputs(sealing, cu_seqlens_k, context_lens)
         if len(blocks):
-            home.write(blocks.numpy(), pages)
+            _write(home, blocks.numpy(), pages, inputs)
+        if given is not None:
+            given.append(cu_seqlens_k, context_lens)
 
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, mask: Mask,

@@ -152,7 +152,7 @@ def record_places(ours: Home) -> dict[int, int]:
     from lserve_ext.tiers import _digest
 
     written = np.flatnonzero(ours._is_written).tolist()
-    return {block: ours.tier._entries[_digest(ours._key(block))].place for block in written}
+    return {block: ours.tier._entries[_digest(b"page %d" % ours._serials[block])].place for block in written}
 
 
 @pytest.mark.parametrize("kind", ["flipped", "truncated"])
@@ -170,7 +170,7 @@ def test_a_bad_record(kind: str, tmp_path: Path) -> None:
         os.close(file)
     else:
         os.ftruncate(tier._file, place * tier.stride + 10)
-    with pytest.raises(BadRecordError, match=f"disk tier {tmp_path}: record 'page {ours._records[bad]}' at {place}"):
+    with pytest.raises(BadRecordError, match=f"disk tier {tmp_path}: record 'page {ours._serials[bad]}' at {place}"):
         ours.read(np.array([bad]))
     frames = ours._blocks[ours._blocks >= 0]
     assert same(ours.read(frames), pages(frames.tolist()))

@@ -62,6 +62,8 @@ class Run:
     """`SparseCache.attended` at the end."""
     length: int
     """Tokens in the cache at the end."""
+    phases: list[int]
+    """`SparseCache.phase` after the prompt and after each step."""
     traffic: Traffic
     """`SparseCache.traffic` at the end."""
 
@@ -84,11 +86,12 @@ class Generation:
         prefilled = time.perf_counter()
         fork = cache.fork() if self.first is not None else None
         stop = set(_as_list(self.model.generation_config.eos_token_id))
-        rows, tokens = [last], [int(last.argmax())]
+        rows, tokens, phases = [last], [int(last.argmax())], [cache.phase]
         with tqdm(total=self.new_tokens, initial=1, desc=f"{name}: decode", unit=" tokens") as bar:
             while len(tokens) < self.new_tokens and tokens[-1] not in stop:
                 rows.append(forward(self.model, torch.tensor([tokens[-1:]], device=self.ids.device), cache))
                 tokens.append(int(rows[-1].argmax()))
+                phases.append(cache.phase)
                 bar.update()
         seconds = time.perf_counter() - prefilled
         logits, agreement = torch.stack(rows), None
@@ -106,6 +109,7 @@ class Generation:
             decode=(len(tokens) - 1) / seconds,
             attended=cache.attended(),
             length=cache.get_seq_length(),
+            phases=phases,
             traffic=cache.traffic(),
         )
         self.first = self.first or run

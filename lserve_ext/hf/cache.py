@@ -33,6 +33,7 @@ from ..placement import SharedPool, TieredPool, Traffic
 from ..reserved import ReservedBatch
 from ..sequences import Sequences, Step
 from .layers import Padding, PendingKV, SparseHybridLayer, SparseLayer
+from .recompute import GivenRows, KeptInputs
 
 
 def _their_layers(config: PretrainedConfig) -> list[Any]:
@@ -66,13 +67,17 @@ class SparseCache(Cache):
     Args:
         model_config: the model's config; its layers and their kinds are read, and its kv heads, to check head patterns.
         config: what is attended and how it is stored; by default dense, in the model's dtype.
+        model: with `config.recompute`, the model whose attention modules are watched for their inputs, until this cache
+            and its copies are gone.
 
     Raises:
         ValueError: the pattern of streaming heads does not fit the model, there is none to cut a fraction from, or the
             model has no layer with full attention.
     """
 
-    def __init__(self, model_config: PretrainedConfig, config: SparseConfig | None = None) -> None:
+    def __init__(
+        self, model_config: PretrainedConfig, config: SparseConfig | None = None, model: torch.nn.Module | None = None
+    ) -> None:
         self.config = config if config is not None else SparseConfig.dense()
         if isinstance(self.config.streaming_heads, (str, os.PathLike)):  # a cache is whole without the file
             self.config = self.config.replace(streaming_heads=HeadPattern.load(self.config.streaming_heads))
@@ -85,6 +90,31 @@ class SparseCache(Cache):
         self._used: set[int] | None = None  # layers that a whole forward has touched
         self._dead: str | None = None
         super().__init__(layers=self._new_layers())
+        self._given: dict[int, GivenRows] = {}  # by layer, of the forward that is under way
+        if self.config.recompute != (model is not None):
+            expected = "a model, whose inputs to keep" if self.config.recompute else "None without config.recompute"
+            raise ValueError(f"model: expected {expected}, got {type(model).__name__}")
+        if model is not None:
+            self._check_recompute()
+            ours = [layer.index for layer in self.ours]
+            self._kept = KeptInputs(model, ours, SparseCache, lambda cache, i, given: cache._take(i, given))
+
+    def _take(self, index: int, given: GivenRows) -> None:
+        if self.config.recompute:
+            self._given[index] = given
+
+    def _check_recompute(self) -> None:
+        """Raises ValueError where a layer's input is no smaller than what is made of it, so that nothing is won."""
+        text = self.model_config
+        kv_heads, D = getattr(text, "num_key_value_heads", None) or text.num_attention_heads, _head_dim(text) or 0
+        scales = 8 if self.config.needs_stats else 16
+        of_head = 2 * D + scales if self.config.kv_dtype == "int8" else 4 * D
+        inputs, held = text.hidden_size * 2, kv_heads * of_head
+        if held and inputs >= held:
+            raise ValueError(
+                f"recompute: expected layers whose input is smaller than their KV, got {inputs:,} bytes a token (at 16 "
+                f"bits) against {held:,}: recomputing never pays, see `lserve plan`"
+            )
 
     def _new_layers(self) -> list[Any]:
         text, layers = self.model_config, _their_layers(self.model_config)
@@ -128,7 +158,7 @@ class SparseCache(Cache):
         if not isinstance(layer, SparseLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         handle, values = layer.update(key_states, value_states)
-        handle.forward = self._forward
+        handle.forward, handle.given = self._forward, self._given.pop(layer_idx, None)
         return handle, values
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
@@ -378,11 +408,19 @@ class SparseCache(Cache):
                     tiers[tier] = tiers.get(tier, Memory()) + memory
             return tiers
 
+    def _tiered_pools(self) -> list[TieredPool]:
+        pools = {id(layer.kv.pool): layer.kv.pool for layer in self.ours if layer.kv is not None}
+        return [pool for pool in pools.values() if isinstance(pool, TieredPool)]
+
     def traffic(self) -> Traffic:
         """Pages that were moved between tiers, forks included; all 0 where there is a device only."""
-        pools = {id(layer.kv.pool): layer.kv.pool for layer in self.ours if layer.kv is not None}
-        tiered = [pool.traffic() for pool in pools.values() if isinstance(pool, TieredPool)]
-        return Traffic(*(sum(counts) for counts in zip(*tiered, strict=True)))
+        counts = [pool.traffic() for pool in self._tiered_pools()]
+        return Traffic(*(sum(some) for some in zip(*counts, strict=True)))
+
+    @property
+    def phase(self) -> int:
+        """1: all pages fit on the device; 2: they fit in host memory; 3: they fit in neither (ALISA, Algorithm 2)."""
+        return max((pool.phase for pool in self._tiered_pools()), default=1)
 
     def attended(self) -> tuple[int, int]:
         """Tokens that a decode step attends and those that a dense one would, over the layers with full attention, kv
@@ -405,7 +443,7 @@ class SparseCache(Cache):
     def _with_layers(self, layers: list[Any]) -> SparseCache:
         """A second cache, of these layers."""
         twin = copy.copy(self)
-        twin.layers, twin._spare = layers, None
+        twin.layers, twin._spare, twin._given = layers, None, {}
         twin._enter_reserved()
         return twin
 
@@ -468,7 +506,8 @@ class SparseCache(Cache):
         if not isinstance(head, dict) or head.get("format") != _FORMAT:
             got = head.get("format") if isinstance(head, dict) else type(head).__name__
             raise ValueError(f"format: expected {_FORMAT}, got {got!r}: written by another version of lserve_ext")
-        cache = cls(model_config, SparseConfig.from_dict(head.get("config")))  # type: ignore[arg-type]  # checked there
+        config = SparseConfig.from_dict(head.get("config"))  # type: ignore[arg-type]  # checked there
+        cache = cls(model_config, config.replace(recompute=False))
         if len(cache.layers) != head.get("layers"):
             raise ValueError(f"layers: expected the {len(cache.layers)} of the model, got {head.get('layers')!r}")
         states: dict[int, dict[str, Tensor]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from ..placement import SharedPool
 from ..reserved import ReservedBatch
 from ..sequences import Sequences, Step
 from .handle import NAME, WHO, Handle
+
+if TYPE_CHECKING:
+    from .recompute import GivenRows
 
 
 class Padding(Protocol):
@@ -49,6 +52,7 @@ class PendingKV(Handle):
         self.layer, self.k, self.v = layer, k, v
         self.forward: OnItsWay | None = None  # which a `SparseCache` sets
         self.batch: ReservedBatch | None = None  # likewise, in reserved memory
+        self.given: GivenRows | None = None  # likewise, with `SparseConfig.recompute`
         self.is_last = False
         self.used = False
 
@@ -183,21 +187,25 @@ class SparseLayer(CacheLayerMixin):
         assert kv is not None and forward is not None
         now = forward.step(kv, new.k, mask)
         q, k, v = (widen(x, kv.head_dim) for x in (q, new.k, new.v))
+        given = new.given
         if now.decode:
-            k, v = k[:, :, 0], v[:, :, 0]
+            k, v, inputs = k[:, :, 0], v[:, :, 0], None if given is None else given.rows[:, 0]
             if now.is_padded:  # a left-padded chunk of one token: those sequences are still empty
                 rows = torch.from_numpy(now.new > 0).to(k.device)
-                k, v = k[rows], v[rows]
-            out = kv.attend(q[:, :, 0], k, v, now, scale, sinks)[:, None]
+                k, v, inputs = k[rows], v[rows], None if inputs is None else inputs[rows]
+            source = None if given is None or inputs is None else (inputs, given.recompute)
+            out = kv.attend(q[:, :, 0], k, v, now, scale, sinks, source)[:, None]
         elif now.is_padded:
             pads = torch.from_numpy(T - now.new).to(k.device)
             columns = torch.arange(T, device=k.device) >= pads[:, None]
             q, k, v = (x.transpose(1, 2)[columns] for x in (q, k, v))
-            packed = kv.attend(q, k, v, now, scale, sinks)
+            source = None if given is None else (given.rows[columns], given.recompute)
+            packed = kv.attend(q, k, v, now, scale, sinks, source)
             out = packed.new_zeros(B, T, *packed.shape[1:]).index_put_((columns,), packed)
         else:
             q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-            packed = kv.attend(q, k, v, now, scale, sinks)
+            source = None if given is None else (given.rows.flatten(0, 1), given.recompute)
+            packed = kv.attend(q, k, v, now, scale, sinks, source)
             out = packed.unflatten(0, (B, T))
         forward.leave(self.index)
         return narrow(out, new.v.shape[3])
