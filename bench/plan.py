@@ -6,8 +6,8 @@
 Machines are those that come with the package; their figures are nominal. ALISA (arXiv 2403.17312) compares with FlexGen
 and vLLM on a V100 with a link of 20 GB/s and on an H100, prompts of 128 tokens and 512 to generate. Assumptions: KV
 takes what the weights leave of the device; a step reads weights and KV at 80% of the memory's bandwidth and overlaps
-nothing with transfers; FlexGen keeps one split for the whole run and attends what lies in host memory on the CPU; 80% of
-tokens are left out; a layer's inputs lie in host memory for recomputation.
+nothing with transfers; FlexGen keeps one split for the whole run and attends what lies in host memory on the CPU; 80%
+of tokens are left out; a layer's inputs lie in host memory for recomputation.
 """
 
 from __future__ import annotations

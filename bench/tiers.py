@@ -12,6 +12,9 @@ cache.
 - paging: dense attention over sequences that fit on the device; where they grow beyond it, the last one is dropped, and
   prefilled anew when there is room (`schedule.Paper.paging`, in earnest). `tiers` runs them all at once with the same
   bytes on the device.
+
+At last a model with random weights and as many kv heads as query heads, dense, with a quarter of its KV on the device
+and a quarter in host memory: what lies on the disk is KV, or the layers' inputs, from which KV is recomputed.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ class Run:
 
     def __init__(self, model: Any, config: SparseConfig, plan: Plan, name: str, where: str, context: int) -> None:
         self.model, self.plan, self.name, self.where, self.context = model, plan, name, where, context
-        self.cache = SparseCache(model.config, config)
+        self.cache = SparseCache(model.config, config, model if config.recompute else None)
         self.steps: list[float] = []
         self.before = Traffic()
 
@@ -164,6 +167,31 @@ def many_sequences(model: Any, ids: Tensor, profile: Profile, options: Any) -> d
             "paging_over_tiers": after / tiers["decode_s"]}  # fmt: skip
 
 
+@torch.inference_mode()
+def recomputation(profile: Profile, folder: str, options: Any) -> list[dict[str, Any]]:
+    """Steps where KV is loaded, and where it is recomputed."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # which would take kernels.py beside this file for a package
+
+    shape: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 1000}
+    made = LlamaConfig(num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=8192, **shape)
+    model: Any = LlamaForCausalLM._from_config(made, attn_implementation="lserve").train(False)
+    seen = Model.from_config(made, torch.float32, "random, MHA")
+    machine, context, dense = Machine(256 << 20, "cpu"), options.tokens[0], SparseConfig.dense()
+    held = Plan(seen, dense, profile).held(context) * Plan(seen, dense, profile).page_bytes
+    limits: dict[str, Any] = {"device_bytes": held // 4, "host_bytes": held // 4, "disk_dir": folder}
+    ids = torch.randint(0, 1000, (1, context + WARM_UP + options.steps), generator=torch.Generator().manual_seed(0))
+    runs = []
+    for name, recompute in (("loaded", False), ("recomputed", True)):
+        config = dense.replace(recompute=recompute, **limits)
+        run = Run(model, config, Plan(seen, config, profile), name, "disk", context)
+        prefill(model, ids[:, :context], run.cache, 512)
+        runs.append(run)
+    for i in tqdm(range(context, ids.shape[1]), desc="recompute"):
+        for run in runs:
+            run.step(machine, ids[:, i : i + 1])
+    return [run.result() | {"choice": run.plan.choice.why} for run in runs]
+
+
 def show(results: list[dict[str, Any]]) -> None:
     print("\nrun      where  context  phase  measured ms  predicted ms  ratio  binds       MB fetched, predicted"
           "   loaded, predicted")  # fmt: skip
@@ -201,14 +229,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.disk) as folder:
         profile = measure(platform.machine(), folder, lambda what: print(f"measuring {what}", flush=True))
         results = one_sequence(model, ids, profile, folder, options)
+        again = recomputation(profile, folder, options)
     show(results)
+    for r in again:
+        print(f"MHA, {r['run']:11}{r['step_ms']:8.1f} ms, predicted {r['predicted_ms']:8.1f}   {r['choice']}")
     many = many_sequences(model, ids, profile, options)
     print(json.dumps(many, indent=1))
     name = f"tiers-{platform.machine()}.json"
     out = options.out or (Path(__file__).parent / "results" / name if options.save else None)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        found = head | {"profile": profile.to_dict(), "results": results, "many": many}
+        found = head | {"profile": profile.to_dict(), "results": results, "recompute": again, "many": many}
         out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -29,6 +29,7 @@ class Model:
 
     Args:
         hidden: width of a layer's input.
+        input_width: of what is kept for recomputation: the same, and cosines and sines of rotary embedding, if any.
         matrices: (rows, columns, how many) of the weights that each token is multiplied with.
         parameters: elements of all weights.
         dtype: of weights, activations and unquantised KV.
@@ -40,6 +41,7 @@ class Model:
     kv_heads: int
     head_dim: int
     hidden: int
+    input_width: int
     matrices: tuple[tuple[int, int, int], ...]
     parameters: int
     dtype: torch.dtype
@@ -67,11 +69,12 @@ class Model:
         weights = [p for p in made.parameters() if p.dim() > 1 and (p is not embedding or p is head)]
         tables = {id(m.weight) for m in made.modules() if isinstance(m, torch.nn.Embedding)} - {id(head)}
         sizes = Counter((p[..., 0].numel(), p.shape[-1]) for p in weights if id(p) not in tables)
+        rotates = any(getattr(text, name, None) is not None for name in ("rope_parameters", "rope_theta"))
         matrices = tuple((*shape, count) for shape, count in sorted(sizes.items()))
         parameters = sum(p.numel() for p in made.parameters())
         return cls(
             name or str(getattr(config, "model_type", "")), int(text.num_hidden_layers), heads, kv_heads, head_dim,
-            int(text.hidden_size), matrices, parameters, dtype,
+            int(text.hidden_size), int(text.hidden_size) + 2 * head_dim * rotates, matrices, parameters, dtype,
         )  # fmt: skip
 
     @classmethod
@@ -125,41 +128,45 @@ def known_models() -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What one page that is not on the device costs to have: seconds, for all heads that want it at once."""
+    """Keep, fetch or recompute: seconds until the device has a page, for all heads that want it at once."""
 
     fetch: float
     """From host memory."""
-    load: float | None
-    """From the disk, and then to the device; None: there is none."""
     recompute: float
     """From the layer's input in host memory."""
+    load: float | None
+    """From the disk; None: there is none."""
+    reload: float | None
+    """From the layer's input on the disk."""
     input_bytes: int
     """Of a layer's input, a token."""
     kv_bytes: int
     """Of a layer's KV, a token."""
     heads: int
-    """That want it at once."""
+    """That want a page at once."""
 
     @property
     def pays(self) -> bool:
-        """Whether keeping a layer's input in place of KV can pay: it is smaller, and faster to have."""
-        return self.input_bytes < self.kv_bytes and self.recompute < (self.fetch if self.load is None else self.load)
+        """Whether it pays to keep layers' inputs on the disk in place of KV (`SparseConfig.recompute`), or, on a
+        machine without one, in host memory: they are smaller, and KV is there sooner."""
+        if self.load is None or self.reload is None:
+            return self.input_bytes < self.kv_bytes and self.recompute < self.fetch
+        return self.input_bytes < self.kv_bytes and self.reload < self.load
 
     @property
     def why(self) -> str:
         """In words."""
-        sizes = f"a layer's input takes {self.input_bytes:,} bytes a token, its KV {self.kv_bytes:,}"
-        times = f"{self.recompute * 1e6:,.1f} us a page to recompute, {self.fetch * 1e6:,.1f} to fetch"
-        if self.load is not None:
-            times += f", {self.load * 1e6:,.1f} to load"
         if self.input_bytes >= self.kv_bytes:
+            sizes = f"a layer's input takes {self.input_bytes:,} bytes a token, its KV {self.kv_bytes:,}"
             return f"recomputing never pays: {sizes}, so KV fits wherever the input would"
-        if not self.pays:
-            alone = "" if self.heads > 1 else ", because each head wants pages of its own and the input is that of all"
-            return f"recomputing never pays: {times}{alone}"
-        if self.recompute < self.fetch:
-            return f"recomputing pays: {times}"
-        return f"recomputing pays in place of the disk: {times}"
+        times = f"in host memory {self.recompute * 1e6:,.1f} us a page against {self.fetch * 1e6:,.1f}"
+        if self.load is not None and self.reload is not None:
+            times += f", on the disk {self.reload * 1e6:,.1f} against {self.load * 1e6:,.1f}"
+        verdict = "recomputing pays" if self.pays else "recomputing never pays"
+        alone = (
+            "" if self.pays or self.heads > 1 else "; each head wants pages of its own, and the input is that of all"
+        )
+        return f"{verdict}: {times}{alone}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +217,9 @@ class Plan:
     def __init__(self, model: Model, config: SparseConfig, profile: Profile, *, tiers: bool = True) -> None:
         self.model, self.config, self.profile, self.tiers = model, config, profile, tiers
         like = torch.empty(1, 1, 0, model.head_dim, dtype=model.dtype)
-        pool = Pool(config.replace(device_bytes=None, host_bytes=None, disk_dir=None, disk_bytes=None), like, 0)
+        pool = Pool(
+            config.replace(device_bytes=None, host_bytes=None, disk_dir=None, disk_bytes=None, recompute=False), like, 0
+        )
         self.page_bytes = slot_bytes(pool)
         """Of a page of a kv head, as it is moved."""
         self.stats_bytes = pool.block_bytes - self.page_bytes
@@ -290,16 +299,15 @@ class Plan:
         shared = self.config.selects and self.config.scorer == "decayed_mass"  # one list for all heads of a layer
         heads = m.kv_heads if shared or not self.config.selects else 1
         kind = "float32" if m.dtype == torch.float32 else "bfloat16"
-        input_bytes = m.hidden * m.dtype.itemsize
-        moved = heads * self.page_bytes
-        products = 2 * P * m.hidden * 2 * heads * m.head_dim
-        load = profile.seconds("load", moved, self.page_bytes) if "load" in profile.figures else None
-        fetch = profile.seconds("fetch", moved, self.page_bytes)
-        return Choice(
-            fetch, None if load is None else load + fetch,
-            profile.seconds("fetch", P * input_bytes, P * input_bytes) + profile.seconds(f"matmul.{kind}", products),
-            input_bytes, m.kv_heads * self.page_bytes // P, heads,
-        )  # fmt: skip
+        moved, row = heads * self.page_bytes, P * m.input_width * m.dtype.itemsize
+        columns = (m.heads + 2 * m.kv_heads) * m.head_dim  # a module makes queries too
+        products = profile.seconds(f"matmul.{kind}", 2 * P * m.hidden * columns)
+        fetch, load, reload = profile.seconds("fetch", moved, self.page_bytes), None, None
+        if "load" in profile.figures:
+            load = profile.seconds("load", moved, self.page_bytes) + fetch
+            reload = profile.seconds("load", row, row) + products + fetch
+        recompute = profile.seconds("fetch", row, row) + products
+        return Choice(fetch, recompute, load, reload, row // P, m.kv_heads * self.page_bytes // P, heads)
 
     # ---- a step -----------------------------------------------------------------------------------------------------
     def resident(self, context: int, batch: int) -> int:
@@ -327,22 +335,22 @@ class Plan:
         limits, page = self.limits(context, batch), self.page_bytes
         held = batch * self.held(context)
         slots, frames = limits["device"] // page, limits["host"] // page
-        records = limits["disk"] // stride(page)
         phase = self.phase(context, batch)
         found = {"device": self.resident(context, batch) + page * min(held, slots)}
         alpha, beta = max(0.0, 1 - slots / held) if held else 0.0, 0.0
         if phase > 1:
             found["host"] = page * min(held, frames)
         if phase == 3:
-            beta = self._recomputed(held, frames)
-            if beta == 0:
-                found["disk"] = page * held
-                if held > records or "load" not in profile.figures:
-                    what = "disk" if records else "host memory" if frames else "device memory"
-                    return Prediction(context, batch, 0, found, alpha, 0, {}, {}, f"{what} too small")
+            records = self._records(held)
+            if records > limits["disk"] or "load" not in profile.figures:
+                what = "disk" if limits["disk"] else "host memory" if frames else "device memory"
+                return Prediction(context, batch, 0, found, alpha, 0, {}, {}, f"{what} too small")
+            found["disk"] = records
+            beta = 1 - frames / held if config.recompute else 0.0
         misses = self._misses(context, batch, slots) if phase > 1 else 0.0
-        loads = min(misses, self._misses(context, batch, frames)) if phase == 3 and beta == 0 else 0.0
-        recomputed = misses * beta
+        below = min(misses, self._misses(context, batch, frames)) if phase == 3 else 0.0
+        loads, recomputed = (0.0, below) if config.recompute else (below, 0.0)
+        rounds = math.ceil(batch * self.wanted(context) / m.layers / max(1, slots))  # of heads, which share an input
         calls = profile.figure("layer.mass" if self.observes else "layer")
         if phase > 1 or config.device_bytes is not None:
             calls += profile.figure("layer.slots")
@@ -358,21 +366,19 @@ class Plan:
             "attention": profile.seconds(f"attend.{config.kv_dtype}", read),
             "selection": profile.seconds("attend.auto", scores) if config.selects else 0.0,
             "calls": m.layers * calls,
-            "fetch": profile.seconds("fetch", (misses - recomputed) * page, page),
+            "fetch": profile.seconds("fetch", misses * page, page),
             "load": profile.seconds("load", loads * page, page) if loads else 0.0,
-            "recompute": recomputed / self.choice.heads * self.choice.recompute,
+            "recompute": rounds * recomputed / self.choice.heads * ((self.choice.reload or 0.0) - self.choice.fetch),
         }
-        moved = {"fetch": (misses - recomputed) * page, "load": loads * page}
+        moved = {"fetch": misses * page, "load": loads * page}
         return Prediction(context, batch, phase, found, alpha, beta, moved, seconds)
 
-    def _recomputed(self, held: int, frames: int) -> float:
-        """The share of pages whose layer's input is kept in their place, if that pays and makes all of them fit."""
-        c = self.choice
-        if not c.pays:
-            return 0.0
-        share = c.input_bytes / c.kv_bytes
-        beta = (held - frames) / held / (1 - share)
-        return beta if beta <= 1 else 0.0
+    def _records(self, held: int) -> int:
+        """Bytes of the disk: of so many pages, or of the inputs that they come from."""
+        if not self.config.recompute:
+            return held * stride(self.page_bytes)
+        m = self.model
+        return held // m.kv_heads * stride(self.config.page_size * m.input_width * m.dtype.itemsize)
 
     def _misses(self, context: int, batch: int, slots: int) -> float:
         """Pages that a step wants and that do not lie in so many slots, or frames."""

@@ -155,20 +155,29 @@ def test_what_does_not_fit_is_said() -> None:
 
 
 def test_recomputing_pays_where_the_input_is_smaller_and_the_link_is_slow() -> None:
-    """MHA at 16 bits over a slow link, all heads wanting the same tokens; never with GQA, or over INT8."""
+    """MHA at 16 bits, all heads wanting the same tokens; never with GQA, never for heads with pages of their own."""
+    mha, gqa, alisa = Model.load("opt-6.7b"), Model.load("llama-3-8b"), SparseConfig.alisa(kv_dtype="auto")
+    pays = Plan(mha, alisa, H100).choice
+    assert pays.pays and pays.why.startswith("recomputing pays") and pays.input_bytes * 2 == pays.kv_bytes
+    assert pays.load is not None and pays.reload is not None and pays.reload < pays.load
+    never = Plan(gqa, alisa, H100).choice
+    assert not never.pays and "a layer's input takes 8,704 bytes a token, its KV 4,096" in never.why
+    own = Plan(mha, SparseConfig.quest(), H100).choice
+    assert not own.pays and "each head wants pages of its own" in own.why
     link = Figure("bytes/s", "nominal", ((0, 4e9),), "test")
     slow = dataclasses.replace(V100, figures={**V100.figures, "fetch": link})
-    mha, gqa, alisa = Model.load("opt-6.7b"), Model.load("llama-3-8b"), SparseConfig.alisa(kv_dtype="auto")
-    pays = Plan(mha, alisa, slow).choice
-    assert pays.pays and pays.why.startswith("recomputing pays") and pays.recompute < pays.fetch
-    for plan in (Plan(gqa, alisa, slow), Plan(mha, SparseConfig.alisa(kv_dtype="int8").replace(page_size=16), slow)):
-        assert not plan.choice.pays or plan.choice.input_bytes / plan.choice.kv_bytes > 0.9
-    gqa_choice = Plan(gqa, alisa, slow).choice
-    assert not gqa_choice.pays and "a layer's input takes 8,192 bytes a token, its KV 4,096" in gqa_choice.why
-    own = Plan(mha, SparseConfig.quest(), slow).choice
-    assert not own.pays and "each head wants pages of its own" in own.why
-    beta = Plan(mha, alisa.replace(device_bytes=10**9, host_bytes=2 * 10**9), slow).predict(5000, 1)
-    assert beta.phase == 3 and 0 < beta.beta < 1 and beta.seconds["recompute"] > 0
+    assert Plan(mha, alisa, slow).choice.pays and Plan(mha, alisa, slow).choice.load is None
+
+
+def test_inputs_on_the_disk_take_less_and_are_there_sooner() -> None:
+    limits: dict[str, Any] = {"device_bytes": 10**9, "host_bytes": 2 * 10**9, "disk_dir": "/kv"}
+    config = SparseConfig.alisa(kv_dtype="auto", **limits)
+    loads, recomputes = (
+        Plan(Model.load("opt-6.7b"), config.replace(recompute=on), H100).predict(5000) for on in (False, True)
+    )
+    assert loads.phase == recomputes.phase == 3 and loads.beta == 0 < recomputes.beta < 1
+    assert recomputes.bytes["disk"] < 0.6 * loads.bytes["disk"]
+    assert recomputes.step < loads.step and recomputes.seconds["load"] == 0 < recomputes.seconds["recompute"]
 
 
 def test_locality_is_what_was_measured() -> None:
