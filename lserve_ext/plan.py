@@ -385,7 +385,7 @@ class Plan:
         held, wanted = batch * self.held(context), batch * self.wanted(context)
         if not self.config.selects:  # all of them in turn: each layer keeps a share
             layers = self.model.layers
-            share = max(0.0, slots - wanted / layers) / (layers - 1) if layers > 1 else slots
+            share = max(0.0, slots - wanted / layers) // (layers - 1) if layers > 1 else slots
             return wanted - layers * min(wanted / layers, share)
         if self.config.unit == "token":
             return wanted * max(0.0, 1 - slots / held)

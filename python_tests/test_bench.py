@@ -55,3 +55,33 @@ def test_placement(tmp_path: Path) -> None:
     missed = [r["missed_of_listed"] for r in results]
     assert missed[0] == 0 and 0 < missed[4] <= missed[2] <= missed[1]
     assert all(r["step_ms"] > 0 for r in results)
+
+
+@pytest.mark.slow
+def test_tiers(tmp_path: Path) -> None:
+    """Short contexts: what is checked is that it runs, and that bytes are those predicted."""
+    options = ["--tokens", "720", "--steps", "4", "--batch", "2", "--prompt", "200", "--new", "80"]
+    results = results_of("tiers.py", tmp_path / "x.json", *options)
+    assert [(r["run"], r["where"]) for r in results] == [
+        (run, where) for run in ("dense", "lserve", "alisa") for where in ("all", "tenth", "disk")
+    ]
+    for r in results:
+        assert (
+            r["step_ms"] > 0 and r["predicted_ms"] > 0 and r["phase"] == {"all": 1, "tenth": 2, "disk": 3}[r["where"]]
+        )
+        if r["run"] == "dense":
+            assert r["fetched_bytes"] == r["predicted_fetched"]
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert [r["run"] for r in found["recompute"]] == ["loaded", "recomputed"]
+    assert found["many"]["paging"]["prefill_again_s"] > 0
+
+
+@pytest.mark.slow
+def test_plan(tmp_path: Path) -> None:
+    command = [sys.executable, str(KERNELS.with_name("plan.py")), "--out", str(tmp_path / "plan.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "plan.json").read_text())
+    kept = json.loads((KERNELS.parent / "results" / "plan.json").read_text())
+    assert found == kept, "the cost model says something else than bench/results/plan.json: python bench/plan.py --save"
+    assert all(row["what"] in done.stdout for row in found["alisa"]) and (tmp_path / "plan.png").stat().st_size > 10_000

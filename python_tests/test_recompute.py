@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 from pathlib import Path
@@ -16,6 +17,7 @@ from test_placement import slot_bytes
 from lserve_ext import SparseConfig
 from lserve_ext.hf import SparseCache
 from lserve_ext.placement import Traffic
+from lserve_ext.tiers import DiskTier
 
 MODELS = ["llama", "qwen3", "opt", "gpt_neox"]
 
@@ -186,3 +188,29 @@ def test_what_cannot_pay_is_refused(tmp_path: Path) -> None:
         SparseConfig.dense(recompute=1, device_bytes=1, host_bytes=1, disk_dir="x")
     with pytest.raises(ValueError, match=r"recompute: expected an attention module with layer_idx 0 "):
         SparseCache(model.config, SparseConfig.dense(**limits), torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("failure", ["_read", "_write"])
+def test_a_model_goes_on_after_a_failure(failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step that fails has not happened; inputs that were not written are KV again, which still lies in a frame."""
+    model = make("llama")
+    plain, tiered = caches(model, "dense", tmp_path)
+    close(*(forward(model, cache, 0, 120) for cache in (plain, tiered)))
+
+    def broken(*args: Any) -> Any:
+        raise OSError("broken")
+
+    failures = 0
+    for i in range(120, 160):
+        found = None
+        with monkeypatch.context() as patch:
+            patch.setattr(DiskTier, failure, broken)
+            try:
+                found = forward(model, tiered, i, i + 1)
+            except OSError:
+                failures += 1
+        while found is None:
+            with contextlib.suppress(OSError):  # of a write that had begun before
+                found = forward(model, tiered, i, i + 1)
+        close(forward(model, plain, i, i + 1), found)
+    assert failures

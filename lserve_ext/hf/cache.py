@@ -32,8 +32,8 @@ from ..heads import HeadPattern
 from ..placement import SharedPool, TieredPool, Traffic
 from ..reserved import ReservedBatch
 from ..sequences import Sequences, Step
-from .layers import Padding, PendingKV, SparseHybridLayer, SparseLayer
-from .recompute import GivenRows, KeptInputs
+from .layers import GivenRows, Padding, PendingKV, SparseHybridLayer, SparseLayer
+from .recompute import KeptInputs
 
 
 def _their_layers(config: PretrainedConfig) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -15,13 +15,11 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from .. import heads, ops
 from ..cache import LayerCache
 from ..config import SparseConfig
+from ..home import Recompute
 from ..placement import SharedPool
 from ..reserved import ReservedBatch
 from ..sequences import Sequences, Step
 from .handle import NAME, WHO, Handle
-
-if TYPE_CHECKING:
-    from .recompute import GivenRows
 
 
 class Padding(Protocol):
@@ -43,6 +41,14 @@ class OnItsWay(Protocol):
 
     def leave(self, index: int) -> None:
         """A layer has attended."""
+
+
+class GivenRows(NamedTuple):
+    """What an attention module was given in a forward."""
+
+    rows: Tensor
+    """[B, T, R]: hidden states, and cosines and sines of rotary embedding where it has got them."""
+    recompute: Recompute
 
 
 class PendingKV(Handle):

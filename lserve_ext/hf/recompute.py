@@ -10,21 +10,13 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .handle import WHO
-from .layers import widen
-
-
-class GivenRows(NamedTuple):
-    """What a module was given in a forward."""
-
-    rows: Tensor
-    """[B, T, R]: hidden states, and cosines and sines of rotary embedding where it has got them."""
-    recompute: ModuleInputs
+from .layers import GivenRows, widen
 
 
 class _Done(Exception):  # noqa: N818 (nothing is wrong)
