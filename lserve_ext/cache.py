@@ -206,6 +206,7 @@ class LayerCache:
         attention: Attention = ops
         if self._resident is not None:
             attention, self._resident.slot_table = self._resident, slot_table
+            self._resident.seals = bool((now.sealed[1] > now.sealed[0]).any())
             inputs = self._newest_inputs(given, now)
             self._resident.given = None if given is None or inputs is None else Given(given[0], inputs, given[1])
         else:

@@ -59,8 +59,8 @@ class Home:
     page comes with the layer's inputs, the record holds these, for all heads at once, and is written with the page.
 
     Args:
-        like: tensors [0, ...] of a page; frames are as these.
-        size: the most bytes that frames take.
+        like: tensors [0, ...] of a page; frames are as these, pinned if these lie on a GPU.
+        size: the most bytes that frames take; None: as many as there are pages.
         tier: makes the tier below for records of so many bytes; None: there is none.
         is_used: of blocks [N], [N] bool: whether anybody has them still.
         encode: keys and values [N, P, D] of these blocks [N] as pages, on the grids that they were first stored on.
@@ -75,7 +75,7 @@ class Home:
     def __init__(
         self,
         like: Mapping[str, Tensor],
-        size: int,
+        size: int | None,
         tier: Callable[[int], Tier] | None,
         is_used: Callable[[np.ndarray], np.ndarray],
         encode: Callable[[np.ndarray, Tensor, Tensor], dict[str, Tensor]] | None = None,
@@ -83,10 +83,11 @@ class Home:
     ) -> None:
         self._page_bytes = {name: x.element_size() * x.shape[1:].numel() for name, x in like.items()}
         self.page_bytes = sum(self._page_bytes.values())
-        count = size // self.page_bytes
+        count = 1 if size is None else size // self.page_bytes
         if count < 1:
             raise ValueError(f"host_bytes: expected at least the {self.page_bytes:,} bytes of one page, got {size:,}")
-        self.tensors = {name: x.new_empty((count, *x.shape[1:])) for name, x in like.items()}
+        self._grows, self._pins = size is None, any(x.is_cuda for x in like.values())
+        self.tensors = {name: self._empty(x, count) for name, x in like.items()}
         self._make_tier = tier
         self.tier = None if tier is None or recompute else tier(self.page_bytes)
         self._is_used, self._encode = is_used, encode
@@ -112,10 +113,14 @@ class Home:
         """Frames."""
         return len(self._blocks)
 
+    def _empty(self, like: Tensor, count: int) -> Tensor:
+        """Pages in host memory."""
+        return torch.empty((count, *like.shape[1:]), dtype=like.dtype, pin_memory=self._pins)
+
     def tiers(self) -> dict[str, Memory]:
         """Bytes of frames and of records."""
-        size = len(self) * self.page_bytes
-        found = {"host": Memory(int((self._blocks >= 0).sum()) * self.page_bytes, size, self._peak * self.page_bytes)}
+        used = int(self._is_used(self._blocks[self._blocks >= 0]).sum())
+        found = {"host": Memory(*(frames * self.page_bytes for frames in (used, len(self), self._peak)))}
         if self.tier is not None:
             found["disk"] = Memory(self.tier.used, self.tier.used, self.tier.peak)
         return found
@@ -129,22 +134,25 @@ class Home:
             TierFullError, TierTimeoutError, OSError: of the tier below.
         """
         self._reach(blocks)
+        if self._grows:
+            self._grow(len(blocks))
         if inputs is not None:
             self._write_inputs(blocks, inputs)
         for part in _chunks(len(blocks), min(CHUNK, len(self))):
             frames = self._room(len(blocks[part]), must=True)
             self._keep(blocks[part], frames, {name: x[part] for name, x in pages.items()})
-        if self._make_tier is not None:
+        if self._make_tier is not None and not self._grows:
             dirty = self._dirty()
             self._write_down(dirty[: max(0, len(dirty) - len(self) // 2)])
 
     def read(self, blocks: np.ndarray) -> dict[str, Tensor]:
-        """Pages [N, ...] of these blocks [N]; those from below take frames that can be given up at once.
+        """Pages [N, ...] of these blocks [N], in host memory; those from below take frames that can be given up at
+        once.
 
         Raises:
             BadRecordError, TierTimeoutError, OSError: of the tier below.
         """
-        pages = {name: x.new_empty((len(blocks), *x.shape[1:])) for name, x in self.tensors.items()}
+        pages = {name: self._empty(x, len(blocks)) for name, x in self.tensors.items()}
         for part in _chunks(len(blocks), CHUNK):
             wanted = blocks[part]
             frames = self._frame(wanted)
@@ -167,11 +175,12 @@ class Home:
 
     def copy(self, src: Tensor, into: Mapping[str, Tensor], dst: Tensor) -> None:
         """`ops.gather_pages` from here: pages of blocks src [N] to rows dst [N]; -1: none."""
+        src, dst, device = src.cpu(), dst.cpu(), dst.device
         wanted = src >= 0
         blocks, rows = src[wanted].numpy(), dst[wanted].long()
         for part in _chunks(len(blocks), CHUNK):
             for name, x in self.read(blocks[part]).items():
-                into[name][rows[part]] = x
+                into[name][rows[part].to(device)] = x.to(device, non_blocking=True)
 
     def forget(self, blocks: np.ndarray) -> None:
         """These blocks [N] will hold something else."""
@@ -192,11 +201,27 @@ class Home:
     def _keep(self, blocks: np.ndarray, frames: np.ndarray, pages: Mapping[str, Tensor]) -> None:
         """Fills empty frames."""
         for name, tensor in self.tensors.items():
-            tensor[_index(frames)] = pages[name]
+            tensor[_index(frames)] = pages[name].cpu()
         self._frames[blocks] = frames
         self._last_use[frames] = next(self._clock)
         self._blocks[frames] = blocks
         self._peak = max(self._peak, int((self._blocks >= 0).sum()))
+
+    def _grow(self, count: int) -> None:
+        """So that there are so many empty frames."""
+        short = count - int((self._blocks < 0).sum())
+        if short > 0:
+            self._drop_unused()
+            short = count - int((self._blocks < 0).sum())
+        if short > 0:
+            old, new = len(self), max(len(self) + short, len(self) * 3 // 2)
+            for name, tensor in self.tensors.items():
+                if len(tensor) < new:
+                    grown = self._empty(tensor, new)
+                    grown[:old] = tensor[:old]
+                    self.tensors[name] = grown
+            self._last_use = np.concatenate([self._last_use[:old], np.zeros(new - old, np.int64)])
+            self._blocks = np.concatenate([self._blocks, np.full(new - old, -1)])
 
     def _room(self, count: int, must: bool) -> np.ndarray:
         """Empty frames: so many, or, unless they `must` be, as many as can be had without waiting."""
@@ -275,7 +300,7 @@ class Home:
 
     def _write_inputs(self, blocks: np.ndarray, inputs: Inputs) -> None:
         """Begins to write inputs to the tier below, in place of the pages that come from them."""
-        rows = inputs.rows.contiguous()
+        rows = inputs.rows.contiguous().cpu()
         raw = rows.view(len(rows), -1).view(torch.uint8)
         if raw.shape[1] > self._tier(raw.shape[1]).record_bytes:
             return  # the tier was made for pages alone
@@ -359,7 +384,7 @@ class Home:
                 pages[name][plain] = x.contiguous().view(like.dtype).view(-1, *like.shape[1:])
         for recompute, places in recomputes.items():
             for name, x in self._recomputed(recompute, blocks[places]).items():
-                pages[name][places] = x
+                pages[name][places] = x.cpu()
         return pages
 
     def _recomputed(self, recompute: Recompute, blocks: np.ndarray) -> dict[str, Tensor]:
@@ -370,8 +395,8 @@ class Home:
         raw = self._read(list(serials), like.element_size() * like.shape[1:].numel())
         k, v = recompute(raw.view(like.dtype).view(-1, *like.shape[1:]))
         place = {serial: i for i, serial in enumerate(serials)}
-        which = _index(np.array([place[serial] for serial in self._serials[blocks].tolist()]))
-        heads = _index(self._heads[blocks])
+        which = _index(np.array([place[serial] for serial in self._serials[blocks].tolist()])).to(k.device)
+        heads = _index(self._heads[blocks]).to(k.device)
         self.recomputed += len(blocks)
         return self._encode(blocks, k[which, heads], v[which, heads])
 

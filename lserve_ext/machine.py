@@ -361,10 +361,9 @@ def _layers(machine: Machine) -> dict[str, float]:
     model: Any = LlamaForCausalLM._from_config(config, attn_implementation="lserve").train(False)
     model.to(machine.device)
     plain = SparseConfig.lserve(streaming_heads=None, budget_tokens=512)
-    configs = {"layer": plain, "layer.mass": SparseConfig.alisa()}
-    if machine.device == "cpu":
-        slots = plain.replace(device_bytes=1 << 20)
-        configs |= {"layer.slots": slots, "layer.frames": slots.replace(host_bytes=1 << 20)}
+    slots = plain.replace(device_bytes=1 << 20)
+    configs = {"layer": plain, "layer.mass": SparseConfig.alisa(), "layer.slots": slots}
+    configs["layer.frames"] = slots.replace(host_bytes=1 << 20)
     caches = {name: SparseCache(config, kind) for name, kind in configs.items()}
     token, times = torch.zeros(1, 1, dtype=torch.int64, device=machine.device), {name: list[float]() for name in caches}
     for cache in caches.values():
@@ -375,6 +374,5 @@ def _layers(machine: Machine) -> dict[str, float]:
             times[name].append(machine.seconds(lambda: model(token, **arguments, use_cache=True)))  # noqa: B023
     found = {name: median(taken) / layers for name, taken in times.items()}
     for name, before in (("layer.frames", "layer.slots"), ("layer.slots", "layer")):
-        if name in found:
-            found[name] = max(1e-7, found[name] - found[before])
+        found[name] = max(1e-7, found[name] - found[before])
     return found

@@ -169,20 +169,17 @@ class Slots:
 class TieredPool(Pool):
     """Blocks whose home is host memory, and slots for some of them on the device.
 
-    Where the home is limited, its tensors are not by block: what ops take of them is to be had in slots alone.
+    Where the home is limited, or the device is a GPU, its tensors are not by block: what ops take of them is to be had
+    in slots alone.
     """
 
     home: Home | None = None
 
     def __init__(self, config: SparseConfig, like: Tensor, capacity: int, layers: int = 1) -> None:
-        if like.device.type != "cpu":
-            raise ValueError(
-                f"device_bytes: expected None on a GPU, where it is not supported yet, got {config.device_bytes}"
-            )
         super().__init__(config, like, capacity)
         assert config.device_bytes is not None
         self.layers = layers
-        if config.host_bytes is not None:
+        if config.host_bytes is not None or is_far(like):
             self.home = Home(
                 {name: self.tensors.pop(name)[:0] for name in MOVED if name in self.tensors},
                 config.host_bytes,
@@ -205,7 +202,7 @@ class TieredPool(Pool):
         if self.config.kv_dtype != "int8":
             return {"k": k, "v": v}
         stats = self.tensors.get("stats")
-        codes = quantize_kv(k, v, None if stats is None else stats[torch.from_numpy(blocks)])
+        codes = quantize_kv(k, v, None if stats is None else stats[torch.from_numpy(blocks).to(stats.device)])
         return dict(zip(MOVED, codes, strict=True))
 
     def table(self, ids: np.ndarray, wanted: np.ndarray | None = None) -> BlockTable:
@@ -221,14 +218,16 @@ class TieredPool(Pool):
     ) -> PagedKV:
         if self.home is None:
             return super().kv(block_table, slot_table, residual_k, residual_v, sealed)
-        t = self.home.tensors
+        t = self.slots.tensors
         nowhere = torch.full_like(slot_table, -1)
         return PagedKV(t["k"], t["v"], self.tensors.get("stats"), t.get("scales"), block_table, nowhere, residual_k,
                        residual_v, sealed)  # fmt: skip
 
     def read(self, ids: np.ndarray) -> dict[str, Tensor]:
         pages = super().read(ids)
-        return pages if self.home is None else self.home.read(ids) | pages
+        if self.home is None:
+            return pages
+        return {name: x.to(self._like.device) for name, x in self.home.read(ids).items()} | pages
 
     def write(self, ids: np.ndarray, contents: dict[str, Tensor]) -> None:
         moved = {name: x for name, x in contents.items() if name not in self.tensors}
@@ -262,6 +261,11 @@ class TieredPool(Pool):
         counts, page = (blocks.used, blocks.capacity, blocks.peak), self.slots.slot_bytes
         tiers = {"device": self.slots.memory + Memory(*(n * (self.block_bytes - page) for n in counts))}
         return tiers | ({"host": Memory(*(n * page for n in counts))} if self.home is None else self.home.tiers())
+
+
+def is_far(like: Tensor) -> bool:
+    """Whether host memory is another memory than that of a tensor's device."""
+    return like.is_cuda
 
 
 def make_pool(config: SparseConfig, like: Tensor, capacity: int, layers: int = 1) -> Pool:
@@ -316,8 +320,9 @@ class Given:
     def append(self, cu_seqlens: Tensor, context_lens: Tensor) -> None:
         """Writes the new rows into `newest`."""
         size, new = self.newest.shape[1], cu_seqlens.diff()
-        b = torch.repeat_interleave(torch.arange(len(new)), new)
-        position = context_lens[b] + torch.arange(len(self.rows)) - cu_seqlens[b]
+        device = self.rows.device
+        b = torch.repeat_interleave(torch.arange(len(new), device=device), new)
+        position = context_lens[b] + torch.arange(len(self.rows), device=device) - cu_seqlens[b]
         kept = position >= (context_lens + new)[b] - size
         self.newest[b[kept], (position % size)[kept].long()] = self.rows[kept]
 
@@ -327,12 +332,12 @@ class Given:
         b, h, page = sealing.nonzero(as_tuple=True)
         pages, which = torch.unique(b * M + page, return_inverse=True)
         at, first = pages // M, (pages % M) * (size // 2)
-        position = first[:, None] + torch.arange(size // 2)
+        position = first[:, None] + torch.arange(size // 2, device=first.device)
         since = position - context_lens[at, None]
         new = (cu_seqlens[at, None] + since).clamp(min=0, max=max(0, len(self.rows) - 1)).long()
         rows = torch.where((since >= 0)[..., None], self.rows[new], self.newest[at[:, None], position % size])
-        unknown = rows.isnan().flatten(1).any(1)[which].numpy()
-        return Inputs(rows, which.numpy(), h.numpy(), self.recompute), unknown
+        unknown = rows.isnan().flatten(1).any(1)[which].cpu().numpy()
+        return Inputs(rows, which.cpu().numpy(), h.cpu().numpy(), self.recompute), unknown
 
 
 def _write(home: Home, blocks: np.ndarray, pages: dict[str, Tensor], found: tuple[Inputs, np.ndarray] | None) -> None:
@@ -342,6 +347,7 @@ def _write(home: Home, blocks: np.ndarray, pages: dict[str, Tensor], found: tupl
         return
     (rows, page, head, recompute), unknown = found
     known = ~unknown
+    pages = {name: x.cpu() for name, x in pages.items()}
     home.write(blocks[known], {name: x[torch.from_numpy(known)] for name, x in pages.items()},
                Inputs(rows, page[known], head[known], recompute))  # fmt: skip
     if unknown.any():
@@ -363,6 +369,8 @@ class Resident:
         self._pool, self._slots = pool, pool.slots
         self.slot_table = torch.empty(0)
         """[B, H, M] int32 where pages may lie, of the layer that attends; written."""
+        self.seals = True
+        """Whether the step of now seals a page, as far as the host knows."""
         self.given: Given | None = None
         """What the layer's new pages can be recomputed from."""
         self._last = _Wanted((), self.slot_table, [])  # of the last decode step
@@ -370,12 +378,12 @@ class Resident:
     def append_kv(self, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None:
         """`ops.append_kv`; where the home is limited, sealed pages are made beside it and then handed over."""
         home, P, given = self._pool.home, kv.k_pool.shape[1], self.given
-        ends = torch.div(context_lens + cu_seqlens_k.diff(), P, rounding_mode="floor")[:, None] - 1
-        if home is None or not (ends > kv.sealed[:, None]).any():
+        if home is None or not self.seals:
             ops.append_kv(k, v, cu_seqlens_k, context_lens, kv)
             if given is not None:
                 given.append(cu_seqlens_k, context_lens)
             return
+        ends = torch.div(context_lens + cu_seqlens_k.diff(), P, rounding_mode="floor")[:, None] - 1
         page = torch.arange(kv.block_table.shape[2], device=k.device)
         sealing = ((page >= kv.sealed[:, None]) & (page < ends))[:, None] & (kv.block_table >= 0)
         blocks = kv.block_table[sealing]
@@ -386,7 +394,7 @@ class Resident:
         ops.append_kv(k, v, cu_seqlens_k, context_lens, beside)
         inputs = None if given is None else given.inputs(sealing, cu_seqlens_k, context_lens)
         if len(blocks):
-            _write(home, blocks.numpy(), pages, inputs)
+            _write(home, blocks.cpu().numpy(), pages, inputs)
         if given is not None:
             given.append(cu_seqlens_k, context_lens)
 

@@ -46,6 +46,26 @@ def step(case: Case, q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> tuple[Tenso
     return scores, lists, out, lse, mass
 
 
+@pytest.mark.parametrize("limits", [{}, {"host_bytes": 40_000}])
+@pytest.mark.parametrize("preset", ["dense", "lserve", "h2o", "alisa"])
+def test_placement_changes_nothing(preset: str, limits: dict[str, int], tmp_path: Any) -> None:
+    """Logits of a model whose pages live in host memory and on a disk, and of one that holds them all."""
+    fields: dict[str, Any] = {"page_size": 8, "local_tokens": 16}
+    fields |= {"lserve": {"streaming_heads": None, "budget_tokens": 48, "sink_tokens": 8, "stats_group": 4}}.get(
+        preset, {}
+    )
+    config = SparseConfig.preset(preset, **fields)
+    model = llama(attn_implementation="lserve").cuda()
+    tiers: dict[str, Any] = {"device_bytes": 60_000, **limits, **({"disk_dir": tmp_path} if limits else {})}
+    caches = [SparseCache(model.config, config), SparseCache(model.config, config.replace(**tiers))]
+    ids = torch.randint(0, 258, (2, 160), generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.no_grad():
+        for from_, to in ((0, 70), (70, 120), *((i, i + 1) for i in range(120, 160))):
+            logits = [model(ids[:, from_:to], use_cache=True, **cached(cache)).logits for cache in caches]
+            assert torch.equal(*logits)
+    assert caches[1].traffic().fetched > 0
+
+
 def copy_case(to: Case, case: Case) -> None:
     to.lengths.copy_(case.lengths)
     for a, b in zip(to.kv, case.kv, strict=True):

@@ -71,6 +71,7 @@ class ModuleInputs:
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """See `home.Recompute`."""
         pages, P, _ = rows.shape
+        rows = rows.to(next(self.module.parameters()).device)
         x, *embeddings = rows.reshape(1, pages * P, -1).split(self._widths, -1)
         taker = _Taker()
         arguments = self._others | {self._cache: taker, "hidden_states": x.contiguous(), "attention_mask": None}
