@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from lserve_ext import SparseConfig
-from lserve_ext.machine import Profile
+from lserve_ext.machine import Figure, Profile
 from lserve_ext.plan import Model, Plan
 from lserve_ext.schedule import METHODS, Paper, Schedule, Workload, search, seconds
 
@@ -49,13 +49,15 @@ def contexts(model: str, machine: str, batch: int) -> dict[str, Any]:
     return {"model": model, "machine": machine, "batch": batch, "switches": switches, "lines": lines}
 
 
-def steps(model: str, machine: str, work: Workload) -> dict[str, Any]:
-    """Every step of a batch under ALISA's schedule."""
-    paper = Paper(Model.load(model, torch.float16), Profile.load(machine))
+def steps(model: str, machine: str, work: Workload, host_bytes: float) -> dict[str, Any]:
+    """Every step of a batch under ALISA's schedule, with so little host memory that all phases come."""
+    profile = Profile.load(machine)
+    figures = {**profile.figures, "host_bytes": Figure("bytes", "nominal", ((0, host_bytes),), "for this figure")}
+    paper = Paper(Model.load(model, torch.float16), dataclasses.replace(profile, figures=figures))
     costs = paper.costs(work, swa=True)
     found = search(costs)
     assert found is not None
-    return {"model": model, "machine": machine, "work": dataclasses.asdict(work),
+    return {"model": model, "machine": machine, "work": dataclasses.asdict(work), "host_bytes": host_bytes,
             "schedule": dataclasses.asdict(found), "phases": [found.phase(i) for i in range(costs.steps)],
             "step_ms": (seconds(costs, found) * 1e3).tolist()}  # fmt: skip
 
@@ -128,12 +130,14 @@ def plot(results: dict[str, Any], path: Path) -> None:
         inside = [i for i, p in enumerate(found["phases"]) if p == phase]
         if inside:
             middle.axvspan(min(inside), max(inside) + 1, color=color, alpha=0.15, label=f"phase {'I' * phase}")
-    title = f"ALISA's schedule, {found['model']}, batch {found['work']['batch']}, {found['machine']}"
+    title = f"ALISA's schedule, {found['model']}, batch {found['work']['batch']}, 8 GB of host memory"
     middle.set(xlabel="step", ylabel="ms", ylim=0, title=title)
     found = next(case for case in results["batches"] if case["model"] == "opt-13b")
     for method, rates in found["rates"].items():
         right.plot(found["batches"], rates, "o--" if method == "paging" else "o-", label=method, alpha=0.8)
     right.set(xscale="log", xlabel="batch", ylabel="tokens/s", title=f"{found['model']}, {found['machine']}")
+    right.set_xticks(found["batches"], [str(batch) for batch in found["batches"]])
+    right.minorticks_off()
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -149,7 +153,7 @@ def main() -> None:
     cases = [batches(model, machine) for model, machine in tqdm(MACHINES.items(), desc="batches")]
     results = {
         "contexts": [contexts("llama-3-8b", "h100-pcie5", batch) for batch in (16, 1)],
-        "steps": steps("opt-30b", "h100-pcie5", Workload(64, 128, 512)),
+        "steps": steps("opt-13b", "v100-20gbs", Workload(32, 128, 512), 8e9),
         "batches": cases,
         "alisa": alisa(cases),
     }

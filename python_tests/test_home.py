@@ -247,6 +247,36 @@ def test_a_model_goes_on_after_a_failure(
     assert not list(tmp_path.iterdir())  # no name is left
 
 
+def test_a_full_disk_ends_a_step_and_nothing_more(tmp_path: Path) -> None:
+    """The step that finds no room has not happened; what a crop gives back is room again."""
+    model, _ = cached_model("pages", tmp_path)
+    config = CONFIGS["pages"].replace(streaming_heads=None)
+    page = slot_bytes("pages")
+    limits = {"device_bytes": 40 * page, "host_bytes": 8 * page, "disk_dir": tmp_path, "disk_bytes": 60 * ALIGNMENT}
+    caches = SparseCache(model.config, config), SparseCache(model.config, config.replace(**limits))
+    ids = torch.randint(0, 258, (1, 400), generator=torch.Generator().manual_seed(0))
+
+    def forward(cache: SparseCache, i: int) -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = model(ids[:, i : i + 1], use_cache=True, **_tiny.cached(cache)).logits
+        return logits
+
+    for _ in range(3):
+        i, full = caches[0].get_seq_length(), ""
+        while not full:
+            try:
+                found = forward(caches[1], i)
+            except TierFullError as error:
+                full = str(error)
+            else:
+                assert torch.equal(forward(caches[0], i), found)
+                i += 1
+        assert f"disk tier {tmp_path}: expected at most {60 * ALIGNMENT:,} bytes, which is its limit" in full
+        assert i == caches[1].get_seq_length() > 60
+        for cache in caches:
+            cache.crop(-30)
+
+
 def test_nothing_is_left_at_a_url() -> None:
     model, cache = cached_model("pages", "memory://left")
     with torch.no_grad():
