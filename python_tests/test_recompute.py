@@ -12,6 +12,7 @@ import _tiny
 import pytest
 import torch
 from test_cache import CONFIGS, P
+from test_cache_faults import Interrupt, interrupted_at
 from test_placement import slot_bytes
 
 from lserve_ext import SparseConfig
@@ -214,3 +215,30 @@ def test_a_model_goes_on_after_a_failure(failure: str, tmp_path: Path, monkeypat
                 found = forward(model, tiered, i, i + 1)
         close(forward(model, plain, i, i + 1), found)
     assert failures
+
+
+def test_an_interrupt_at_any_line(tmp_path: Path) -> None:
+    """Of a step that seals pages and writes their inputs: it has happened or not, and what follows is right."""
+    model = make("llama")
+    plain, tiered = caches(model, "dense", tmp_path)
+    first = 15 * P - 1  # the next step seals
+    for cache in (plain, tiered):
+        forward(model, cache, 0, first)
+    count, done = 0, False
+    while not done:
+        count += 5
+        cache, same = tiered.fork(), plain.fork()
+        try:
+            with interrupted_at(count):
+                forward(model, cache, first, first + 1)
+            done = True
+        except Interrupt:
+            pass
+        held = cache.get_seq_length()
+        assert held in (first, first + 1)
+        if held > first:
+            forward(model, same, first, held)
+        for i in range(held, held + 2):
+            close(forward(model, same, i, i + 1), forward(model, cache, i, i + 1))
+        del cache, same
+    assert count > 200 and tiered.traffic().recomputed > 100

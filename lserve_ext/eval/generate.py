@@ -79,7 +79,8 @@ class Generation:
     @torch.inference_mode()
     def run(self, name: str, config: SparseConfig) -> Run:
         """Generates; then, from the same prefill, follows the first run's tokens to compare logits with it."""
-        cache, length = SparseCache(self.model.config, config), self.ids.shape[1]
+        model = self.model if config.recompute else None
+        cache, length = SparseCache(self.model.config, config, model), self.ids.shape[1]
         start = time.perf_counter()
         with tqdm(total=length, desc=f"{name}: prefill", unit=" tokens") as bar:
             last = prefill(self.model, self.ids, cache, self.chunk, bar.update)
