@@ -45,8 +45,22 @@ def contexts(model: str, machine: str, batch: int) -> dict[str, Any]:
                  "alpha": p.alpha, "bytes": p.bytes, "seconds": p.seconds}
                 for p in found
             ]  # fmt: skip
-    switches = Plan(shape, configs["lserve"], profile).switches(batch)
-    return {"model": model, "machine": machine, "batch": batch, "switches": switches, "lines": lines}
+    lserve = Plan(shape, configs["lserve"], profile)
+    budget = lserve.others * configs["lserve"].budget.picks * lserve.page_bytes * batch  # type: ignore[operator]
+    twice = Plan(shape, configs["lserve"].replace(device_bytes=2 * budget), profile)
+    loss = twice.predict(1 << 15, batch).rate / lserve.predict(1 << 15, batch).rate
+    first = next(n for n in range(1 << 7, 1 << 20, 1 << 7) if _faster(shape, profile, n, batch))
+    return {
+        "model": model, "machine": machine, "batch": batch, "switches": lserve.switches(batch), "lines": lines,
+        "crossover": first, "with_slots_of_without": loss,
+    }  # fmt: skip
+
+
+def _faster(shape: Model, profile: Profile, context: int, batch: int) -> bool:
+    """Whether lserve is faster than dense attention, all on the device."""
+    rates = [Plan(shape, config, profile).predict(context, batch).rate
+             for config in (SparseConfig.lserve(), SparseConfig.dense())]  # fmt: skip
+    return rates[0] > rates[1]
 
 
 def steps(model: str, machine: str, work: Workload, host_bytes: float) -> dict[str, Any]:
@@ -161,6 +175,10 @@ def main() -> None:
         print(f"\n{found['model']}, {found['machine']}, batch {found['batch']}: tokens/s, 0 where it does not fit")
         for name, points in found["lines"].items():
             print(f"{name:16}" + "".join(f"{p['context'] // 1024:>6}K {p['rate']:>7,.0f}" for p in points))
+        loss = f"{found['with_slots_of_without']:.2f} of its speed without a limit, at 32K tokens"
+        print(
+            f"lserve is faster than dense from {found['crossover']:,} tokens on; with slots for twice the budget: {loss}"
+        )
     print()
     for row in results["alisa"]:  # type: ignore[attr-defined]
         print(f"{row['what']:52}{row['published']:16}{row['simulated']}")
