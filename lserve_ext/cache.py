@@ -22,8 +22,9 @@ from .config import SparseConfig
 from .files import Tensors
 from .home import Recompute
 from .ops import DENSE, LISTED, Mask, PagedKV
-from .placement import Attention, Given, Resident, TieredPool, make_pool
+from .placement import TieredPool, make_pool
 from .reserved import ReservedBatch, ReservedLayer
+from .resident import Attention, Given, Resident
 from .scorers import Selection
 from .sequences import Sequences, Step, on_device
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import ops
 from .ops import Mask, PagedKV
-from .placement import Attention
+from .resident import Attention
 from .scorers import PREFILL_QUERIES, Scorer, Selection
 from .sequences import OnDevice, Step
 

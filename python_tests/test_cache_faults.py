@@ -34,6 +34,7 @@ FILES = {
         "sequences",
         "step",
         "placement",
+        "resident",
         "home",
         "hf/cache",
         "hf/interface",

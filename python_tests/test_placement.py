@@ -18,7 +18,8 @@ from test_cache import streams as streams_of
 from lserve_ext import LayerCache, SparseConfig, ops, placement
 from lserve_ext.blocks import Pool
 from lserve_ext.hf import SparseCache
-from lserve_ext.placement import Resident, Slots, TieredPool
+from lserve_ext.placement import Slots, TieredPool
+from lserve_ext.resident import Resident
 from lserve_ext.tiers import ALIGNMENT
 
 NAMES = ["dense", "dense-int8", "streaming", "pages", "half", "h2o", "alisa"]

@@ -1,0 +1,271 @@
+"""Attention over pages of which not all lie on the device: what it wants is fetched first, in rounds of heads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import ops
+from .home import Home, Inputs, Recompute
+from .ops import LISTED, Mask, PagedKV
+from .placement import TieredPool
+
+
+class Attention(Protocol):
+    """Who appends and attends pages: `ops`, where all of them are resident, or `Resident`."""
+
+    def append_kv(self, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None: ...
+
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, mask: Mask,
+        kv: PagedKV | None = None, context_lens: Tensor | None = None, *, scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    def decode(
+        self, q: Tensor, mask: Mask, kv: PagedKV, seq_lens: Tensor, *, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def attention_mass(
+        self, q: Tensor, lse: Tensor, mask: Mask, kv: PagedKV, seq_lens: Tensor, *, scale: float | None = None
+    ) -> Tensor: ...
+
+
+@dataclasses.dataclass
+class Given:
+    """What a layer was given in a step, from which its keys and values come.
+
+    Args:
+        rows: [N, R] at the new tokens.
+        newest: [B, 2P, R] at the newest tokens, as `PagedKV.residual_k`; NaN where that is not known.
+        recompute: see `home.Recompute`.
+    """
+
+    rows: Tensor
+    newest: Tensor
+    recompute: Recompute
+
+    def append(self, cu_seqlens: Tensor, context_lens: Tensor) -> None:
+        """Writes the new rows into `newest`."""
+        size, new = self.newest.shape[1], cu_seqlens.diff()
+        device = self.rows.device
+        b = torch.repeat_interleave(torch.arange(len(new), device=device), new)
+        position = context_lens[b] + torch.arange(len(self.rows), device=device) - cu_seqlens[b]
+        kept = position >= (context_lens + new)[b] - size
+        self.newest[b[kept], (position % size)[kept].long()] = self.rows[kept]
+
+    def inputs(self, sealing: Tensor, cu_seqlens: Tensor, context_lens: Tensor) -> tuple[Inputs, np.ndarray]:
+        """Of the pages that are sealed now, [B, H, M] bool; and which blocks, in their order, have none."""
+        M, size = sealing.shape[2], self.newest.shape[1]
+        b, h, page = sealing.nonzero(as_tuple=True)
+        pages, which = torch.unique(b * M + page, return_inverse=True)
+        at, first = pages // M, (pages % M) * (size // 2)
+        position = first[:, None] + torch.arange(size // 2, device=first.device)
+        since = position - context_lens[at, None]
+        new = (cu_seqlens[at, None] + since).clamp(min=0, max=max(0, len(self.rows) - 1)).long()
+        rows = torch.where((since >= 0)[..., None], self.rows[new], self.newest[at[:, None], position % size])
+        unknown = rows.isnan().flatten(1).any(1)[which].cpu().numpy()
+        return Inputs(rows, which.cpu().numpy(), h.cpu().numpy(), self.recompute), unknown
+
+
+def _write(home: Home, blocks: np.ndarray, pages: dict[str, Tensor], found: tuple[Inputs, np.ndarray] | None) -> None:
+    """Pages whose inputs are known go with these, the others alone."""
+    if found is None or found[1].all():
+        home.write(blocks, pages)
+        return
+    (rows, page, head, recompute), unknown = found
+    known = ~unknown
+    pages = {name: x.cpu() for name, x in pages.items()}
+    home.write(blocks[known], {name: x[torch.from_numpy(known)] for name, x in pages.items()},
+               Inputs(rows, page[known], head[known], recompute))  # fmt: skip
+    if unknown.any():
+        home.write(blocks[unknown], {name: x[torch.from_numpy(unknown)] for name, x in pages.items()})
+
+
+class Resident:
+    """Attention over pages that are fetched into slots first: all heads at once, or, where they need more slots than
+    there are, as many heads at a time as fit. Heads do not know of each other, so results are the same to the bit.
+
+    A decode step that wants the same pages as the last one, because a selection is reused, looks for none of them if no
+    slot has been given to another page meanwhile.
+
+    Args:
+        pool: whose blocks `PagedKV.block_table` names.
+    """
+
+    def __init__(self, pool: TieredPool) -> None:
+        self._pool, self._slots = pool, pool.slots
+        self.slot_table = torch.empty(0)
+        """[B, H, M] int32 where pages may lie, of the layer that attends; written."""
+        self.seals = True
+        """Whether the step of now seals a page, as far as the host knows."""
+        self.given: Given | None = None
+        """What the layer's new pages can be recomputed from."""
+        self._last = _Wanted((), self.slot_table, [])  # of the last decode step
+
+    def append_kv(self, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None:
+        """`ops.append_kv`; where the home is limited, sealed pages are made beside it and then handed over."""
+        home, P, given = self._pool.home, kv.k_pool.shape[1], self.given
+        if home is None or not self.seals:
+            ops.append_kv(k, v, cu_seqlens_k, context_lens, kv)
+            if given is not None:
+                given.append(cu_seqlens_k, context_lens)
+            return
+        ends = torch.div(context_lens + cu_seqlens_k.diff(), P, rounding_mode="floor")[:, None] - 1
+        page = torch.arange(kv.block_table.shape[2], device=k.device)
+        sealing = ((page >= kv.sealed[:, None]) & (page < ends))[:, None] & (kv.block_table >= 0)
+        blocks = kv.block_table[sealing]
+        slot_table = torch.full_like(kv.block_table, -1)
+        slot_table[sealing] = torch.arange(len(blocks), dtype=torch.int32, device=k.device)
+        pages = {name: x.new_empty((len(blocks), *x.shape[1:])) for name, x in home.tensors.items()}
+        beside = kv._replace(k_pool=pages["k"], v_pool=pages["v"], scales=pages.get("scales"), slot_table=slot_table)
+        ops.append_kv(k, v, cu_seqlens_k, context_lens, beside)
+        inputs = None if given is None else given.inputs(sealing, cu_seqlens_k, context_lens)
+        if len(blocks):
+            _write(home, blocks.cpu().numpy(), pages, inputs)
+        if given is not None:
+            given.append(cu_seqlens_k, context_lens)
+
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, mask: Mask,
+        kv: PagedKV | None = None, context_lens: Tensor | None = None, *, scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`ops.prefill`, with as many queries as new tokens."""
+        assert kv is not None and context_lens is not None
+        G = q.shape[1] // k.shape[1]
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+        bounds = cu_seqlens_k.tolist()
+        for b, h, part in self._rounds(_wanted((), mask, kv, context_lens), kv):
+            tokens, queries = slice(bounds[b.start], bounds[b.stop]), slice(h.start * G, h.stop * G)
+            cu_seqlens = cu_seqlens_k[b.start : b.stop + 1] - bounds[b.start]
+            found = ops.prefill(
+                q[tokens, queries], k[tokens, h], v[tokens, h], cu_seqlens, cu_seqlens, _part(mask, b, h), part,
+                context_lens[b], scale=scale,
+            )  # fmt: skip
+            out[tokens, queries], lse[tokens, queries] = found
+        return out, lse
+
+    def decode(
+        self, q: Tensor, mask: Mask, kv: PagedKV, seq_lens: Tensor, *, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`ops.decode`."""
+        G = q.shape[1] // kv.block_table.shape[1]
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+        for b, h, part in self._rounds(self._of_step(mask, kv, seq_lens), kv):
+            if part.block_table is kv.block_table:
+                out, lse = ops.decode(q, mask, part, seq_lens, scale=scale)
+                continue
+            queries = slice(h.start * G, h.stop * G)
+            found = ops.decode(q[b, queries], _part(mask, b, h), part, seq_lens[b], scale=scale)
+            out[b, queries], lse[b, queries] = found
+        return out, lse
+
+    def attention_mass(
+        self, q: Tensor, lse: Tensor, mask: Mask, kv: PagedKV, seq_lens: Tensor, *, scale: float | None = None
+    ) -> Tensor:
+        """`ops.attention_mass`."""
+        (B, H, M), P = kv.block_table.shape, kv.k_pool.shape[1]
+        G = q.shape[2] // H
+        mass = q.new_empty(B, H, M * P, dtype=torch.float32)
+        one = q.shape[1] == 1
+        wanted = self._of_step(mask, kv, seq_lens) if one else _wanted((), mask, kv, seq_lens - q.shape[1])
+        for b, h, part in self._rounds(wanted, kv):
+            queries = slice(h.start * G, h.stop * G)
+            logs = lse[b, :, queries].contiguous()
+            found = ops.attention_mass(q[b, :, queries], logs, _part(mask, b, h), part, seq_lens[b], scale=scale)
+            mass[b, h] = found
+        return mass
+
+    def _of_step(self, mask: Mask, kv: PagedKV, seq_lens: Tensor) -> _Wanted:
+        """What a decode step wants. It follows from tensors that stay the same objects until something changes."""
+        key = (mask.windows, mask.lists, mask.local_start, kv.sealed, kv.block_table, self.slot_table)
+        if len(self._last.key) != len(key) or any(a is not b for a, b in zip(key, self._last.key, strict=True)):
+            self._last = _wanted(key, mask, kv, seq_lens - 1)
+        return self._last
+
+    def _rounds(self, wanted: _Wanted, kv: PagedKV) -> Iterator[tuple[slice, slice, PagedKV]]:
+        """Sequences, kv heads, and their cache with the pages that they want in slots."""
+        slots, (B, H, M) = self._slots, kv.block_table.shape
+        slot_table, tensors = self.slot_table[..., :M], slots.tensors
+        total = sum(map(sum, wanted.needs))
+        kept, share = 0, slots.share(total)
+        if total <= slots.count:
+            slots.fetch(wanted.lists, kv.block_table, slot_table, total, wanted.generation)
+            whole = kv._replace(k_pool=tensors["k"], v_pool=tensors["v"], scales=tensors.get("scales"))
+            yield slice(0, B), slice(0, H), whole._replace(slot_table=slot_table)
+            slots.offer(wanted.lists, slot_table, 0, total, share)
+            wanted.generation = slots.generation
+            return
+        for b, h in self._parts(wanted.needs, H):
+            count = sum(sum(need[h]) for need in wanted.needs[b])
+            slots.fetch(wanted.lists[b, h], kv.block_table[b, h], slot_table[b, h], count)
+            assert kv.residual_k is not None and kv.residual_v is not None
+            residual_k, residual_v = kv.residual_k[b, h], kv.residual_v[b, h]
+            yield b, h, PagedKV(tensors["k"], tensors["v"], kv.stats, tensors.get("scales"), kv.block_table[b, h],
+                                slot_table[b, h], residual_k, residual_v, kv.sealed[b])  # fmt: skip
+            slots.offer(wanted.lists[b, h], slot_table[b, h], kept, count, share)
+            kept += count
+
+    def _parts(self, needs: list[list[int]], H: int) -> Iterator[tuple[slice, slice]]:
+        """Runs of heads of one sequence that need no more slots than there are."""
+        room = self._slots.count
+        for b, need in enumerate(needs):
+            if max(need) > room:
+                want, have = (n * self._slots.slot_bytes for n in (max(need), room))
+                pages = f"the {max(need)} pages that a head attends"
+                raise ValueError(f"device_bytes: expected at least {want:,}, for {pages}, got {have:,}")
+            first, total = 0, 0
+            for h, more in enumerate(need):
+                if total + more > room:
+                    yield slice(b, b + 1), slice(first, h)
+                    first, total = h, 0
+                total += more
+            yield slice(b, b + 1), slice(first, H)
+
+
+@dataclasses.dataclass
+class _Wanted:
+    """Pages that a step wants."""
+
+    key: tuple[Tensor | None, ...]
+    """What it follows from."""
+    lists: Tensor
+    """[B, H, M] int32, -1: none."""
+    needs: list[list[int]]
+    """[B][H] how many."""
+    generation: int = -1
+    """Of the slots when all of them were there."""
+
+
+def _wanted(key: tuple[Tensor | None, ...], mask: Mask, kv: PagedKV, first: Tensor) -> _Wanted:
+    wanted = wanted_pages(mask, kv, first)
+    page = torch.arange(wanted.shape[2], dtype=torch.int32, device=wanted.device)
+    return _Wanted(key, torch.where(wanted, page, -1), wanted.sum(2).tolist())
+
+
+def wanted_pages(mask: Mask, kv: PagedKV, first: Tensor) -> Tensor:
+    """[B, H, M] bool: the sealed pages that queries attend, the first of which stands at position `first` [B]."""
+    (B, H, M), P = kv.block_table.shape, kv.k_pool.shape[1]
+    page = torch.arange(M, device=first.device)
+    windows = mask.windows.long()[:, None]
+    local = page > torch.div(first, P, rounding_mode="floor")[:, None, None] - windows  # [B, H, M]
+    if mask.lists is not None and mask.local_start is not None:
+        unit = mask.unit or P
+        listed = torch.zeros(B, H, M + 1, dtype=torch.bool, device=first.device)
+        pages = torch.where(mask.lists < 0, M, mask.lists * unit // P)
+        listed.scatter_(2, pages.long(), True)
+        after = page >= (mask.local_start * unit // P)[:, None]  # [B, M]
+        local = torch.where(windows == LISTED, listed[..., :M] | after[:, None], local)
+    return (local | (page < mask.sink)) & (page < kv.sealed[:, None])[:, None] & (kv.block_table >= 0)
+
+
+def _part(mask: Mask, b: slice, h: slice) -> Mask:
+    """What these heads of these sequences attend."""
+    lists = None if mask.lists is None else mask.lists[b, h]
+    return mask._replace(
+        windows=mask.windows[h], lists=lists, local_start=None if mask.local_start is None else mask.local_start[b]
+    )
