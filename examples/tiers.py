@@ -1,4 +1,4 @@
-"""A context larger than the memory that it is given: a part of its KV on the device, a part in host memory, all on disk.
+"""A context larger than its memory: a part of its KV on the device, a part in host memory, all on a disk.
 
 Run: python examples/tiers.py
 """

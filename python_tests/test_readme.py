@@ -30,7 +30,8 @@ def test_examples_run(
     monkeypatch.setattr(sys, "argv", [str(path), *(["eager"] if path.stem == "batch" else [])])
     runpy.run_path(str(path), run_name="__main__")
     printed = capsys.readouterr().out
-    assert {"custom_scorer": "middle: ", "long_document": "31415", "batch": "Paris"}[path.stem] in printed
+    expected = {"custom_scorer": "middle: ", "long_document": "31415", "batch": "Paris", "tiers": "phase III"}
+    assert expected[path.stem] in printed
 
 
 def test_tables_name_every_preset_and_op() -> None:
