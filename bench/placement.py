@@ -31,7 +31,7 @@ from lserve_ext.hf import cache_argument
 from lserve_ext.machine import Machine
 from lserve_ext.placement import Traffic, slot_bytes
 
-LOCALITY = Path(__file__).parents[1] / "lserve_ext" / "data" / "locality.json"
+LOCALITY = Path(__file__).parents[1] / "lserve_ext" / "data" / "locality" / "smollm2-135m-instruct.json"
 FACTORS = (None, 1.0, 1.5, 2.0, 4.0)
 WARM_UP = 16
 

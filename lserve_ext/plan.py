@@ -436,6 +436,8 @@ class Locality:
 
 def locality(reuse_interval: int) -> Locality:
     """As measured on real text by `bench/placement.py`, for the nearest reuse interval that it has measured."""
-    curves: dict[str, Any] = json.loads((_DATA / "locality.json").read_text("utf-8"))["missed_of_listed"]
+    curves: dict[str, Any] = json.loads((_DATA / "locality" / "smollm2-135m-instruct.json").read_text("utf-8"))[
+        "missed_of_listed"
+    ]
     nearest = min(curves, key=lambda known: abs(math.log(int(known) / reuse_interval)))
     return Locality([(slots, share) for slots, share in curves[nearest]])

@@ -39,7 +39,7 @@ def test_a_measured_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for name in ("memory", "linear.float32", "attend.auto", "fetch"):
         assert 1e8 < profile.figure(name, 1 << 20) < 1e13, name
     for name in ("layer", "layer.slots", "layer.frames"):
-        assert 1e-6 < profile.figure(name) < 1, name
+        assert 0 < profile.figure(name) < 1, name
     assert profile.figure("fetch", 8192) <= 4 * profile.figure("memory")
 
 
