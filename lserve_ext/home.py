@@ -207,6 +207,8 @@ class Home:
         self._blocks[frames] = blocks
         self._peak = max(self._peak, int((self._blocks >= 0).sum()))
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _grow(self, count: int) -> None:
         """So that there are so many empty frames."""
         short = count - int((self._blocks < 0).sum())

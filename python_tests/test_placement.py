@@ -267,8 +267,10 @@ def test_a_step_that_wants_more_than_there_is_finds_some_of_it() -> None:
     assert pool.slots.count < wanted / 60 and fetched < 0.7 * wanted
 
 
+@pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_in_and_out_of_inference_mode(name: str) -> None:
+def test_in_and_out_of_inference_mode(name: str, far: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "is_far", lambda like: far)
     model = _tiny.llama(attn_implementation="lserve")
     ids = torch.randint(0, 258, (1, 100), generator=torch.Generator().manual_seed(0))
     found = []
