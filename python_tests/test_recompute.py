@@ -242,3 +242,12 @@ def test_an_interrupt_at_any_line(tmp_path: Path) -> None:
             close(forward(model, same, i, i + 1), forward(model, cache, i, i + 1))
         del cache, same
     assert count > 200 and tiered.traffic().recomputed > 100
+
+
+def test_in_and_out_of_inference_mode(tmp_path: Path) -> None:
+    model = make("llama")
+    both = caches(model, "dense", tmp_path)
+    for from_, to in ((0, 60), (60, 120), *((i, i + 1) for i in range(120, 150))):
+        with torch.inference_mode(to % 20 < 10):
+            close(*(forward(model, cache, from_, to).clone() for cache in both))
+    assert both[1].traffic().recomputed > 0
