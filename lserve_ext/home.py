@@ -3,6 +3,7 @@ of what they are recomputed from."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -101,6 +102,9 @@ class Home:
         self._serial = itertools.count()
         self._records: dict[int, _Record] = {}
         self._writing: dict[int, Pending] = {}  # records
+        self._leaving: list[
+            Pending
+        ] = []  # records that nobody needs any more, and that take room until they are written
         self._peak = 0
         self.loaded = 0
         """Pages that were read from the tier below."""
@@ -233,6 +237,8 @@ class Home:
             empty = np.flatnonzero(self._blocks < 0)
         if len(empty) < count:
             self._settle()
+            if must and self.tier is not None and self._clean(count - len(empty)) < count - len(empty):
+                self._finish()
             if must and self._clean(count - len(empty)) < count - len(empty):
                 self._write_down(self._dirty())
                 self._finish()
@@ -328,6 +334,8 @@ class Home:
             self._writing[serial] = self.tier.put(_key(serial), content)
         except TierFullError:
             self._drop_unused()
+            with contextlib.suppress(OSError, TierFullError):  # of what nobody needs
+                self.tier.wait(self._leaving)
             self._writing[serial] = self.tier.put(_key(serial), content)
         self.written += 1
 
@@ -340,7 +348,9 @@ class Home:
         if record is None or not record.blocks:
             assert self.tier is not None
             self.tier.delete(_key(serial))
-            self._writing.pop(serial, None)
+            pending = self._writing.pop(serial, None)
+            if pending is not None:
+                self._leaving = [*(p for p in self._leaving if not p.future.done()), pending]
             self._records.pop(serial, None)
 
     def _settle(self) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cache import CONFIGS, H, P, feed, tokens
+from test_cache import CONFIGS, feed, tokens
 from test_placement import make, slot_bytes
 
 import lserve_ext
@@ -97,8 +97,16 @@ def test_nothing_is_written_before_half_of_the_frames_are_taken(tmp_path: Path) 
     assert ours.loaded == loaded
 
 
-def test_blocks_that_nobody_has_make_room(tmp_path: Path) -> None:
-    """In frames, and in a tier that is full of them."""
+@pytest.mark.parametrize("seconds", [0.0, 0.02])
+def test_blocks_that_nobody_has_make_room(seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In frames, and in a tier that is full of them, even while they are still being written."""
+    write = DiskTier._write
+
+    def slow(self: DiskTier, *args: Any) -> None:
+        time.sleep(seconds)
+        write(self, *args)
+
+    monkeypatch.setattr(DiskTier, "_write", slow)
     used: set[int] = set()
     ours = home(2, tmp_path, 5 * ALIGNMENT, used)
     for first in range(0, 60, 6):
@@ -342,4 +350,3 @@ def test_pages_of_one_forward_need_not_fit() -> None:
     layers: list[Callable[[], Any]] = [lambda: make("pages", 1, None), lambda: make("pages", 1, 60, 1, "memory://one")]
     qkv = tokens(200)
     assert torch.equal(*(feed(layer(), qkv, [100, 200]) for layer in layers))
-    assert 2 * (200 // P - 1) * H > 1
