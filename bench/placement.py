@@ -36,25 +36,34 @@ FACTORS = (None, 1.0, 1.5, 2.0, 4.0)
 WARM_UP = 16
 
 
-class Run:
+class Decoding:
+    """Steps of one cache, timed; `before` is the traffic until those that count."""
+
+    def __init__(self, model: Any, config: SparseConfig, warm_up: int) -> None:
+        self.model, self.warm_up = model, warm_up
+        self.cache = SparseCache(model.config, config, model if config.recompute else None)
+        self.steps: list[float] = []
+        self.before = Traffic()
+
+    def step(self, machine: Machine, token: Tensor) -> None:
+        if len(self.steps) == self.warm_up:
+            self.before = self.cache.traffic()
+        forward = cache_argument(self.model, self.cache) | {"use_cache": True, "logits_to_keep": 1}
+        self.steps.append(machine.seconds(lambda: self.model(token, **forward)))
+
+
+class Run(Decoding):
     """Decoding with one reuse interval and so many slots for each page of the budget; None: for all pages."""
 
     def __init__(self, model: Any, config: SparseConfig, factor: float | None) -> None:
-        text, self.model, self.factor = model.config, model, factor
+        text, self.factor = model.config, factor
         self.heads = text.num_hidden_layers * text.num_key_value_heads
         self.page_bytes = slot_bytes(Pool(config, torch.empty(1, 1, 0, text.head_dim, dtype=model.dtype), 0))
         if factor is not None:
             pages = (config.budget_tokens or 0) // config.page_size
             config = config.replace(device_bytes=int(factor * self.heads * pages) * self.page_bytes)
-        self.config, self.cache = config, SparseCache(text, config)
-        self.steps: list[float] = []
-        self.before = Traffic()
-
-    def step(self, machine: Machine, token: Tensor) -> None:
-        if len(self.steps) == WARM_UP:
-            self.before = self.cache.traffic()
-        forward = cache_argument(self.model, self.cache) | {"use_cache": True, "logits_to_keep": 1}
-        self.steps.append(machine.seconds(lambda: self.model(token, **forward)))
+        self.config = config
+        super().__init__(model, config, WARM_UP)
 
     def result(self, bandwidth: float) -> dict[str, Any]:
         steps = len(self.steps) - WARM_UP

@@ -29,6 +29,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from placement import Decoding
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,36 +38,27 @@ from lserve_ext.eval import tasks
 from lserve_ext.eval.generate import prefill
 from lserve_ext.hf import cache_argument
 from lserve_ext.machine import Machine, Profile, measure
-from lserve_ext.placement import Traffic
 from lserve_ext.plan import Model, Plan
 
 WARM_UP = 8
 WHERE = ("all", "tenth", "disk")
 
 
-def limited(config: SparseConfig, plan: Plan, context: int, where: str, folder: str, batch: int = 1) -> SparseConfig:
+def limited(config: SparseConfig, plan: Plan, context: int, where: str, folder: str) -> SparseConfig:
     """The config with the limits of a run: shares of the bytes that its pages take."""
-    held = plan.held(context) * plan.page_bytes * batch
+    held = plan.held(context) * plan.page_bytes
     if where == "all":
         return config
-    device = {"device_bytes": max(held // 10, batch * plan.page_bytes * (context // config.page_size + 1))}
+    device = {"device_bytes": max(held // 10, plan.page_bytes * (context // config.page_size + 1))}
     return config.replace(**device, **({} if where == "tenth" else {"host_bytes": held // 3, "disk_dir": folder}))
 
 
-class Run:
+class Run(Decoding):
     """Decoding of one text with one config."""
 
     def __init__(self, model: Any, config: SparseConfig, plan: Plan, name: str, where: str, context: int) -> None:
-        self.model, self.plan, self.name, self.where, self.context = model, plan, name, where, context
-        self.cache = SparseCache(model.config, config, model if config.recompute else None)
-        self.steps: list[float] = []
-        self.before = Traffic()
-
-    def step(self, machine: Machine, token: Tensor) -> None:
-        if len(self.steps) == WARM_UP:
-            self.before = self.cache.traffic()
-        forward = cache_argument(self.model, self.cache) | {"use_cache": True, "logits_to_keep": 1}
-        self.steps.append(machine.seconds(lambda: self.model(token, **forward)))
+        super().__init__(model, config, WARM_UP)
+        self.plan, self.name, self.where, self.context = plan, name, where, context
 
     def result(self) -> dict[str, Any]:
         found, moved = self.plan.predict(self.context), self.cache.traffic() - self.before

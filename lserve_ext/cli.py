@@ -108,8 +108,8 @@ def _read(path: Path) -> str:
 
 def _checked(arguments: argparse.Namespace) -> None:
     """Refuses numbers that make no sense before a model is loaded. Flags that a command does not have are not asked."""
-    least = {"chunk": 1, "batch": 1, "new_tokens": 1, "length": 1, "samples": 1, "sink_tokens": 0, "local_tokens": 1}
-    least |= {"context": 1}
+    least = {"sink_tokens": 0}
+    least |= dict.fromkeys(("chunk", "batch", "context", "new_tokens", "length", "samples", "local_tokens"), 1)
     for name, value in vars(arguments).items():
         flag = "--" + name.replace("_", "-")
         for number in value if isinstance(value, list) else [value]:
