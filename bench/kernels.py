@@ -186,6 +186,17 @@ def append_kv(layer: Layer, variant: str) -> Work:
     return Work(lambda: ops.append_kv(k, v, cu, lengths, kv), size(k, v), writes)
 
 
+@case()
+def wanted_pages(layer: Layer) -> Work:
+    """A budget's worth of listed pages of every head."""
+    B, H, K = layer.B, layer.H, layer.budget // P - SINK - LOCAL
+    lists = layer.ints(torch.arange(SINK, SINK + K).expand(B, H, K)).contiguous()
+    start = layer.sealed - LOCAL
+    mask = Mask(layer.ints(torch.zeros(H)), lists, start, sink=SINK)
+    call = partial(ops.wanted_pages, mask, layer.table, layer.sealed, layer.lengths - 1, P)
+    return Work(call, size(layer.table, lists, start), size(layer.table))
+
+
 @case("hits", "misses")
 def resolve_pages(layer: Layer, variant: str) -> Work:
     """A budget's worth of pages of every head, in as many slots: all of them lie there; or none does."""

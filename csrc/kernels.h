@@ -125,6 +125,17 @@ struct SelectTokensArgs {
   int64_t B, H, width, K, P;
 };
 
+struct WantedArgs {
+  Rule rule;                   // lists: [B, H, K]
+  const int32_t* block_table;  // [B, H, M]
+  const int32_t* sealed;       // [B]
+  const int32_t* first;        // [B] position of the first query
+  int32_t* pages;              // out [B, H, M]
+  int32_t* counts;             // out [B, H]
+  int64_t block_stride0, block_stride1;
+  int64_t B, H, M, P;
+};
+
 // Some blocks of the tier below lie in slots, too.
 struct ResolveArgs {
   const int32_t* lists;        // [B, H, K] pages; -1: none
@@ -137,6 +148,7 @@ struct ResolveArgs {
   int32_t* victims;            // CUDA: workspace [B, H, K]; null on the CPU
   int64_t list_stride0, list_stride1, block_stride0, block_stride1, slot_stride0, slot_stride1;
   int64_t B, H, M, S, K;
+  int64_t keep;  // pages that count as used now; the others of the lists make room first
 };
 
 struct GatherArgs {
@@ -203,6 +215,7 @@ void page_stats(const PageStatsArgs&);
 void quantize_kv(const QuantizeArgs&);
 void dequantize_kv(const DequantizeArgs&);
 void append_kv(const AppendArgs&);
+void wanted_pages(const WantedArgs&);
 void resolve_pages(const ResolveArgs&);
 void gather_pages(const GatherArgs&);
 void page_scores(const PageScoresArgs&);
@@ -221,6 +234,7 @@ void page_stats(const PageStatsArgs&, void* stream);
 void quantize_kv(const QuantizeArgs&, void* stream);
 void dequantize_kv(const DequantizeArgs&, void* stream);
 void append_kv(const AppendArgs&, void* stream);
+void wanted_pages(const WantedArgs&, void* stream);
 void resolve_pages(const ResolveArgs&, void* stream);
 void gather_pages(const GatherArgs&, void* stream);
 void page_scores(const PageScoresArgs&, void* stream);

@@ -40,8 +40,11 @@ STABLE_TORCH_LIBRARY(lserve_ext, m) {
       " Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor(c!)? stats, Tensor(d!)? scales,"
       " Tensor block_table, Tensor slot_table, Tensor(e!) residual_k, Tensor(f!) residual_v, Tensor sealed) -> ()");
   m.def(
+      "wanted_pages(Tensor windows, Tensor? lists, Tensor? local_start, int sink, int unit,"
+      " Tensor block_table, Tensor sealed, Tensor first, int page_size) -> (Tensor pages, Tensor counts)");
+  m.def(
       "resolve_pages(Tensor lists, Tensor block_table, Tensor(a!) slot_table, Tensor(b!) slot_blocks, Tensor(c!) last_use,"
-      " Tensor(d!) clock) -> (Tensor src_ids, Tensor dst_ids)");
+      " Tensor(d!) clock, int keep) -> (Tensor src_ids, Tensor dst_ids)");
   m.def("gather_pages(Tensor src, Tensor src_ids, Tensor(a!) dst, Tensor dst_ids) -> ()");
 
   // Selection: which pages or tokens a retrieval head attends
@@ -501,8 +504,28 @@ void append_kv(Tensor k, Tensor v, Tensor cu_seqlens_k, Tensor context_lens, Ten
   launch(k, args, LSERVE_KERNELS(append_kv));
 }
 
+std::tuple<Tensor, Tensor> wanted_pages(Tensor windows, OptTensor lists, OptTensor local_start, int64_t sink, int64_t unit,
+                                        Tensor block_table, Tensor sealed, Tensor first, int64_t page_size) {
+  const Checker check("wanted_pages", block_table, "block_table");
+  check.shape(block_table, "block_table", "[B, H, M]", {any, any, any}).dtype(block_table, "block_table", ScalarType::Int);
+  const int64_t B = block_table.size(0), H = block_table.size(1), M = block_table.size(2);
+  check.at_least("page_size", page_size, 1);
+  WantedArgs args{};
+  args.rule = check_rule(check, windows, lists, local_start, B, H, page_size, sink, unit);
+  check.shape(sealed, "sealed", "[B]", {B}).dtype(sealed, "sealed", ScalarType::Int);
+  check.shape(first, "first", "[B]", {B}).dtype(first, "first", ScalarType::Int);
+  Tensor pages = torch::stable::new_empty(block_table, {B, H, M}), counts = torch::stable::new_empty(block_table, {B, H});
+  args.block_table = ints(block_table);
+  args.block_stride0 = block_table.stride(0), args.block_stride1 = block_table.stride(1);
+  args.sealed = ints(sealed), args.first = ints(first);
+  args.pages = out_ints(pages), args.counts = out_ints(counts);
+  args.B = B, args.H = H, args.M = M, args.P = page_size;
+  launch(block_table, args, LSERVE_KERNELS(wanted_pages));
+  return {pages, counts};
+}
+
 std::tuple<Tensor, Tensor> resolve_pages(Tensor lists, Tensor block_table, Tensor slot_table, Tensor slot_blocks,
-                                         Tensor last_use, Tensor clock) {
+                                         Tensor last_use, Tensor clock, int64_t keep) {
   const Checker check("resolve_pages", lists, "lists");
   check.shape(lists, "lists", "[B, H, K]", {any, any, any}).dtype(lists, "lists", ScalarType::Int);
   const int64_t B = lists.size(0), H = lists.size(1), K = lists.size(2);
@@ -513,7 +536,7 @@ std::tuple<Tensor, Tensor> resolve_pages(Tensor lists, Tensor block_table, Tenso
   const int64_t S = slot_blocks.size(0);
   check.shape(last_use, "last_use", "[S]", {S}).dtype(last_use, "last_use", ScalarType::Int);
   check.shape(clock, "clock", "[1]", {1}).dtype(clock, "clock", ScalarType::Int);
-  check.at_least("lists", B * H * K, 0).at_least("slot_blocks", S, 0);
+  check.at_least("lists", B * H * K, 0).at_least("slot_blocks", S, 0).at_least("keep", keep, 0);
   check.written_apart({{&slot_table, "slot_table"}, {&slot_blocks, "slot_blocks"}, {&last_use, "last_use"}, {&clock, "clock"}},
                       {{&lists, "lists"}, {&block_table, "block_table"}});
   Tensor src_ids = torch::stable::new_empty(lists, {B, H, K}), dst_ids = torch::stable::new_empty(lists, {B, H, K});
@@ -525,7 +548,7 @@ std::tuple<Tensor, Tensor> resolve_pages(Tensor lists, Tensor block_table, Tenso
   args.slot_stride0 = slot_table.stride(0), args.slot_stride1 = slot_table.stride(1);
   args.slot_blocks = out_ints(slot_blocks), args.last_use = out_ints(last_use), args.clock = out_ints(clock);
   args.src_ids = out_ints(src_ids), args.dst_ids = out_ints(dst_ids);
-  args.B = B, args.H = H, args.M = M, args.S = S, args.K = K;
+  args.B = B, args.H = H, args.M = M, args.S = S, args.K = K, args.keep = keep;
 #ifdef LSERVE_CUDA
   std::optional<Tensor> victims;
   if (lists.is_cuda()) {
@@ -781,6 +804,7 @@ STABLE_TORCH_LIBRARY_IMPL(lserve_ext, CPU, m) {
   m.impl("quantize_kv", TORCH_BOX(&lserve::quantize_kv));
   m.impl("dequantize_kv", TORCH_BOX(&lserve::dequantize_kv));
   m.impl("append_kv", TORCH_BOX(&lserve::append_kv));
+  m.impl("wanted_pages", TORCH_BOX(&lserve::wanted_pages));
   m.impl("resolve_pages", TORCH_BOX(&lserve::resolve_pages));
   m.impl("gather_pages", TORCH_BOX(&lserve::gather_pages));
   m.impl("page_scores", TORCH_BOX(&lserve::page_scores));
@@ -798,6 +822,7 @@ STABLE_TORCH_LIBRARY_IMPL(lserve_ext, CUDA, m) {
   m.impl("quantize_kv", TORCH_BOX(&lserve::quantize_kv));
   m.impl("dequantize_kv", TORCH_BOX(&lserve::dequantize_kv));
   m.impl("append_kv", TORCH_BOX(&lserve::append_kv));
+  m.impl("wanted_pages", TORCH_BOX(&lserve::wanted_pages));
   m.impl("resolve_pages", TORCH_BOX(&lserve::resolve_pages));
   m.impl("gather_pages", TORCH_BOX(&lserve::gather_pages));
   m.impl("page_scores", TORCH_BOX(&lserve::page_scores));

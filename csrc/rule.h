@@ -42,4 +42,17 @@ LSERVE_HD Entries entries(const Rule& rule, int32_t window, const int32_t* list,
   return e;
 }
 
+// Whether the query of these entries, or a later one of its head, reads a unit of a page of so many.
+LSERVE_HD bool wants_page(const Entries& e, int64_t page, int64_t units) {
+  const int64_t first = page * units, end = first + units;
+  if (first < e.sink || end > e.local) return true;
+  int64_t next = 0;  // entry of the list that is not before the page
+  for (int64_t last = e.listed; next < last;) {
+    const int64_t middle = (next + last) / 2;
+    if (e.list[middle] < first) next = middle + 1;
+    else last = middle;
+  }
+  return next < e.listed && e.list[next] < end;
+}
+
 }  // namespace lserve

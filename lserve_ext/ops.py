@@ -62,6 +62,7 @@ __all__ = [
     "resolve_pages",
     "select_pages",
     "select_tokens",
+    "wanted_pages",
 ]
 
 DENSE = 2**31 - 1
@@ -161,11 +162,11 @@ def _cache(op: str, kv: PagedKV | None) -> tuple[Tensor | None, ...]:
     return kv
 
 
-def _mask(op: str, mask: Mask, kv: PagedKV | None) -> Mask:
+def _mask(op: str, mask: Mask, page_size: int | None) -> Mask:
     """With the unit that None stands for, a page of the cache."""
     if not isinstance(mask, tuple) or len(mask) != len(Mask._fields):
         raise TypeError(f"lserve_ext::{op}: mask: expected a Mask, got {type(mask).__name__}")
-    return mask._replace(unit=_page_size(kv)) if mask.unit is None and kv is not None else mask
+    return mask._replace(unit=page_size) if mask.unit is None else mask
 
 
 def _page_size(kv: PagedKV) -> int:
@@ -250,8 +251,33 @@ def append_kv(k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, 
     _call(_ops.append_kv, k, v, cu_seqlens_k, context_lens, *_cache("append_kv", kv))
 
 
+def wanted_pages(
+    mask: Mask, block_table: Tensor, sealed: Tensor, first: Tensor, page_size: int
+) -> tuple[Tensor, Tensor]:
+    """The sealed pages that attention will read: what has to lie in slots before it begins.
+
+    Args:
+        mask: as `decode` and `attention_mass` take it.
+        block_table: [B, H, M] int32, as in `PagedKV`.
+        sealed: [B] int32.
+        first: [B] int32 position of a sequence's first query; later ones reach no further back.
+        page_size: P.
+
+    Returns:
+        pages: [B, H, M] int32, ascending, -1 padded; counts: [B, H] int32, how many.
+    """
+    args = (*_mask("wanted_pages", mask, page_size), block_table, sealed, first, page_size)
+    return cast("tuple[Tensor, Tensor]", _call(_ops.wanted_pages, *args))
+
+
 def resolve_pages(
-    lists: Tensor, block_table: Tensor, slot_table: Tensor, slot_blocks: Tensor, last_use: Tensor, clock: Tensor
+    lists: Tensor,
+    block_table: Tensor,
+    slot_table: Tensor,
+    slot_blocks: Tensor,
+    last_use: Tensor,
+    clock: Tensor,
+    keep: int = DENSE,
 ) -> tuple[Tensor, Tensor]:
     """Finds slots for the pages that are wanted now, where the device has fewer slots than there are pages.
 
@@ -268,11 +294,13 @@ def resolve_pages(
         slot_blocks: [S] int32 block that lies in each slot, -1 at first; written.
         last_use: [S] int32 the call that wanted it last, 0 at first; written.
         clock: [1] int32 calls so far; written.
+        keep: of the pages in lists, the first so many count as used now. The slots of the others, which the caller
+            reads before the next call, make room first in it.
 
     Returns:
         src_ids, dst_ids: [B, H, K] int32 blocks to copy and slots to copy them to; -1 for pages that lay in a slot.
     """
-    args = (lists, block_table, slot_table, slot_blocks, last_use, clock)
+    args = (lists, block_table, slot_table, slot_blocks, last_use, clock, keep)
     return cast("tuple[Tensor, Tensor]", _call(_ops.resolve_pages, *args))
 
 
@@ -420,7 +448,7 @@ def decode(
         out: [B, Hq, D] in q's dtype; lse: [B, Hq] float32. Nothing attended: 0 and -inf.
     """
     cache = _cache("decode", kv)
-    mask = _mask("decode", mask, kv)
+    mask = _mask("decode", mask, _page_size(kv))
     if scale is None:
         scale = _scale(q)
     if _DEBUG:
@@ -443,7 +471,7 @@ def attention_mass(
         nothing is attended.
     """
     cache = _cache("attention_mass", kv)
-    mask = _mask("attention_mass", mask, kv)
+    mask = _mask("attention_mass", mask, _page_size(kv))
     if scale is None:
         scale = _scale(q)
     return cast(Tensor, _call(_ops.attention_mass, q, lse, *mask, *cache, seq_lens, scale))
@@ -500,6 +528,7 @@ _SHAPES: dict[str, dict[str, str]] = {
     "dequantize_kv": {"k_codes": "pages P D", "v_codes": "pages P D", "stats": "pages groups 2 D",
                       "scales": "pages C P 2"},
     "append_kv": {"k": "N H D", "v": "N H D", "context_lens": "B", "cu_seqlens_k": "B+1", **_PAGED},
+    "wanted_pages": {"block_table": "B H M", **_MASK, "sealed": "B", "first": "B"},
     "resolve_pages": {"lists": "B H K", "block_table": "B H M", "slot_table": "B H M", "slot_blocks": "S",
                       "last_use": "S", "clock": "1"},
     "gather_pages": {"src_ids": "count", "dst_ids": "count"},
@@ -513,9 +542,11 @@ _SHAPES: dict[str, dict[str, str]] = {
     "merge_states": {},
 }  # fmt: skip
 _INT32 = {"cu_seqlens_q", "cu_seqlens_k", "context_lens", "seq_lens", "counts", "sealed", "block_table", "slot_table",
-          "windows", "lists", "local_start", "src_ids", "dst_ids", "slot_blocks", "last_use", "clock"}  # fmt: skip
+          "windows", "lists", "local_start", "src_ids", "dst_ids", "slot_blocks", "last_use", "clock",
+          "first"}  # fmt: skip
 _FLOAT32 = {"scores", "mass", "lse", "lse_a", "lse_b", "scales"}
 _UINT8 = {"k_codes", "v_codes"}
+_OF_ANY_DTYPE = {"wanted_pages", "resolve_pages", "gather_pages", "select_pages", "select_tokens"}
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -530,7 +561,7 @@ def _check_fake(op: str, args: dict[str, Any]) -> None:
     dtypes = {**dict.fromkeys(_INT32, (torch.int32,)), **dict.fromkeys(_FLOAT32, (torch.float32,)),
               **dict.fromkeys(_UINT8, (torch.uint8,))}  # fmt: skip
     own = args.get("dtype", first.dtype)
-    if op not in ("resolve_pages", "gather_pages", "select_pages", "select_tokens") and own not in _FLOATING:
+    if op not in _OF_ANY_DTYPE and own not in _FLOATING:
         fail(next(iter(tensors)), "dtype float32, float16 or bfloat16", own)
     sizes: dict[str, int] = {}
     for name, x in tensors.items():
@@ -564,7 +595,7 @@ def _check_fake(op: str, args: dict[str, Any]) -> None:
     for name in ("page_size", "local"):
         if name in args and args[name] < 1:
             fail(name, "at least 1", args[name])
-    for name in ("sink", "count", "max_picks"):
+    for name in ("sink", "count", "max_picks", "keep"):
         if name in args and args[name] < 0:
             fail(name, "at least 0", args[name])
     if op == "gather_pages" and (args["dst"].dim() == 0 or args["dst"].shape[1:] != args["src"].shape[1:]):
@@ -610,6 +641,14 @@ def _(
 @_fake("append_kv")
 def _(*args: Any) -> None:
     return None
+
+
+@_fake("wanted_pages")
+def _(
+    windows: Tensor, lists: Tensor | None, local_start: Tensor | None, sink: int, unit: int,
+    block_table: Tensor, *args: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return block_table.new_empty(block_table.shape), block_table.new_empty(block_table.shape[:2])
 
 
 @_fake("resolve_pages")

@@ -91,7 +91,13 @@ class Slots:
         return Memory(used, reserved, reserved)
 
     def fetch(
-        self, lists: Tensor, block_table: Tensor, slot_table: Tensor, count: int, generation: int | None = None
+        self,
+        lists: Tensor,
+        block_table: Tensor,
+        slot_table: Tensor,
+        count: int,
+        keep: int,
+        generation: int | None = None,
     ) -> None:
         """Copies what is wanted and not there.
 
@@ -99,6 +105,7 @@ class Slots:
             lists: [B, H, K] int32 pages, -1: none; no more than there are slots.
             block_table, slot_table: [B, H, M], see `ops.resolve_pages`; the second is written.
             count: pages in the lists.
+            keep: how many of them count as used now, see `share`. Those beyond make room before pages of other layers.
             generation: when all of them were there. If it is still the same, nothing is to be done.
         """
         self.wanted += count
@@ -107,7 +114,8 @@ class Slots:
         elif generation == self.generation:
             return
         self._is_settled = False
-        src, dst = ops.resolve_pages(lists, block_table, slot_table, self._blocks, self._last_use, self._clock)
+        state = self._blocks, self._last_use, self._clock
+        src, dst = ops.resolve_pages(lists, block_table, slot_table, *state, keep)
         fetched = int((src >= 0).sum())
         if fetched:
             self.generation += 1
@@ -116,28 +124,11 @@ class Slots:
         self._is_settled = True
 
     def share(self, wanted: int) -> int:
-        """Pages that a layer keeps which wants so many: the shares of all layers and the rest of one fit."""
+        """Pages that a layer keeps which wants so many: the shares of all layers and the rest of one fit. A step goes
+        through all layers in turn, and where it wants more than there are slots, those used longest ago are just those
+        that come next."""
         others = self._layers - 1
         return max(0, self.count - wanted) // others if others else self.count
-
-    def offer(self, lists: Tensor, slot_table: Tensor, kept: int, count: int, share: int) -> None:
-        """What was fetched has been attended. Pages beyond the layer's share make room before those of other layers: a
-        step goes through all layers in turn, and where it wants more than there are slots, those used longest ago are
-        just those that come next.
-
-        Args:
-            lists, slot_table, count: as `fetch` took them.
-            kept: pages of the layer so far in this step.
-            share: of the layer.
-        """
-        if kept + count <= share:
-            return
-        wanted = lists >= 0
-        surplus = wanted & (kept + wanted.view(-1).cumsum(0).view(wanted.shape) > share)
-        slots = torch.where(surplus, slot_table, self.count).view(-1).long()
-        padded = torch.cat([self._last_use, self._last_use[:1]])
-        padded[slots] = 0
-        self._last_use.copy_(padded[:-1])
 
     def forget(self, blocks: Tensor) -> None:
         """These blocks [N] will hold something else."""

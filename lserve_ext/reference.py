@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,8 +168,34 @@ def _seal(kv: PagedKV, b: int, h: int, page: int) -> None:
     kv.k_pool[slot], kv.v_pool[slot] = k[0], v[0]
 
 
+def wanted_pages(
+    mask: Mask, block_table: Tensor, sealed: Tensor, first: Tensor, page_size: int
+) -> tuple[Tensor, Tensor]:
+    """`ops.wanted_pages`: what the first query attends, and all that comes after it."""
+    B, H, _ = block_table.shape
+    pages, counts = torch.full_like(block_table, -1), torch.zeros_like(block_table[..., 0])
+    unit = mask.unit or page_size
+    for b, h in itertools.product(range(B), range(H)):
+        t, held, window = max(0, int(first[b])), int(sealed[b]), int(mask.windows[h])
+        picks = [] if mask.lists is None else mask.lists[b, h].tolist()
+        start = 0 if mask.local_start is None else int(mask.local_start[b])
+        rule: dict[str, Any] = {"sink": mask.sink, "picks": picks, "start": start, "unit": unit}
+        now = {i // page_size for i in attended(t, window, page_size, held, **rule)}
+        wanted = now | set(range(t // page_size + 1, held))
+        found = [page for page in sorted(wanted) if page < held and block_table[b, h, page] >= 0]
+        pages[b, h, : len(found)] = torch.tensor(found, dtype=torch.int32)
+        counts[b, h] = len(found)
+    return pages, counts
+
+
 def resolve_pages(
-    lists: Tensor, block_table: Tensor, slot_table: Tensor, slot_blocks: Tensor, last_use: Tensor, clock: Tensor
+    lists: Tensor,
+    block_table: Tensor,
+    slot_table: Tensor,
+    slot_blocks: Tensor,
+    last_use: Tensor,
+    clock: Tensor,
+    keep: int = DENSE,
 ) -> tuple[Tensor, Tensor]:
     """`ops.resolve_pages`."""
     src_ids, dst_ids = torch.full_like(lists, -1), torch.full_like(lists, -1)
@@ -187,6 +214,9 @@ def resolve_pages(
     for (b, h, i, page, block), slot in zip(misses, sorted(victims), strict=True):
         src_ids[b, h, i], dst_ids[b, h, i] = block, slot
         slot_table[b, h, page], slot_blocks[slot], last_use[slot] = slot, block, clock
+    wanted = (at for at in itertools.product(*map(range, lists.shape)) if lists[at] >= 0)
+    for b, h, i in itertools.islice(wanted, keep, None):
+        last_use[slot_table[b, h, lists[b, h, i]]] = 0
     return src_ids, dst_ids
 
 

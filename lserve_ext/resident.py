@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import ops
 from .home import Home, Inputs, Recompute
-from .ops import LISTED, Mask, PagedKV
+from .ops import Mask, PagedKV
 from .placement import TieredPool
 
 
@@ -192,23 +192,21 @@ class Resident:
         slots, (B, H, M) = self._slots, kv.block_table.shape
         slot_table, tensors = self.slot_table[..., :M], slots.tensors
         total = sum(map(sum, wanted.needs))
-        kept, share = 0, slots.share(total)
+        keep = slots.share(total)
         if total <= slots.count:
-            slots.fetch(wanted.lists, kv.block_table, slot_table, total, wanted.generation)
+            slots.fetch(wanted.pages, kv.block_table, slot_table, total, keep, wanted.generation)
             whole = kv._replace(k_pool=tensors["k"], v_pool=tensors["v"], scales=tensors.get("scales"))
             yield slice(0, B), slice(0, H), whole._replace(slot_table=slot_table)
-            slots.offer(wanted.lists, slot_table, 0, total, share)
             wanted.generation = slots.generation
             return
         for b, h in self._parts(wanted.needs, H):
             count = sum(sum(need[h]) for need in wanted.needs[b])
-            slots.fetch(wanted.lists[b, h], kv.block_table[b, h], slot_table[b, h], count)
+            slots.fetch(wanted.pages[b, h], kv.block_table[b, h], slot_table[b, h], count, keep)
+            keep = max(0, keep - count)
             assert kv.residual_k is not None and kv.residual_v is not None
             residual_k, residual_v = kv.residual_k[b, h], kv.residual_v[b, h]
             yield b, h, PagedKV(tensors["k"], tensors["v"], kv.stats, tensors.get("scales"), kv.block_table[b, h],
                                 slot_table[b, h], residual_k, residual_v, kv.sealed[b])  # fmt: skip
-            slots.offer(wanted.lists[b, h], slot_table[b, h], kept, count, share)
-            kept += count
 
     def _parts(self, needs: list[list[int]], H: int) -> Iterator[tuple[slice, slice]]:
         """Runs of heads of one sequence that need no more slots than there are."""
@@ -233,8 +231,8 @@ class _Wanted:
 
     key: tuple[Tensor | None, ...]
     """What it follows from."""
-    lists: Tensor
-    """[B, H, M] int32, -1: none."""
+    pages: Tensor
+    """[B, H, M] int32, ascending, -1 padded."""
     needs: list[list[int]]
     """[B][H] how many."""
     generation: int = -1
@@ -242,25 +240,8 @@ class _Wanted:
 
 
 def _wanted(key: tuple[Tensor | None, ...], mask: Mask, kv: PagedKV, first: Tensor) -> _Wanted:
-    wanted = wanted_pages(mask, kv, first)
-    page = torch.arange(wanted.shape[2], dtype=torch.int32, device=wanted.device)
-    return _Wanted(key, torch.where(wanted, page, -1), wanted.sum(2).tolist())
-
-
-def wanted_pages(mask: Mask, kv: PagedKV, first: Tensor) -> Tensor:
-    """[B, H, M] bool: the sealed pages that queries attend, the first of which stands at position `first` [B]."""
-    (B, H, M), P = kv.block_table.shape, kv.k_pool.shape[1]
-    page = torch.arange(M, device=first.device)
-    windows = mask.windows.long()[:, None]
-    local = page > torch.div(first, P, rounding_mode="floor")[:, None, None] - windows  # [B, H, M]
-    if mask.lists is not None and mask.local_start is not None:
-        unit = mask.unit or P
-        listed = torch.zeros(B, H, M + 1, dtype=torch.bool, device=first.device)
-        pages = torch.where(mask.lists < 0, M, mask.lists * unit // P)
-        listed.scatter_(2, pages.long(), True)
-        after = page >= (mask.local_start * unit // P)[:, None]  # [B, M]
-        local = torch.where(windows == LISTED, listed[..., :M] | after[:, None], local)
-    return (local | (page < mask.sink)) & (page < kv.sealed[:, None])[:, None] & (kv.block_table >= 0)
+    pages, counts = ops.wanted_pages(mask, kv.block_table, kv.sealed, first, kv.k_pool.shape[1])
+    return _Wanted(key, pages, counts.tolist())
 
 
 def _part(mask: Mask, b: slice, h: slice) -> Mask:

@@ -18,7 +18,7 @@ from lserve_ext import ops, reference
 from lserve_ext.ops import DENSE, Mask, PagedKV
 
 OPS = [name for name in ops.__all__ if name.islower()]
-OPS_OF_FLOATS = [name for name in OPS if name != "resolve_pages"]
+OPS_OF_FLOATS = [name for name in OPS if name not in ("wanted_pages", "resolve_pages")]
 
 
 def arguments(op: str, device: str = "cpu", shape: Shape = SHAPES[1]) -> dict[str, Any]:
@@ -52,6 +52,14 @@ def arguments(op: str, device: str = "cpu", shape: Shape = SHAPES[1]) -> dict[st
             "context_lens": case.lengths,
             **growing,
         },
+        "wanted_pages": {
+            **rule,
+            "unit": shape.page_size,
+            "page_size": shape.page_size,
+            "block_table": cache["block_table"],
+            "sealed": cache["sealed"],
+            "first": case.lengths - 1,
+        },
         "resolve_pages": {
             "lists": ints([[[0, 2, -1], [1, 3, 4]]], device),
             "block_table": ints([[[3, 1, 4, 0, 5], [2, 6, 7, 8, 9]]], device),
@@ -59,6 +67,7 @@ def arguments(op: str, device: str = "cpu", shape: Shape = SHAPES[1]) -> dict[st
             "slot_blocks": ints([0, 3, -1, 9, -1, 1, 2], device),
             "last_use": ints([2, 1, 0, 1, 0, 2, 2], device),
             "clock": ints([2], device),
+            "keep": 4,
         },
         "gather_pages": {
             "src": page[0],
@@ -329,6 +338,17 @@ WRONG_VALUES: list[tuple[str, str, str, Callable[[Any], Any]]] = [
     ("append_kv", "slot_table", "narrower than block_table", lambda t: t[..., :-1]),
     ("append_kv", "scales", "none", constant(None)),
     ("append_kv", "residual_k", "one page", lambda t: t[:, :, :16]),
+    ("wanted_pages", "windows", "negative", set_at(0, to=-1)),
+    ("wanted_pages", "lists", "out of range", set_at(0, 1, 1, to=10**6)),
+    ("wanted_pages", "lists", "descends", lambda t: t.flip(-1)),
+    ("wanted_pages", "lists", "a -1 inside", set_at(0, 1, 0, to=-1)),
+    ("wanted_pages", "local_start", "none", constant(None)),
+    ("wanted_pages", "unit", "half a page", constant(8)),
+    ("wanted_pages", "page_size", "zero", constant(0)),
+    ("wanted_pages", "sink", "negative", constant(-1)),
+    ("wanted_pages", "sealed", "more than there are", set_at(1, to=99)),
+    ("wanted_pages", "first", "below -1", set_at(0, to=-2)),
+    ("resolve_pages", "keep", "negative", constant(-1)),
     ("resolve_pages", "lists", "out of range", set_at(0, 0, 1, to=5)),
     ("resolve_pages", "lists", "below -1", set_at(0, 0, 2, to=-2)),
     ("resolve_pages", "lists", "a page twice", set_at(0, 1, 2, to=3)),
@@ -440,7 +460,8 @@ def test_what_is_no_tensor_or_no_number_is_named(op: str) -> None:
             if wrong is None and (optional or argument.name in PagedKV._fields):
                 continue
             args = arguments(op)
-            if wrong is None and op in CACHE_READERS and argument.name in ("scale", "unit", "page_size"):
+            defaults = ("unit",) if op == "wanted_pages" else ("scale", "unit", "page_size")
+            if wrong is None and op in (*CACHE_READERS, "wanted_pages") and argument.name in defaults:
                 continue  # the wrapper's default
             args[argument.name] = wrong
             with pytest.raises(TypeError, match=rf"^lserve_ext::{op}: {argument.name}: expected ") as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lserve_ext import ops, reference
-from lserve_ext.ops import Mask, PagedKV
+from lserve_ext.ops import DENSE, Mask, PagedKV
 
 pytestmark = pytest.mark.gpu
 
@@ -331,8 +332,8 @@ class Slots:
         values = blocks, torch.full((B, H, M), -1), torch.full((S,), -1), torch.zeros(S), torch.zeros(1)
         return cls(*(x.int().to(device) for x in values))
 
-    def resolve(self, module: Any, lists: Tensor) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = module.resolve_pages(lists, **vars(self))
+    def resolve(self, module: Any, lists: Tensor, keep: int = DENSE) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = module.resolve_pages(lists, **vars(self), keep=keep)
         return found
 
     def of(self, b: int, h: int) -> list[int]:
@@ -367,8 +368,9 @@ def test_resolve_pages(M: int, S: int, K: int, strided: bool, device: str) -> No
             for state in (ours, theirs):
                 for table in (state.block_table, state.slot_table):
                     table.copy_(table[[1, 1]].clone())
-        found = ours.resolve(ops, spread(lists, 1) if strided else lists)
-        assert all(torch.equal(a, b) for a, b in zip(found, theirs.resolve(reference, lists), strict=True))
+        keep = step * 5 % 17 if step % 2 else DENSE
+        found = ours.resolve(ops, spread(lists, 1) if strided else lists, keep)
+        assert all(torch.equal(a, b) for a, b in zip(found, theirs.resolve(reference, lists, keep), strict=True))
         assert all(torch.equal(a, b) for a, b in zip(vars(ours).values(), vars(theirs).values(), strict=True))
         ops.gather_pages(below, found[0].view(-1), pool, found[1].view(-1))
         slots, blocks = (x.gather(2, lists.long().clamp(min=0)) for x in (ours.slot_table, ours.block_table))
@@ -394,11 +396,76 @@ def test_heads_share_slots(device: str) -> None:
     assert (state.of(0, 0), state.of(0, 1)) == ([], [4, 5, 6, 7])
 
 
+def test_pages_beyond_those_to_keep_make_room_first(device: str) -> None:
+    state = Slots.empty(1, 2, 10, 6, device)
+    state.resolve(ops, ints([[[0, 1, -1], [5, -1, -1]]], device))
+    state.resolve(ops, ints([[[2, 3, -1], [-1, -1, -1]]], device), keep=1)  # page 3 is attended, and then of no use
+    state.resolve(ops, ints([[[-1, -1, -1], [6, 7, -1]]], device))
+    assert (state.of(0, 0), state.of(0, 1)) == ([0, 1, 2], [5, 6, 7])
+
+
 @pytest.mark.parametrize("B, H, K, S", [(0, 2, 1, 1), (2, 0, 1, 1), (2, 2, 0, 3), (2, 2, 0, 0), (2, 2, 3, 0)], ids=str)
 def test_resolve_nothing(B: int, H: int, K: int, S: int, device: str) -> None:
     state = Slots.empty(B, H, 5, S, device)
     src, dst = state.resolve(ops, torch.full((B, H, K), -1, dtype=torch.int32, device=device))
     assert src.shape == dst.shape == (B, H, K) and (src == -1).all() and (state.slot_table == -1).all()
+
+
+# ---------------------------------------------------------------------------------------------- wanted
+
+
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("unit", [16, 1], ids=["pages", "tokens"])
+@pytest.mark.parametrize("lengths", [[500], [0, 1, 16, 47, 48, 2000], [33_000]], ids=str)
+def test_wanted_pages(lengths: list[int], unit: int, strided: bool, device: str) -> None:
+    """Dense, streaming and listed heads; a streaming head without some pages; lists of all lengths."""
+    P, g = 16, generator(sum(lengths))
+    windows = ints([DENSE, 2, 0, 0, 1000, 1], device)
+    B, H, M = len(lengths), len(windows), max(lengths) // P + 3
+    table = torch.randperm(B * H * M, generator=g).view(B, H, M).int().to(device)
+    table[:, 1, 1::3] = -1
+    sealed = ints([max(0, n // P - 1) for n in lengths], device)
+    for first, width in ((ints([n - 1 for n in lengths], device), 9), (ints(lengths, device), 0)):
+        start = (sealed * P // unit * 3 // 4).clamp(min=0)
+        lists = torch.full((B, H, width), -1)
+        for b, h in product(range(B), range(H)):
+            sink = min(P // unit, int(start[b]))
+            picks = sink + torch.randperm(int(start[b]) - sink, generator=g)[: min(h, 4) * width // 4]
+            lists[b, h, : len(picks)] = picks.sort().values
+        lists = lists.int().to(device)
+        mask = Mask(windows, spread(lists, 0) if strided else lists, start.int(), sink=1, unit=unit)
+        blocks = spread(table, 1) if strided else table
+        found, want = (m.wanted_pages(mask, blocks, sealed, first, P) for m in (ops, reference))
+        assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_wanted_pages_are_those_that_decode_reads(device: str) -> None:
+    """Pages that are not wanted may hold anything."""
+    shape = SHAPES[0]
+    case = build(shape, awkward_lengths(shape.page_size), heads=4, device=device)
+    kv, q, P = case.kv, case.queries(), shape.page_size
+    start = (case.lengths // P - 2).clamp(min=0).int()
+    lists = torch.where(ints([0, 2], device) < start[:, None], ints([0, 2], device), -1)[:, None].repeat(1, 4, 1)
+    mask = Mask(case.windows(DENSE, 2, 0, 0), lists, start)
+    pages, _ = ops.wanted_pages(mask, kv.block_table, kv.sealed, case.lengths - 1, P)
+    out = ops.decode(q, mask, kv, case.lengths)
+    wanted = torch.zeros(*kv.slot_table.shape[:2], kv.slot_table.shape[2] + 1, device=device)
+    wanted.scatter_(2, torch.where(pages < 0, kv.slot_table.shape[2], pages).long(), 1.0)
+    unwanted = kv.slot_table[(wanted[..., :-1] == 0) & (kv.slot_table >= 0)].long()
+    assert len(unwanted)
+    k_pool, v_pool = kv.k_pool.clone(), kv.v_pool.clone()
+    k_pool[unwanted], v_pool[unwanted] = (math.nan, math.nan) if k_pool.is_floating_point() else (255, 255)
+    again = ops.decode(q, mask, kv._replace(k_pool=k_pool, v_pool=v_pool), case.lengths)
+    assert all(same_bits(a, b) for a, b in zip(out, again, strict=True))
+
+
+def test_wanted_nothing(device: str) -> None:
+    mask = Mask(ints([DENSE, 1], device), sink=1)
+    for B, M in ((0, 3), (2, 0), (2, 3)):
+        table = torch.full((B, 2, M), -1, dtype=torch.int32, device=device)
+        zeros = torch.zeros(B, dtype=torch.int32, device=device)
+        pages, counts = ops.wanted_pages(mask, table, zeros, zeros - 1, 16)
+        assert pages.shape == table.shape and (pages == -1).all() and not counts.any()
 
 
 # ---------------------------------------------------------------------------------------------- gather

@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SMALL = "python_tests/test_small.py"
+WANTED = "python_tests/test_pages.py -k wanted"
 RESOLVE = "python_tests/test_pages.py -k resolve_pages"
 
 
@@ -108,6 +109,11 @@ BUGS = [
     ),
     Bug("a pair that should be passed over", "pages", "if (from < 0 || to < 0) continue;", "if (to < 0) continue;"),
     Bug("one token picked too many", "select", "min(a.counts[b], K)", "min(a.counts[b] + 1, K)"),
+    Bug("a page just before the local ones", "rule", "end > e.local", "end >= e.local", WANTED),
+    Bug("an entry of the next page", "rule", "e.list[next] < end", "e.list[next] <= end", WANTED),
+    Bug("a warp that begins where the last one does", "resolve", "before += __popc(found);", ";", WANTED),
+    Bug("a page that was freed", "resolve", "blocks[page] >= 0 && wants_page", "wants_page", WANTED),
+    Bug("one page too many is kept", "resolve", ">= a.keep", "> a.keep", RESOLVE),
     Bug("a page that is wanted makes room", "resolve", "if (w.slot && !miss) a.last_use[*w.slot] = now;", ";", RESOLVE),
     Bug("the newest pages make room", "select", "return ~static_cast", "return static_cast", RESOLVE),
     Bug("a slot whatever lies there", "resolve", " && a.slot_blocks[*slot] == block", "", RESOLVE),
@@ -214,10 +220,16 @@ def notices(folder: Path, build: str, tests: str) -> bool:
     return done.returncode != 0
 
 
+def source(root: Path, bug: Bug) -> Path:
+    """A header of kernels, or one that they share with the CPU."""
+    name = f"cuda/{bug.file}.cuh" if (root / f"csrc/cuda/{bug.file}.cuh").exists() else f"{bug.file}.h"
+    return root / "csrc" / name
+
+
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.what.replace(" ", "_"))
 def test_a_planted_bug_applies_to_the_source_once(bug: Bug) -> None:
     """Without a build, so always: a bug that no longer fits proves nothing."""
-    text = (ROOT / "csrc" / "cuda" / f"{bug.file}.cuh").read_text()
+    text = source(ROOT, bug).read_text()
     assert text.count(bug.old) == 1 and bug.new != bug.old
 
 
@@ -231,7 +243,7 @@ def test_without_a_bug_nothing_is_noticed(copy: Path) -> None:
 @pytest.mark.planted
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.what.replace(" ", "_"))
 def test_a_planted_bug_is_noticed(bug: Bug, copy: Path) -> None:
-    path = copy / "csrc" / "cuda" / f"{bug.file}.cuh"
+    path = source(copy, bug)
     text = path.read_text()
     path.write_text(text.replace(bug.old, bug.new))
     try:

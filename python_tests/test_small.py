@@ -101,8 +101,11 @@ def test_pages(shape: Shape, device: str) -> None:
     for wanted in ([[0, 3, -1], [1, 2, 4]], [[1, 2, 3], [0, -1, -1]], [[1, 0, -1], [0, 3, 4]]):
         state, lists = (table, slots, use, clock), ints([wanted], device)
         was = [x.clone() for x in state]
-        found, want = ops.resolve_pages(lists, blocks, *state), reference.resolve_pages(lists, blocks, *was)
+        found, want = ops.resolve_pages(lists, blocks, *state, 3), reference.resolve_pages(lists, blocks, *was, 3)
         assert all(same_bits(a, b) for a, b in zip((*found, *state), (*want, *was), strict=True))
+    mask = Mask(ints([1, 0], device), ints([[[1, -1], [1, 2]]], device), ints([3], device), sink=1)
+    args = (mask, blocks, ints([5], device), ints([5 * shape.page_size], device), shape.page_size)
+    assert all(same_bits(a, b) for a, b in zip(ops.wanted_pages(*args), reference.wanted_pages(*args), strict=True))
     moved = torch.zeros_like(k)
     ops.gather_pages(k, ints([4, -1, 0], device), moved, ints([1, 2, 3], device))
     assert same_bits(moved[[1, 2, 3]], torch.stack([k[4], torch.zeros_like(k[0]), k[0]]))

@@ -1,11 +1,11 @@
-// Which slot a page lies in, where there are fewer slots than pages: the least recently used ones make room.
+// Which pages attention wants, and which slot each lies in, where there are fewer slots than pages: the least recently used
+// ones make room.
 #include <algorithm>
 #include <numeric>
 #include <string>
 #include <vector>
 
-#include "../kernels.h"
-#include "check.h"
+#include "rows.h"
 
 namespace lserve::cpu {
 namespace {
@@ -50,12 +50,41 @@ void check(const ResolveArgs& a) {
 
 }  // namespace
 
+void wanted_pages(const WantedArgs& a) {
+  const Rule& rule = a.rule;
+  const int64_t units = a.P / rule.unit;
+  const auto entries_of = [&](int64_t b, int64_t h) {
+    const int32_t* list = rule.lists ? rule.lists + b * rule.list_stride0 + h * rule.list_stride1 : nullptr;
+    const int64_t start = rule.local_start ? rule.local_start[b] : 0;
+    return entries(rule, rule.windows[h], list, start, std::max(a.first[b], 0), a.P, a.sealed[b] * units);
+  };
+  check_windows("wanted_pages", rule, a.H);
+  for (int64_t b = 0; b < a.B; ++b) {
+    check_range("wanted_pages: sealed", a.sealed[b], 0, a.M, b);
+    check_range("wanted_pages: first", a.first[b], -1, kDense - 1, b);
+    for (int64_t h = 0; h < a.H; ++h) check_list("wanted_pages", rule, entries_of(b, h), b, h);
+  }
+  for (int64_t b = 0; b < a.B; ++b) {
+    for (int64_t h = 0; h < a.H; ++h) {
+      const Entries e = entries_of(b, h);
+      const int32_t* blocks = a.block_table + b * a.block_stride0 + h * a.block_stride1;
+      int32_t* pages = a.pages + (b * a.H + h) * a.M;
+      int64_t count = 0;
+      for (int64_t page = 0; page < a.sealed[b]; ++page)
+        if (blocks[page] >= 0 && wants_page(e, page, units)) pages[count++] = static_cast<int32_t>(page);
+      std::fill(pages + count, pages + a.M, -1);
+      a.counts[b * a.H + h] = static_cast<int32_t>(count);
+    }
+  }
+}
+
 void resolve_pages(const ResolveArgs& a) {
   check(a);
   const int64_t entries = a.B * a.H * a.K;
   std::vector<int64_t> misses;
   std::vector<bool> is_wanted(a.S);
-  int64_t hits = 0;
+  int64_t hits = 0, wants = 0;
+  const auto use = [&](int32_t now) { return ++wants <= a.keep ? now : 0; };
   for (int64_t entry = 0; entry < entries; ++entry) {
     const Wanted w = wanted(a, entry);
     if (!w.slot) continue;
@@ -81,12 +110,15 @@ void resolve_pages(const ResolveArgs& a) {
   std::sort(victims.begin(), victims.begin() + count);
   std::fill_n(a.src_ids, entries, -1);
   std::fill_n(a.dst_ids, entries, -1);
-  for (int64_t n = 0; n < count; ++n) {
-    const Wanted w = wanted(a, misses[n]);
-    const int32_t s = static_cast<int32_t>(victims[n]);
-    a.slot_blocks[s] = a.src_ids[misses[n]] = w.block;
-    *w.slot = a.dst_ids[misses[n]] = s;
-    a.last_use[s] = now;
+  for (int64_t entry = 0, n = 0; entry < entries; ++entry) {
+    const Wanted w = wanted(a, entry);
+    if (!w.slot) continue;
+    if (n < count && misses[n] == entry) {
+      const int32_t s = static_cast<int32_t>(victims[n++]);
+      a.slot_blocks[s] = a.src_ids[entry] = w.block;
+      *w.slot = a.dst_ids[entry] = s;
+    }
+    a.last_use[*w.slot] = use(now);
   }
 }
 

@@ -1,4 +1,5 @@
-// Which slot a page lies in, where there are fewer slots than pages: the least recently used ones make room.
+// Which pages attention wants, and which slot each lies in, where there are fewer slots than pages: the least recently used
+// ones make room.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -7,8 +8,42 @@
 #include "cuda/ptx.cuh"
 #include "cuda/select.cuh"
 #include "kernels.h"
+#include "rule.h"
 
 namespace lserve::cuda {
+
+// A block of threads lists the pages of one (sequence, kv head). Each warp goes through a part of them twice: first it
+// counts, which says where its own begin.
+__global__ void __launch_bounds__(kSelectThreads) wanted_kernel(const __grid_constant__ WantedArgs a) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = blockIdx.x, b = blockIdx.y;
+  const Rule& rule = a.rule;
+  const int units = static_cast<int>(a.P) / static_cast<int>(rule.unit), M = static_cast<int>(a.M);
+  const int sealed = min(a.sealed[b], M), part = (sealed + kSelectThreads - 1) / kSelectThreads * 32;
+  const int begin = warp * part, end = min(begin + part, sealed);
+  const int32_t* const list = rule.lists ? rule.lists + b * rule.list_stride0 + h * rule.list_stride1 : nullptr;
+  const Entries e = entries(rule, rule.windows[h], list, rule.local_start ? rule.local_start[b] : 0, max(a.first[b], 0), a.P,
+                            static_cast<int64_t>(sealed) * units);
+  const int32_t* const blocks = a.block_table + b * a.block_stride0 + h * a.block_stride1;
+  int32_t* const pages = a.pages + (b * a.H + h) * a.M;
+  SharedMemory shared;
+  int2* const sums = shared.take<int2>(kSelectWarps);
+  int* const total = shared.take<int>(1);
+
+  const auto wants = [&](int page) {
+    return __ballot_sync(~0u, page < end && blocks[page] >= 0 && wants_page(e, page, units));
+  };
+  int own = 0;
+  for (int first = begin; first < end; first += 32) own += __popc(wants(first + lane));
+  int before = sum_before(make_int2(own, 0), sums).x;
+  if (threadIdx.x == kSelectThreads - 1) *total = a.counts[b * a.H + h] = before + own;
+  for (int first = begin; first < end; first += 32) {
+    const unsigned found = wants(first + lane), mine = 1u << lane;
+    if (found & mine) pages[before + __popc(found & (mine - 1))] = first + lane;
+    before += __popc(found);
+  }
+  __syncthreads();
+  for (int i = *total + static_cast<int>(threadIdx.x); i < M; i += kSelectThreads) pages[i] = -1;
+}
 
 // What an entry of a list wants.
 struct Wanted {
@@ -28,6 +63,7 @@ struct Wanted {
 
 // One block of threads: all entries choose from the same slots. First, slots that are wanted are marked, and misses
 // counted; each warp has a part of the entries. Then as many victims are picked, and the misses share them in order.
+// Wanted pages beyond those to keep count as never used from then on.
 __global__ void __launch_bounds__(kSelectThreads) resolve_kernel(const __grid_constant__ ResolveArgs a) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int entries = static_cast<int>(a.B * a.H * a.K), S = static_cast<int>(a.S);
@@ -37,19 +73,19 @@ __global__ void __launch_bounds__(kSelectThreads) resolve_kernel(const __grid_co
   int2* const sums = shared.take<int2>(kSelectWarps);
   int* const total = shared.take<int>(1);
 
-  int own = 0;
+  int2 own = make_int2(0, 0);  // misses, and all that are wanted
   for (int first = begin; first < end; first += 32) {
     const int entry = first + lane;
-    bool miss = false;
+    bool miss = false, wants = false;
     if (entry < end) {
       const Wanted w(a, entry);
-      miss = w.is_miss(a);
+      wants = w.slot, miss = w.is_miss(a);
       if (w.slot && !miss) a.last_use[*w.slot] = now;
     }
-    own += __popc(__ballot_sync(~0u, miss));
+    own.x += __popc(__ballot_sync(~0u, miss)), own.y += __popc(__ballot_sync(~0u, wants));
   }
-  int before = sum_before(make_int2(own, 0), sums).x;
-  if (threadIdx.x == kSelectThreads - 1) *total = before + own;
+  int2 before = sum_before(own, sums);
+  if (threadIdx.x == kSelectThreads - 1) *total = before.x + own.x;
   __syncthreads();
   const int count = min(*total, S);
   const Choice<int32_t> c{a.last_use, 0, S, count, a.victims, count};
@@ -58,24 +94,31 @@ __global__ void __launch_bounds__(kSelectThreads) resolve_kernel(const __grid_co
 
   for (int first = begin; first < end; first += 32) {
     const int entry = first + lane;
-    bool miss = false;
-    int block = -1, victim = -1;
-    if (entry < end) miss = Wanted(a, entry).is_miss(a);
-    const unsigned misses = __ballot_sync(~0u, miss);
-    if (miss) {
+    const unsigned lower = (1u << lane) - 1;
+    bool miss = false, wants = false;
+    int block = -1, slot = -1;
+    if (entry < end) {
       const Wanted w(a, entry);
-      const int n = before + __popc(misses & ((1u << lane) - 1));
-      block = w.block, victim = n < count ? a.victims[n] : -1;
+      wants = w.slot, miss = w.is_miss(a);
+      if (miss) block = w.block;
+      else if (wants) slot = *w.slot;
     }
-    before += __popc(misses);
-    if (entry < end) a.src_ids[entry] = block, a.dst_ids[entry] = victim;
+    const unsigned misses = __ballot_sync(~0u, miss), all = __ballot_sync(~0u, wants);
+    if (miss) {
+      const int n = before.x + __popc(misses & lower);
+      slot = n < count ? a.victims[n] : -1;
+      if (slot >= 0) a.last_use[slot] = now;
+    }
+    if (slot >= 0 && before.y + __popc(all & lower) >= a.keep) a.last_use[slot] = 0;
+    before.x += __popc(misses), before.y += __popc(all);
+    if (entry < end) a.src_ids[entry] = block, a.dst_ids[entry] = miss ? slot : -1;
   }
   __syncthreads();  // until here tables and slots are those of before
   for (int entry = threadIdx.x; entry < entries; entry += kSelectThreads) {
     const int victim = a.dst_ids[entry];
     if (a.src_ids[entry] < 0) continue;
     *Wanted(a, entry).slot = victim;
-    if (victim >= 0) a.slot_blocks[victim] = a.src_ids[entry], a.last_use[victim] = now;
+    if (victim >= 0) a.slot_blocks[victim] = a.src_ids[entry];
   }
   if (threadIdx.x == 0) a.clock[0] = now;
 }

@@ -14,6 +14,7 @@ void quantize_kv(const QuantizeArgs& a) { cuda::quantize_kv(a, nullptr); }
 void dequantize_kv(const DequantizeArgs& a) { cuda::dequantize_kv(a, nullptr); }
 void append_kv(const AppendArgs& a) { cuda::append_kv(a, nullptr); }
 void gather_pages(const GatherArgs& a) { cuda::gather_pages(a, nullptr); }
+void wanted_pages(const WantedArgs& a) { cuda::wanted_pages(a, nullptr); }
 void page_scores(const PageScoresArgs& a) { cuda::page_scores(a, nullptr); }
 void select_pages(const SelectPagesArgs& a) { cuda::select_pages(a, nullptr); }
 void select_tokens(const SelectTokensArgs& a) { cuda::select_tokens(a, nullptr); }
