@@ -65,11 +65,12 @@ class Run(Decoding):
         steps, page = len(self.steps) - WARM_UP, self.plan.page_bytes
         held = {tier: memory.used for tier, memory in self.cache.memory().items()}
         took = median(self.steps[WARM_UP:])
+        fetched = moved.fetched + moved.rows / self.plan.config.page_size
         return {
             "run": self.name, "where": self.where, "context": self.context, "phase": found.phase,
             "step_ms": took * 1e3, "predicted_ms": found.step * 1e3, "predicted_of_measured": found.step / took,
             "binds": found.binds, "bytes": held, "predicted_bytes": found.bytes,
-            "fetched_bytes": moved.fetched * page / steps, "predicted_fetched": found.moved.get("fetch", 0.0),
+            "fetched_bytes": fetched * page / steps, "predicted_fetched": found.moved.get("fetch", 0.0),
             "loaded_bytes": moved.loaded * page / steps, "predicted_loaded": found.moved.get("load", 0.0),
         }  # fmt: skip
 

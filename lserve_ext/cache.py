@@ -91,7 +91,11 @@ class LayerCache:
             self._decode_mask = Mask(decode, sink=config.sink_pages, unit=config.page_size)
             self._prefill_mask = Mask(prefill, sink=config.prefill_sink_pages)
             self._pool = make_pool(config, like, self._reserved_blocks(B)) if pool is None else pool
-            self._resident = Resident(self._pool) if isinstance(self._pool, TieredPool) else None
+            packs = self._scorer is not None and self._scorer.unit == "token" and not self._streaming.any()
+            packs = packs and not config.sink_pages and not (config.needs_stats and config.kv_dtype == "int8")
+            self._resident: Resident | None = None
+            if isinstance(self._pool, TieredPool):
+                self._resident = Resident(self._pool, packs, config.reuse_interval)
             blocks = self._pool.table(np.full((B, H, config.max_pages or 4), -1, np.int32))
             table = on_device(blocks.ids, self.device)
             k, v = (like.new_zeros(B, H, 2 * config.page_size, D) for _ in "kv")  # zeros: files hold all rows

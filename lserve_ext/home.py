@@ -186,6 +186,26 @@ class Home:
             for name, x in self.read(blocks[part]).items():
                 into[name][rows[part].to(device)] = x.to(device, non_blocking=True)
 
+    def copy_rows(self, src: Tensor, into: Mapping[str, Tensor], dst: Tensor) -> None:
+        """Tokens src [N] of blocks to tokens dst [N], block * P + offset; -1: none."""
+        src, dst, device = src.cpu(), dst.cpu(), dst.device
+        P = self.tensors["k"].shape[1]
+        wanted = src >= 0
+        rows, places = src[wanted].numpy(), dst[wanted].long()
+        of_block = np.argsort(rows, kind="stable")
+        rows, places = rows[of_block], places[_index(of_block)]
+        blocks, starts = np.unique(rows // P, return_index=True)
+        ends = np.append(starts[1:], len(rows))
+        for part in _chunks(len(blocks), CHUNK):
+            span = slice(int(starts[part.start]), int(ends[part.stop - 1]))
+            page = _index(np.searchsorted(blocks[part], rows[span] // P))
+            offset, place, at = _index(rows[span] % P), (places[span] // P).to(device), (places[span] % P).to(device)
+            for name, x in self.read(blocks[part]).items():
+                if name == "scales":
+                    into[name][place, :, at] = x[page, :, offset].to(device, non_blocking=True)
+                else:
+                    into[name][place, at] = x[page, offset].to(device, non_blocking=True)
+
     def forget(self, blocks: np.ndarray) -> None:
         """These blocks [N] will hold something else."""
         self._reach(blocks)

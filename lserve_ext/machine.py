@@ -130,6 +130,7 @@ FIGURES = {
     "layer.mass": "the same where lists follow the attention mass",
     "layer.slots": "what device_bytes adds to it",
     "layer.frames": "what host_bytes adds to that",
+    "layer.packed": "what device_bytes adds beyond that where tokens are copied side by side",
     "device_bytes": "bytes of the device's memory",
     "host_bytes": "bytes of host memory",
     "disk_bytes": "bytes that the disk has free",
@@ -224,6 +225,7 @@ def shipped() -> list[str]:
 
 # ---- lserve profile -------------------------------------------------------------------------------------------------
 
+TOKENS = (64, 256)  # bytes of a token, which is copied but never stored alone
 UNITS = (2048, 8192, 32768, 131072, 524288, 2097152)  # bytes
 ROWS = (1024, 2048, 4096, 8192, 16384, 32768)  # bytes
 
@@ -259,7 +261,7 @@ def measure(
         for kind in ("auto", "int8"):
             take(f"attend.{kind}", (0, _attended(machine, kind)))
         progress("copies")
-        take("fetch", *((unit, _copied(machine, unit, to_device=True)) for unit in UNITS))
+        take("fetch", *((unit, _copied(machine, unit, to_device=True)) for unit in (*TOKENS, *UNITS)))
         take("spill", *((unit, _copied(machine, unit, to_device=False)) for unit in UNITS))
         if disk is not None:
             for unit in UNITS:
@@ -320,12 +322,12 @@ def _copied(machine: Machine, unit: int, to_device: bool) -> float:
         host, there = host.pin_memory(), there.cuda()
     src, dst = (host, there) if to_device else (there, host)
     order = torch.randperm(count).to(torch.int32)
-    rows = torch.arange(count, dtype=torch.int32)
+    src_ids, dst_ids = (ids.to(machine.device) for ids in (order, torch.arange(count, dtype=torch.int32)))
     times = []
     for _ in range(7):
         machine.bandwidth()
-        if machine.device == "cpu":
-            times.append(machine.seconds(lambda: ops.gather_pages(src, order, dst, rows)))
+        if machine.device == "cpu" or unit in TOKENS:
+            times.append(machine.seconds(lambda: ops.gather_pages(src, src_ids, dst, dst_ids)))
         else:
             times.append(machine.seconds(lambda: [dst[i].copy_(src[j], non_blocking=True)
                                                   for i, j in enumerate(order.tolist())]))  # fmt: skip
@@ -364,6 +366,7 @@ def _layers(machine: Machine) -> dict[str, float]:
     slots = plain.replace(device_bytes=1 << 20)
     configs = {"layer": plain, "layer.mass": SparseConfig.alisa(), "layer.slots": slots}
     configs["layer.frames"] = slots.replace(host_bytes=1 << 20)
+    configs["layer.packed"] = SparseConfig.alisa(device_bytes=1 << 17)
     caches = {name: SparseCache(config, kind) for name, kind in configs.items()}
     token, times = torch.zeros(1, 1, dtype=torch.int64, device=machine.device), {name: list[float]() for name in caches}
     for cache in caches.values():
@@ -373,6 +376,10 @@ def _layers(machine: Machine) -> dict[str, float]:
             arguments = cache_argument(model, cache)
             times[name].append(machine.seconds(lambda: model(token, **arguments, use_cache=True)))  # noqa: B023
     found = {name: median(taken) / layers for name, taken in times.items()}
-    for name, before in (("layer.frames", "layer.slots"), ("layer.slots", "layer")):
-        found[name] = max(1e-7, found[name] - found[before])
+    adds = {
+        "layer.packed": found["layer.mass"] + found["layer.slots"] - found["layer"],
+        "layer.frames": found["layer.slots"],
+        "layer.slots": found["layer"],
+    }
+    found |= {name: max(1e-7, found[name] - before) for name, before in adds.items()}
     return found

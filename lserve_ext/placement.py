@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from .blocks import BlockTable, Memory, Pool
 from .config import SparseConfig
 from .home import Home, open_tier
 from .ops import PagedKV
+from .packed import Packed
 from .reference import quantize_kv
 from .sequences import on_device
 
@@ -35,6 +37,8 @@ class Traffic(NamedTuple):
     """From host memory to the disk: pages, or the inputs of some."""
     recomputed: int = 0
     """From a layer's inputs, which were loaded from the disk in their place."""
+    rows: int = 0
+    """Tokens that were fetched without the rest of their page."""
 
     def __sub__(self, before: Traffic) -> Traffic:
         return Traffic(*(now - then for now, then in zip(self, before, strict=True)))
@@ -78,16 +82,33 @@ class Slots:
         """Pages that were copied into slots."""
         self.wanted = 0
         """Pages that were wanted, of which those fetched had not been there."""
+        self.rows = 0
+        """Tokens that were copied without the rest of their page."""
+        self.packed: object = None
+        """Whose tokens lie in the slots for packed ones."""
+        self._reserved = 0
 
     @property
     def count(self) -> int:
-        """Slots."""
-        return len(self._blocks)
+        """Slots for pages."""
+        return len(self._blocks) - self._reserved
+
+    @property
+    def reserved(self) -> int:
+        """Slots for packed tokens, behind those for pages."""
+        return self._reserved
+
+    def reserve(self, slots: int) -> None:
+        """From now on so many are for packed tokens."""
+        if slots != self._reserved:
+            self._blocks[len(self._blocks) - slots :] = -1
+            self._reserved = slots
+            self.generation += 1
 
     @property
     def memory(self) -> Memory:
-        used = int((self._blocks >= 0).sum()) * self.slot_bytes
-        reserved = self.count * self.slot_bytes
+        used = (int((self._blocks >= 0).sum()) + self._reserved) * self.slot_bytes
+        reserved = len(self._blocks) * self.slot_bytes
         return Memory(used, reserved, reserved)
 
     def fetch(
@@ -114,6 +135,8 @@ class Slots:
         elif generation == self.generation:
             return
         self._is_settled = False
+        if self._reserved:  # no victims: of slots that were used in the same call, the last ones stay longest
+            self._last_use[self.count :] = self._clock
         state = self._blocks, self._last_use, self._clock
         src, dst = ops.resolve_pages(lists, block_table, slot_table, *state, keep)
         fetched = int((src >= 0).sum())
@@ -122,6 +145,21 @@ class Slots:
             self._pool.copy(src.view(-1), self.tensors, dst.view(-1))
             self.fetched += fetched
         self._is_settled = True
+
+    def copy_rows(self, packed: Packed, block_table: Tensor, slot_table: Tensor) -> None:
+        """Copies tokens of pages [B, H, M] to slots for packed ones: from other slots, where many pages lie in some,
+        the others from their home."""
+        P, found = self.tensors["k"].shape[1], packed.offset >= 0
+        block = block_table.gather(2, packed.page)
+        if self._pool.allocator.used < 4 * self.count:
+            slot = slot_table.gather(2, packed.page)
+            here = found & (slot >= 0) & (self._blocks[slot.clamp(min=0).long()] == block)
+            near = torch.where(here, slot * P + packed.offset, -1)
+            gather_rows(self.tensors, near.view(-1), self.tensors, packed.dst.view(-1))
+            found &= ~here
+        self.rows += int(found.sum())
+        src = torch.where(found, block * P + packed.offset, -1)
+        self._pool.copy_rows(src.view(-1), self.tensors, packed.dst.view(-1))
 
     def share(self, wanted: int) -> int:
         """Pages that a layer keeps which wants so many: the shares of all layers and the rest of one fit. A step goes
@@ -133,6 +171,17 @@ class Slots:
     def forget(self, blocks: Tensor) -> None:
         """These blocks [N] will hold something else."""
         self._blocks[torch.isin(self._blocks, blocks)] = -1
+
+
+def gather_rows(src: Mapping[str, Tensor], src_ids: Tensor, dst: Mapping[str, Tensor], dst_ids: Tensor) -> None:
+    """`ops.gather_pages` of tokens, page * P + offset, in place of pages."""
+    for name, tensor in src.items():
+        ids, P, D = [src_ids, dst_ids], *tensor.shape[-2:]
+        if name == "scales":  # [pages, C, P, 2]
+            C = tensor.shape[1]
+            parts = torch.arange(C, dtype=torch.int32, device=src_ids.device)[:, None] * P
+            ids = [torch.where(x < 0, -1, x + x // P * ((C - 1) * P) + parts).view(-1) for x in ids]
+        ops.gather_pages(tensor.view(-1, D), ids[0], dst[name].view(-1, D), ids[1])
 
 
 class TieredPool(Pool):
@@ -212,6 +261,13 @@ class TieredPool(Pool):
         for name, tensor in into.items():
             ops.gather_pages(self.tensors[name], src, tensor, dst)
 
+    def copy_rows(self, src: Tensor, into: dict[str, Tensor], dst: Tensor) -> None:
+        """Tokens src [N] of blocks to tokens dst [N] of slots, block * P + offset; -1: none."""
+        if self.home is not None:
+            self.home.copy_rows(src, into, dst)
+            return
+        gather_rows({name: self.tensors[name] for name in into}, src, into, dst)
+
     @property
     def phase(self) -> int:
         """1: all pages fit on the device; 2: they fit in host memory; 3: they fit in neither (ALISA, Algorithm 2)."""
@@ -221,8 +277,8 @@ class TieredPool(Pool):
 
     def traffic(self) -> Traffic:
         """Since the pool was made."""
-        home = () if self.home is None else (self.home.loaded, self.home.written, self.home.recomputed)
-        return Traffic(self.slots.wanted, self.slots.fetched, *home)
+        home = (0, 0, 0) if self.home is None else (self.home.loaded, self.home.written, self.home.recomputed)
+        return Traffic(self.slots.wanted, self.slots.fetched, *home, self.slots.rows)
 
     def tiers(self) -> dict[str, Memory]:
         blocks = self.allocator

@@ -347,13 +347,17 @@ class Plan:
                 return Prediction(context, batch, 0, found, alpha, 0, {}, {}, f"{what} too small")
             found["disk"] = records
             beta = 1 - frames / held if config.recompute else 0.0
-        misses = self._misses(context, batch, slots) if phase > 1 else 0.0
-        below = min(misses, self._misses(context, batch, frames)) if phase == 3 else 0.0
+        misses, tokens = self._fetched(context, batch, slots) if phase > 1 else (0.0, 0.0)
+        below = self._misses(context, batch, frames) if phase == 3 else 0.0
+        if not tokens:
+            below = min(below, misses)
         loads, recomputed = (0.0, below) if config.recompute else (below, 0.0)
         rounds = math.ceil(batch * self.wanted(context) / m.layers / max(1, slots))  # of heads, which share an input
         calls = profile.figure("layer.mass" if self.observes else "layer")
         if phase > 1 or config.device_bytes is not None:
             calls += profile.figure("layer.slots")
+        if phase > 1 and self.packs:
+            calls += profile.figure("layer.packed")
         if phase == 3 or config.host_bytes is not None:
             calls += profile.figure("layer.frames")
         attended, streams = self.attended(context)
@@ -366,11 +370,12 @@ class Plan:
             "attention": profile.seconds(f"attend.{config.kv_dtype}", read),
             "selection": profile.seconds("attend.auto", scores) if config.selects else 0.0,
             "calls": m.layers * calls,
-            "fetch": profile.seconds("fetch", misses * page, page),
+            "fetch": profile.seconds("fetch", misses * page, page)
+            + profile.seconds("fetch", tokens * token_bytes, int(token_bytes / 2)),
             "load": profile.seconds("load", loads * page, page) if loads else 0.0,
             "recompute": rounds * recomputed / self.choice.heads * ((self.choice.reload or 0.0) - self.choice.fetch),
         }
-        moved = {"fetch": misses * page, "load": loads * page}
+        moved = {"fetch": misses * page + tokens * token_bytes, "load": loads * page}
         return Prediction(context, batch, phase, found, alpha, beta, moved, seconds)
 
     def _records(self, held: int) -> int:
@@ -379,6 +384,25 @@ class Plan:
             return held * stride(self.page_bytes)
         m = self.model
         return held // m.kv_heads * stride(self.config.page_size * m.input_width * m.dtype.itemsize)
+
+    @property
+    def packs(self) -> bool:
+        """Whether listed tokens are fetched without their pages, where not all of these fit on the device."""
+        return self.config.selects and self.config.unit == "token" and not self.streaming and not self.config.sink_pages
+
+    def _fetched(self, context: int, batch: int, slots: int) -> tuple[float, float]:
+        """Pages, and tokens by themselves, that a step brings to the device where not all pages fit there."""
+        if not self.packs:
+            return self._misses(context, batch, slots), 0.0
+        P, layers, listed = self.config.page_size, self.model.layers, self._budget(context) / 2
+        heads = batch * self.others
+        slots -= min(slots // 2, math.ceil(listed / P) * heads // layers)  # those for packed tokens
+        local = heads * max(0.0, listed / P - 1)  # the newest pages are not sealed
+        share = max(0.0, slots - local / layers) // (layers - 1) if layers > 1 else slots
+        missed = max(heads / P, local - layers * min(local / layers, share))
+        held = batch * self.held(context)
+        near = max(0.0, slots - local) / max(1.0, held - local) if held < 4 * slots else 0.0
+        return missed, heads * listed * (1 - near)
 
     def _misses(self, context: int, batch: int, slots: int) -> float:
         """Pages that a step wants and that do not lie in so many slots, or frames."""

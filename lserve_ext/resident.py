@@ -13,6 +13,7 @@ from torch import Tensor
 from . import ops
 from .home import Home, Inputs, Recompute
 from .ops import Mask, PagedKV
+from .packed import Packed, pack, pages_of
 from .placement import TieredPool
 
 
@@ -95,10 +96,13 @@ class Resident:
 
     Args:
         pool: whose blocks `PagedKV.block_table` names.
+        packs: all heads follow lists of tokens. Where not all pages fit on the device, these tokens are copied side by
+            side, without the rest of their pages; only local pages take slots.
+        reuse_interval: steps that a list serves.
     """
 
-    def __init__(self, pool: TieredPool) -> None:
-        self._pool, self._slots = pool, pool.slots
+    def __init__(self, pool: TieredPool, packs: bool = False, reuse_interval: int = 1) -> None:
+        self._pool, self._slots, self._packs, self._reuse_interval = pool, pool.slots, packs, reuse_interval
         self.slot_table = torch.empty(0)
         """[B, H, M] int32 where pages may lie, of the layer that attends; written."""
         self.seals = True
@@ -106,6 +110,9 @@ class Resident:
         self.given: Given | None = None
         """What the layer's new pages can be recomputed from."""
         self._last = _Wanted((), self.slot_table, [])  # of the last decode step
+        self._packed: tuple[tuple[object, ...], int, Packed] | None = (
+            None  # all heads of that step, and what it follows from
+        )
 
     def append_kv(self, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None:
         """`ops.append_kv`; where the home is limited, sealed pages are made beside it and then handed over."""
@@ -155,13 +162,15 @@ class Resident:
         """`ops.decode`."""
         G = q.shape[1] // kv.block_table.shape[1]
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-        for b, h, part in self._rounds(self._of_step(mask, kv, seq_lens), kv):
+        wanted = self._of_step(mask, kv, seq_lens)
+        for b, h, part in self._rounds(wanted, kv):
             if part.block_table is kv.block_table:
-                out, lse = ops.decode(q, mask, part, seq_lens, scale=scale)
+                now, part, lens, _ = self._of_part(wanted.packs, mask, part, seq_lens)
+                out, lse = ops.decode(q, now, part, lens, scale=scale)
                 continue
             queries = slice(h.start * G, h.stop * G)
-            found = ops.decode(q[b, queries], _part(mask, b, h), part, seq_lens[b], scale=scale)
-            out[b, queries], lse[b, queries] = found
+            now, part, lens, _ = self._of_part(wanted.packs, _part(mask, b, h), part, seq_lens[b])
+            out[b, queries], lse[b, queries] = ops.decode(q[b, queries], now, part, lens, scale=scale)
         return out, lse
 
     def attention_mass(
@@ -176,30 +185,68 @@ class Resident:
         for b, h, part in self._rounds(wanted, kv):
             queries = slice(h.start * G, h.stop * G)
             logs = lse[b, :, queries].contiguous()
-            found = ops.attention_mass(q[b, :, queries], logs, _part(mask, b, h), part, seq_lens[b], scale=scale)
-            mass[b, h] = found
+            whole = part.block_table is kv.block_table
+            now = mask if whole else _part(mask, b, h)
+            now, part, lens, packed = self._of_part(wanted.packs, now, part, seq_lens[b])
+            found = ops.attention_mass(q[b, :, queries], logs, now, part, lens, scale=scale)
+            mass[b, h] = found if packed is None else packed.unpacked(found, M * P)
         return mass
+
+    def _of_part(
+        self, packs: bool, mask: Mask, kv: PagedKV, seq_lens: Tensor
+    ) -> tuple[Mask, PagedKV, Tensor, Packed | None]:
+        """A part of a step as it is attended: packed, if it is to be."""
+        if not packs:
+            return mask, kv, seq_lens, None
+        slots, last = self._slots, self._packed
+        key = mask.lists, mask.local_start, kv.block_table
+        fits = last is not None and slots.packed is last and last[1] == slots.generation
+        if last is None or not fits or any(a is not b for a, b in zip(last[0], key, strict=True)):
+            slots.packed = None
+            packed = pack(mask, kv, seq_lens, slots.count, self._reuse_interval)
+            slots.copy_rows(packed, kv.block_table, kv.slot_table)
+            last = slots.packed = self._packed = key, slots.generation, packed
+        packed = last[2]
+        return packed.mask, packed.kv, packed.seq_lens, packed
 
     def _of_step(self, mask: Mask, kv: PagedKV, seq_lens: Tensor) -> _Wanted:
         """What a decode step wants. It follows from tensors that stay the same objects until something changes."""
+        packs = self._packs and mask.lists is not None and self._pool.phase > 1
         key = (mask.windows, mask.lists, mask.local_start, kv.sealed, kv.block_table, self.slot_table)
-        if len(self._last.key) != len(key) or any(a is not b for a, b in zip(key, self._last.key, strict=True)):
-            self._last = _wanted(key, mask, kv, seq_lens - 1)
+        last = self._last
+        if (
+            last.packs != packs
+            or len(last.key) != len(key)
+            or any(a is not b for a, b in zip(last.key, key, strict=True))
+        ):
+            self._last = _wanted(key, mask, kv, seq_lens - 1, packs)
         return self._last
 
     def _rounds(self, wanted: _Wanted, kv: PagedKV) -> Iterator[tuple[slice, slice, PagedKV]]:
         """Sequences, kv heads, and their cache with the pages that they want in slots."""
         slots, (B, H, M) = self._slots, kv.block_table.shape
         slot_table, tensors = self.slot_table[..., :M], slots.tensors
-        total = sum(map(sum, wanted.needs))
+        total, packed = sum(map(sum, wanted.needs)), wanted.packed
+        every = slots.count + slots.reserved
+        most = max(map(max, wanted.needs), default=0)
+        if most + packed > every:
+            want, have = (n * slots.slot_bytes for n in (most + packed, every))
+            pages = f"the {most + packed} pages that a head attends"
+            raise ValueError(f"device_bytes: expected at least {want:,}, for {pages}, got {have:,}")
+        heads = B * H
+        if packed:
+            heads = max(1, min(heads, every // 2 // packed, (every - most) // packed))
+            slots.reserve(heads * packed)
+        elif most > slots.count:
+            slots.reserve(0)
         keep = slots.share(total)
-        if total <= slots.count:
+        if total <= slots.count and heads >= B * H:
             slots.fetch(wanted.pages, kv.block_table, slot_table, total, keep, wanted.generation)
             whole = kv._replace(k_pool=tensors["k"], v_pool=tensors["v"], scales=tensors.get("scales"))
             yield slice(0, B), slice(0, H), whole._replace(slot_table=slot_table)
             wanted.generation = slots.generation
             return
-        for b, h in self._parts(wanted.needs, H):
+        for b, h in _parts(wanted.needs, H, slots.count, heads):
             count = sum(sum(need[h]) for need in wanted.needs[b])
             slots.fetch(wanted.pages[b, h], kv.block_table[b, h], slot_table[b, h], count, keep)
             keep = max(0, keep - count)
@@ -208,21 +255,17 @@ class Resident:
             yield b, h, PagedKV(tensors["k"], tensors["v"], kv.stats, tensors.get("scales"), kv.block_table[b, h],
                                 slot_table[b, h], residual_k, residual_v, kv.sealed[b])  # fmt: skip
 
-    def _parts(self, needs: list[list[int]], H: int) -> Iterator[tuple[slice, slice]]:
-        """Runs of heads of one sequence that need no more slots than there are."""
-        room = self._slots.count
-        for b, need in enumerate(needs):
-            if max(need) > room:
-                want, have = (n * self._slots.slot_bytes for n in (max(need), room))
-                pages = f"the {max(need)} pages that a head attends"
-                raise ValueError(f"device_bytes: expected at least {want:,}, for {pages}, got {have:,}")
-            first, total = 0, 0
-            for h, more in enumerate(need):
-                if total + more > room:
-                    yield slice(b, b + 1), slice(first, h)
-                    first, total = h, 0
-                total += more
-            yield slice(b, b + 1), slice(first, H)
+
+def _parts(needs: list[list[int]], H: int, room: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Runs of at most so many heads of one sequence that need no more slots than there are."""
+    for b, need in enumerate(needs):
+        first, total = 0, 0
+        for h, more in enumerate(need):
+            if total + more > room or h - first == most:
+                yield slice(b, b + 1), slice(first, h)
+                first, total = h, 0
+            total += more
+        yield slice(b, b + 1), slice(first, H)
 
 
 @dataclasses.dataclass
@@ -235,13 +278,21 @@ class _Wanted:
     """[B, H, M] int32, ascending, -1 padded."""
     needs: list[list[int]]
     """[B][H] how many."""
+    packs: bool = False
+    """Whether listed tokens are copied side by side. Then these are the other pages."""
+    packed: int = 0
+    """Slots a head that such tokens take."""
     generation: int = -1
     """Of the slots when all of them were there."""
 
 
-def _wanted(key: tuple[Tensor | None, ...], mask: Mask, kv: PagedKV, first: Tensor) -> _Wanted:
-    pages, counts = ops.wanted_pages(mask, kv.block_table, kv.sealed, first, kv.k_pool.shape[1])
-    return _Wanted(key, pages, counts.tolist())
+def _wanted(key: tuple[Tensor | None, ...], mask: Mask, kv: PagedKV, first: Tensor, packs: bool = False) -> _Wanted:
+    P = kv.k_pool.shape[1]
+    packed = pages_of(mask, P) if packs else 0
+    if packs and mask.lists is not None:
+        mask = mask._replace(lists=mask.lists[..., :0])
+    pages, counts = ops.wanted_pages(mask, kv.block_table, kv.sealed, first, P)
+    return _Wanted(key, pages, counts.tolist(), packs, packed)
 
 
 def _part(mask: Mask, b: slice, h: slice) -> Mask:

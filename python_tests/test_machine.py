@@ -38,7 +38,7 @@ def test_a_measured_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert not list((tmp_path / "kv").iterdir())
     for name in ("memory", "linear.float32", "attend.auto", "fetch"):
         assert 1e8 < profile.figure(name, 1 << 20) < 1e13, name
-    for name in ("layer", "layer.slots", "layer.frames"):
+    for name in ("layer", "layer.slots", "layer.frames", "layer.packed"):
         assert 0 < profile.figure(name) < 1, name
     assert profile.figure("fetch", 8192) <= 4 * profile.figure("memory")
 

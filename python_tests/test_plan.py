@@ -130,6 +130,27 @@ def test_bytes_that_a_dense_step_moves(share: float) -> None:
     assert moved == predicted.moved.get("fetch", 0) and (moved > 0) == (share < 1)
 
 
+def test_bytes_that_tokens_by_themselves_take() -> None:
+    """Lists of tokens, and the pages that are sealed, each of which becomes local once. (A prompt would want all pages of
+    a head at once.)"""
+    tokens, (_, plan) = 400, run("alisa", 200, 1)
+    slots, P = plan.held(tokens) // 6, plan.config.page_size
+    model = _tiny.llama(attn_implementation="lserve", layers=2)
+    cache = SparseCache(model.config, plan.config.replace(device_bytes=slots * plan.page_bytes))
+    ids = torch.randint(0, 258, (1, tokens + P), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for i in range(tokens + P):
+            if i == tokens:
+                before = cache.traffic()
+            model(ids[:, i : i + 1], use_cache=True, **_tiny.cached(cache))
+    moved, heads = cache.traffic() - before, plan.others
+    assert (
+        moved.rows == sum(heads * round(0.1 * n) for n in range(tokens + 1, tokens + P + 1)) and moved.fetched == heads
+    )
+    found = Plan(plan.model, cache.config, plan.profile).predict(tokens + P // 2).moved["fetch"]
+    assert found == pytest.approx((moved.fetched + moved.rows / P) * plan.page_bytes / P, rel=0.02)
+
+
 # ---- predictions
 
 

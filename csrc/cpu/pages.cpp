@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "../grid.h"
@@ -228,17 +229,28 @@ void write_residual(const AppendArgs& a, const Span& s, int64_t b, int64_t h) {
 
 // Rows are copied in no order, so none may be written twice, or read and written.
 void check_pairs(const GatherArgs& a) {
-  std::unordered_set<const char*> written;
   const auto row = [](const void* base, int64_t id, int64_t stride) { return static_cast<const char*>(base) + id * stride; };
-  const auto skipped = [&](int64_t i) { return a.src_ids[i] < 0 || a.dst_ids[i] < 0; };
+  std::vector<std::pair<const char*, int64_t>> written;  // rows, and their places in the list
+  written.reserve(a.count);
   for (int64_t i = 0; i < a.count; ++i)
-    if (!skipped(i) && !written.insert(row(a.dst, a.dst_ids[i], a.dst_stride)).second)
+    if (a.src_ids[i] >= 0 && a.dst_ids[i] >= 0) written.emplace_back(row(a.dst, a.dst_ids[i], a.dst_stride), i);
+  if (!std::is_sorted(written.begin(), written.end())) std::sort(written.begin(), written.end());
+  for (size_t n = 1; n < written.size(); ++n)
+    if (written[n].first == written[n - 1].first)
       throw std::runtime_error("lserve_ext::gather_pages: dst_ids: expected each row once, got " +
-                               std::to_string(a.dst_ids[i]) + " again at [" + std::to_string(i) + "]");
-  for (int64_t i = 0; i < a.count; ++i)
-    if (!skipped(i) && written.count(row(a.src, a.src_ids[i], a.src_stride)))
+                               std::to_string(a.dst_ids[written[n].second]) + " again at [" +
+                               std::to_string(written[n].second) + "]");
+  if (written.empty() || written.back().first < row(a.src, 0, 0) ||
+      written.front().first >= row(a.src, a.src_rows, a.src_stride))
+    return;
+  for (int64_t i = 0; i < a.count; ++i) {
+    if (a.src_ids[i] < 0 || a.dst_ids[i] < 0) continue;
+    const std::pair<const char*, int64_t> from(row(a.src, a.src_ids[i], a.src_stride), 0);
+    const auto found = std::lower_bound(written.begin(), written.end(), from);
+    if (found != written.end() && found->first == from.first)
       throw std::runtime_error("lserve_ext::gather_pages: src_ids: expected rows that this call does not write, got " +
                                std::to_string(a.src_ids[i]) + " at [" + std::to_string(i) + "]");
+  }
 }
 
 // Runs body(page) for all pages, on all threads.
