@@ -6,7 +6,7 @@
 The machine is measured first (`lserve profile`); predictions come from that profile and the model's config alone. Then
 one text is read by all runs, which take turns at each step. `all`: every page lies on the device. `tenth`: a tenth of
 the KV does, the rest in host memory. `disk`: a tenth on the device, a third in host memory, all on a disk past the page
-cache.
+cache. `replayed` is what a trace of the same text says that so many slots fetch (lists of pages): the same to the byte.
 
 - static offloading: dense attention with the same limits, so that every page that does not stay is fetched each step.
 - paging: dense attention over sequences that fit on the device; where they grow beyond it, the last one is dropped, and
@@ -39,6 +39,7 @@ from lserve_ext.eval.generate import prefill
 from lserve_ext.hf import cache_argument
 from lserve_ext.machine import Machine, Profile, measure
 from lserve_ext.plan import Model, Plan
+from lserve_ext.trace import Trace, moved_bytes
 
 WARM_UP = 8
 WHERE = ("all", "tenth", "disk")
@@ -59,6 +60,8 @@ class Run(Decoding):
     def __init__(self, model: Any, config: SparseConfig, plan: Plan, name: str, where: str, context: int) -> None:
         super().__init__(model, config, WARM_UP)
         self.plan, self.name, self.where, self.context = plan, name, where, context
+        self.replayed: float | None = None
+        """Bytes a step that a trace of the same text says."""
 
     def result(self) -> dict[str, Any]:
         found, moved = self.plan.predict(self.context), self.cache.traffic() - self.before
@@ -71,8 +74,19 @@ class Run(Decoding):
             "step_ms": took * 1e3, "predicted_ms": found.step * 1e3, "predicted_of_measured": found.step / took,
             "binds": found.binds, "bytes": held, "predicted_bytes": found.bytes,
             "fetched_bytes": fetched * page / steps, "predicted_fetched": found.moved.get("fetch", 0.0),
+            "replayed_fetched": self.replayed,
             "loaded_bytes": moved.loaded * page / steps, "predicted_loaded": found.moved.get("load", 0.0),
         }  # fmt: skip
+
+
+def traced(model: Any, config: SparseConfig, ids: Tensor, context: int) -> Trace:
+    """What a run without limits wants, of the same tokens in the same parts."""
+    cache, trace = SparseCache(model.config, config), Trace(model.config.num_hidden_layers)
+    with trace:
+        prefill(model, ids[:, :context], cache, 512)
+        for token in ids[:, context:].split(1, 1):
+            model(token, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
+    return trace
 
 
 @torch.inference_mode()
@@ -96,6 +110,13 @@ def one_sequence(model: Any, ids: Tensor, profile: Profile, folder: str, options
         for i in tqdm(range(context, context + WARM_UP + options.steps), desc="decode"):
             for run in runs:
                 run.step(machine, ids[:, i : i + 1])
+        for name, config in configs.items():
+            if config.unit == "page":
+                trace = traced(model, config, ids[:, : context + WARM_UP + options.steps], context)
+                for run in runs:
+                    if run.name == name and run.where != "all":
+                        moved = trace.replay((run.plan.config.device_bytes or 0) // run.plan.page_bytes)
+                        run.replayed = moved_bytes(moved[-options.steps :], run.plan.page_bytes)
         results += [run.result() for run in runs]
     return results
 
@@ -186,13 +207,14 @@ def recomputation(profile: Profile, folder: str, options: Any) -> list[dict[str,
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    print("\nrun      where  context  phase  measured ms  predicted ms  ratio  binds       MB fetched, predicted"
-          "   loaded, predicted")  # fmt: skip
+    print("\nrun      where  context  phase  measured ms  predicted ms  ratio  binds       MB fetched, predicted,"
+          "  replayed   loaded, predicted")  # fmt: skip
     for r in results:
         moved = [r[name] / 1e6 for name in ("fetched_bytes", "predicted_fetched", "loaded_bytes", "predicted_loaded")]
+        replayed = "-" if r["replayed_fetched"] is None else f"{r['replayed_fetched'] / 1e6:.2f}"
         print(f"{r['run']:9}{r['where']:6}{r['context']:>8}{r['phase']:>7}{r['step_ms']:>13.1f}{r['predicted_ms']:>14.1f}"
               f"{r['predicted_of_measured']:>7.2f}  {r['binds']:10}{moved[0]:>12.2f}{moved[1]:>11.2f}"
-              f"{moved[2]:>9.2f}{moved[3]:>11.2f}")  # fmt: skip
+              f"{replayed:>10}{moved[2]:>10.2f}{moved[3]:>11.2f}")  # fmt: skip
     errors = [abs(r["predicted_of_measured"] - 1) for r in results]
     print(f"\nmedian error of {len(errors)} predictions: {median(errors):.0%}")
     for context in dict.fromkeys(r["context"] for r in results):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Memory
-from .tiers import DiskTier, FsspecTier, Pending, Tier, TierFullError
+from .tiers import BadRecordError, DiskTier, FsspecTier, Pending, Tier, TierFullError, TierTimeoutError
 
 CHUNK = 256  # pages that are read, or written, at a time: so many are in memory twice
 
@@ -50,6 +50,19 @@ class _Record:
     recompute: Recompute | None = None
     like: Tensor | None = None
     """[0, P, R] of the inputs' dtype."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Ahead:
+    """Records that are being read before anybody wants them."""
+
+    rows: dict[int, memoryview]
+    """By the numbers of the records; those that have been taken are not there any more."""
+    pending: list[Pending]
+
+    @property
+    def is_done(self) -> bool:
+        return all(p.future.done() for p in self.pending)
 
 
 class Home:
@@ -105,9 +118,12 @@ class Home:
         self._leaving: list[
             Pending
         ] = []  # records that nobody needs any more, and that take room until they are written
+        self._ahead: list[_Ahead] = []
         self._peak = 0
         self.loaded = 0
-        """Pages that were read from the tier below."""
+        """Pages that were read from the tier below, wanted or ahead."""
+        self.ahead = 0
+        """Records that had come, or were on their way, when they were wanted."""
         self.written = 0
         """Records that were written there."""
         self.recomputed = 0
@@ -176,6 +192,46 @@ class Home:
                 room = self._room(len(missing), must=False)
                 self._keep(missing[: len(room)], room, {name: x[: len(room)] for name, x in loaded.items()})
         return pages
+
+    def read_ahead(self, blocks: np.ndarray) -> None:
+        """Begins to read pages of these blocks [N] that lie in no frame, unless too many are on their way. `read` takes
+        them when they are wanted; if they are not before the next call, they take frames that can be given up."""
+        assert self.tier is not None
+        self._take_ahead()
+        blocks = self.below(blocks)
+        under_way = {serial for ahead in self._ahead for serial in ahead.rows}
+        serials = [s for s in dict.fromkeys(self._serials[blocks].tolist()) if s >= 0 and s not in under_way]
+        serials = serials[: CHUNK - len(under_way)]
+        if not serials:
+            return
+        sizes = [self._record_bytes(self._records[serial]) for serial in serials]
+        raw = memoryview(np.empty(sum(sizes), np.uint8))  # type: ignore[arg-type]
+        ends = itertools.accumulate(sizes)
+        rows = {serial: raw[end - size : end] for serial, size, end in zip(serials, sizes, ends, strict=True)}
+        wanted = [(_key(serial), row) for serial, row in rows.items()]
+        self._ahead = [*self._ahead, _Ahead(rows, self.tier.get_many(wanted, threads=1))]
+        self.loaded += sum(self._records[serial].recompute is None for serial in serials)
+
+    def below(self, blocks: np.ndarray) -> np.ndarray:
+        """Those of blocks [N] that have a record and lie in no frame."""
+        blocks = blocks[blocks < len(self._frames)]
+        return np.asarray(blocks[(self._frame(blocks) < 0) & self._is_written[blocks]])
+
+    def _take_ahead(self) -> None:
+        """Pages that were read and not wanted yet take frames that can be given up."""
+        for ahead in [ahead for ahead in self._ahead if ahead.is_done]:
+            room = self._room(len(ahead.rows), must=False)  # which may forget blocks, and with them records
+            rows = {}
+            for serial, row in ahead.rows.items():
+                record = self._records.get(serial)
+                if record is not None and record.recompute is None:
+                    rows.update(dict.fromkeys(record.blocks, row))
+            blocks = np.array([*rows], np.int64)
+            blocks = blocks[self._frame(blocks) < 0][: len(room)]
+            if len(blocks) and all(p.future.exception() is None for p in ahead.pending):
+                raw = np.stack([np.frombuffer(rows[block], np.uint8) for block in blocks.tolist()])
+                self._keep(blocks, room[: len(blocks)], self._pages(torch.from_numpy(raw)))
+            self._ahead = [other for other in self._ahead if other is not ahead]
 
     def copy(self, src: Tensor, into: Mapping[str, Tensor], dst: Tensor) -> None:
         """`ops.gather_pages` from here: pages of blocks src [N] to rows dst [N]; -1: none."""
@@ -409,22 +465,31 @@ class Home:
             else:
                 recomputes.setdefault(record.recompute, []).append(i)
         if plain:
-            raw = self._read(self._serials[blocks[plain]].tolist(), self.page_bytes)
-            self.loaded += len(plain)
-            parts = zip(raw.split(list(self._page_bytes.values()), 1), self.tensors.items(), strict=True)
-            for x, (name, like) in parts:
-                pages[name][plain] = x.contiguous().view(like.dtype).view(-1, *like.shape[1:])
+            raw, ahead = self._read(self._serials[blocks[plain]].tolist(), self.page_bytes)
+            self.loaded += len(plain) - ahead
+            for name, x in self._pages(raw).items():
+                pages[name][plain] = x
         for recompute, places in recomputes.items():
             for name, x in self._recomputed(recompute, blocks[places]).items():
                 pages[name][places] = x.cpu()
         return pages
 
+    def _pages(self, raw: Tensor) -> dict[str, Tensor]:
+        """Pages of records [N, page_bytes]."""
+        parts = zip(raw.split(list(self._page_bytes.values()), 1), self.tensors.items(), strict=True)
+        return {name: x.contiguous().view(like.dtype).view(-1, *like.shape[1:]) for x, (name, like) in parts}
+
+    def _record_bytes(self, record: _Record) -> int:
+        like = record.like
+        return self.page_bytes if like is None else like.element_size() * like.shape[1:].numel()
+
     def _recomputed(self, recompute: Recompute, blocks: np.ndarray) -> dict[str, Tensor]:
         """Pages [N, ...] of blocks of one layer from its inputs."""
         serials = dict.fromkeys(self._serials[blocks].tolist())
-        like = self._records[next(iter(serials))].like
+        record = self._records[next(iter(serials))]
+        like = record.like
         assert like is not None and self._encode is not None
-        raw = self._read(list(serials), like.element_size() * like.shape[1:].numel())
+        raw, _ = self._read(list(serials), self._record_bytes(record))
         k, v = recompute(raw.view(like.dtype).view(-1, *like.shape[1:]))
         place = {serial: i for i, serial in enumerate(serials)}
         which = _index(np.array([place[serial] for serial in self._serials[blocks].tolist()])).to(k.device)
@@ -432,13 +497,25 @@ class Home:
         self.recomputed += len(blocks)
         return self._encode(blocks, k[which, heads], v[which, heads])
 
-    def _read(self, serials: Sequence[int], size: int) -> Tensor:
-        """[N, size] bytes of records."""
+    def _read(self, serials: Sequence[int], size: int) -> tuple[Tensor, int]:
+        """[N, size] bytes of records, and how many of them had been read ahead. If that has failed, they are read
+        again, which says why."""
         assert self.tier is not None
         raw = torch.empty(len(serials), size, dtype=torch.uint8)
-        rows = zip(serials, raw.numpy(), strict=True)
-        self.tier.wait(self.tier.get_many([(_key(serial), memoryview(row)) for serial, row in rows]))
-        return raw
+        rows: dict[int, memoryview] = dict(zip(serials, (memoryview(row) for row in raw.numpy()), strict=True))
+        for ahead in [ahead for ahead in self._ahead if rows.keys() & ahead.rows.keys()]:
+            try:
+                self.tier.wait(ahead.pending)
+            except (BadRecordError, TierTimeoutError, TierFullError, OSError):
+                self._ahead = [other for other in self._ahead if other is not ahead]
+                continue
+            for serial in rows.keys() & ahead.rows.keys():
+                rows[serial][:] = ahead.rows[serial]
+                del rows[serial], ahead.rows[serial]
+                self.ahead += 1
+        if rows:
+            self.tier.wait(self.tier.get_many([(_key(serial), row) for serial, row in rows.items()]))
+        return raw, len(serials) - len(rows)
 
 
 def _key(serial: int) -> bytes:

@@ -105,6 +105,10 @@ class Slots:
             self._reserved = slots
             self.generation += 1
 
+    def held(self) -> np.ndarray:
+        """Blocks that lie in slots, and -1. On a GPU this waits for the device."""
+        return self._blocks.cpu().numpy()
+
     @property
     def memory(self) -> Memory:
         used = (int((self._blocks >= 0).sum()) + self._reserved) * self.slot_bytes
@@ -192,6 +196,8 @@ class TieredPool(Pool):
     """
 
     home: Home | None = None
+    attending: Any = None
+    """Which layer attends now, or did so last, as a weak reference."""
 
     def __init__(self, config: SparseConfig, like: Tensor, capacity: int, layers: int = 1) -> None:
         super().__init__(config, like, capacity)
@@ -267,6 +273,16 @@ class TieredPool(Pool):
             self.home.copy_rows(src, into, dst)
             return
         gather_rows({name: self.tensors[name] for name in into}, src, into, dst)
+
+    def read_ahead(self, blocks: np.ndarray) -> None:
+        """Brings pages of these blocks [N] from the tier below to host memory, in the background."""
+        if self.home is None or self.home.tier is None:
+            return
+        below = self.home.below(blocks)
+        if len(below):
+            is_held = np.zeros(self.allocator.capacity + 1, bool)
+            is_held[self.slots.held()] = True  # -1: the last one
+            self.home.read_ahead(below[~is_held[below]])
 
     @property
     def phase(self) -> int:

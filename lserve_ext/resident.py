@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -110,6 +111,8 @@ class Resident:
         self.given: Given | None = None
         """What the layer's new pages can be recomputed from."""
         self._last = _Wanted((), self.slot_table, [])  # of the last decode step
+        self._served = 0  # steps that the lists of that step have served
+        self._following: Callable[[], Resident | None] = lambda: None  # the layer that attended after this one
         self._packed: tuple[tuple[object, ...], int, Packed] | None = (
             None  # all heads of that step, and what it follows from
         )
@@ -162,15 +165,19 @@ class Resident:
         """`ops.decode`."""
         G = q.shape[1] // kv.block_table.shape[1]
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+        self._served = self._served + 1 if self._last.key and self._last.key[1] is mask.lists else 1
         wanted = self._of_step(mask, kv, seq_lens)
         for b, h, part in self._rounds(wanted, kv):
-            if part.block_table is kv.block_table:
-                now, part, lens, _ = self._of_part(wanted.packs, mask, part, seq_lens)
+            whole = part.block_table is kv.block_table
+            now = mask if whole else _part(mask, b, h)
+            now, part, lens, _ = self._of_part(wanted.packs, now, part, seq_lens[b])
+            if (b.stop, h.stop) == kv.block_table.shape[:2]:  # all that the layer wants has been fetched
+                self._look_ahead()
+            if whole:
                 out, lse = ops.decode(q, now, part, lens, scale=scale)
-                continue
-            queries = slice(h.start * G, h.stop * G)
-            now, part, lens, _ = self._of_part(wanted.packs, _part(mask, b, h), part, seq_lens[b])
-            out[b, queries], lse[b, queries] = ops.decode(q[b, queries], now, part, lens, scale=scale)
+            else:
+                queries = slice(h.start * G, h.stop * G)
+                out[b, queries], lse[b, queries] = ops.decode(q[b, queries], now, part, lens, scale=scale)
         return out, lse
 
     def attention_mass(
@@ -191,6 +198,33 @@ class Resident:
             found = ops.attention_mass(q[b, :, queries], logs, now, part, lens, scale=scale)
             mass[b, h] = found if packed is None else packed.unpacked(found, M * P)
         return mass
+
+    def _look_ahead(self) -> None:
+        """Begins to read what the layer that comes next wanted in its last step, while this one computes. Which layer
+        that is, the last step has shown."""
+        before, self._pool.attending = self._pool.attending, weakref.ref(self)
+        last = None if before is None else before()
+        if last is not None:
+            last._following = weakref.ref(self)
+        following = self._following()
+        if following is not None and self._pool.phase == 3:
+            self._pool.read_ahead(following.likely())
+
+    def likely(self) -> np.ndarray:
+        """Blocks [N] that the layer's next step will want, as far as that is known: those of the last one, unless it
+        selects other pages. (Other tokens mostly lie in the same pages.)"""
+        last = self._last
+        if not last.key or (last.key[1] is not None and not self._packs and self._served >= self._reuse_interval):
+            return np.zeros(0, np.int64)
+        if last.blocks is None:
+            table = last.key[4]
+            assert table is not None
+            found = [table.gather(2, last.pages.clamp(min=0).long())[last.pages >= 0]]
+            if self._packed is not None and self._packed[0][0] is last.key[1]:
+                packed = self._packed[2]
+                found.append(table.gather(2, packed.page)[packed.offset >= 0])
+            last.blocks = torch.cat(found).unique().cpu().numpy()
+        return last.blocks
 
     def _of_part(
         self, packs: bool, mask: Mask, kv: PagedKV, seq_lens: Tensor
@@ -246,7 +280,7 @@ class Resident:
             yield slice(0, B), slice(0, H), whole._replace(slot_table=slot_table)
             wanted.generation = slots.generation
             return
-        for b, h in _parts(wanted.needs, H, slots.count, heads):
+        for b, h in parts(wanted.needs, H, slots.count, heads):
             count = sum(sum(need[h]) for need in wanted.needs[b])
             slots.fetch(wanted.pages[b, h], kv.block_table[b, h], slot_table[b, h], count, keep)
             keep = max(0, keep - count)
@@ -256,7 +290,7 @@ class Resident:
                                 slot_table[b, h], residual_k, residual_v, kv.sealed[b])  # fmt: skip
 
 
-def _parts(needs: list[list[int]], H: int, room: int, most: int) -> Iterator[tuple[slice, slice]]:
+def parts(needs: list[list[int]], H: int, room: int, most: int) -> Iterator[tuple[slice, slice]]:
     """Runs of at most so many heads of one sequence that need no more slots than there are."""
     for b, need in enumerate(needs):
         first, total = 0, 0
@@ -284,6 +318,8 @@ class _Wanted:
     """Slots a head that such tokens take."""
     generation: int = -1
     """Of the slots when all of them were there."""
+    blocks: np.ndarray | None = None
+    """See `Resident.likely`."""
 
 
 def _wanted(key: tuple[Tensor | None, ...], mask: Mask, kv: PagedKV, first: Tensor, packs: bool = False) -> _Wanted:

@@ -174,8 +174,11 @@ class Tier(abc.ABC):
         """
         return self.get_many([(key, into)])[0]
 
-    def get_many(self, wanted: Sequence[tuple[bytes, memoryview]]) -> list[Pending]:
+    def get_many(self, wanted: Sequence[tuple[bytes, memoryview]], threads: int | None = None) -> list[Pending]:
         """The same of many records: each thread reads some of them, neighbours on the disk at once.
+
+        Args:
+            threads: how many share the records; None: all.
 
         Raises:
             BadRecordError: at once, and nothing is read, if one is not there.
@@ -184,7 +187,7 @@ class Tier(abc.ABC):
             self._check_open()
             gets = [_Get(key, self._found(key, into), into.cast("B")) for key, into in wanted]
             gets.sort(key=lambda get: get.entry.place)
-            share = max(1, -(-len(gets) // self._threads))
+            share = max(1, -(-len(gets) // (threads or self._threads)))
             started = []
             for part in (gets[i : i + share] for i in range(0, len(gets), share)):
                 for get in part:

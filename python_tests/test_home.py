@@ -26,6 +26,7 @@ import lserve_ext
 from lserve_ext import SparseConfig
 from lserve_ext.hf import SparseCache
 from lserve_ext.home import Home, open_tier
+from lserve_ext.resident import Resident
 from lserve_ext.tiers import ALIGNMENT, BadRecordError, DiskTier, TierFullError, TierTimeoutError
 
 LIKE = {"k": torch.empty(0, 4, 8), "v": torch.empty(0, 4, 8), "scales": torch.empty(0, 2, dtype=torch.float64)}
@@ -70,6 +71,10 @@ def test_what_is_written_comes_back(data: st.DataObject) -> None:
             versions |= dict.fromkeys(new, turn)
         elif used and data.draw(st.booleans()):
             used -= set(data.draw(st.lists(st.sampled_from(sorted(used)), max_size=5)))
+        elif used and data.draw(st.booleans()):
+            some = np.array(data.draw(st.lists(st.sampled_from(range(30)), max_size=20)), np.int64)
+            if ours.tier is not None:
+                ours.read_ahead(some)
         elif used:
             wanted = data.draw(st.lists(st.sampled_from(sorted(used)), max_size=30))
             want = {name: torch.cat([pages([b], versions[b])[name] for b in wanted] or [x]) for name, x in LIKE.items()}
@@ -95,6 +100,68 @@ def test_nothing_is_written_before_half_of_the_frames_are_taken(tmp_path: Path) 
     loaded = ours.loaded
     ours.read(np.array([39]))
     assert ours.loaded == loaded
+
+
+def test_read_ahead(tmp_path: Path) -> None:
+    """What has come takes no second read, wherever it is when it is wanted; what nobody wants takes frames."""
+    ours = home(8, tmp_path)
+    ours.write(np.arange(24), pages([*range(24)]))
+    ours._finish()
+    absent = [*ours.below(np.arange(24))]
+    assert len(absent) >= 16 and not len(ours.below(np.array([100])))
+    ours.read_ahead(np.array(absent[:3]))
+    assert same(ours.read(np.array(absent[:2])), pages(absent[:2]))
+    assert ours.loaded == 3 and ours.ahead == 2
+    for _ in range(2):  # the second time, nothing is left to be read
+        ours.read_ahead(np.array(absent[:4]))
+    assert ours.loaded == 4
+    assert ours.tier is not None
+    ours.tier.wait(p for ahead in ours._ahead for p in ahead.pending)
+    ours.read_ahead(np.array([], np.int64))
+    assert not ours._ahead and len(ours.below(np.array(absent[:4]))) < 4
+    assert same(ours.read(np.arange(24)), pages([*range(24)]))
+    ours.read_ahead(ours.below(np.arange(24))[:2])
+    ours.forget(np.arange(24))  # while they are read
+    ours.write(np.arange(24), pages([*range(24)], 1))
+    assert same(ours.read(np.arange(24)), pages([*range(24)], 1))
+
+
+def test_reading_ahead_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read again; only what is wanted can fail."""
+    ours = home(4, tmp_path)
+    ours.write(np.arange(12), pages([*range(12)]))
+    ours._finish()
+    absent = ours.below(np.arange(12))
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskTier, "_read", lambda *args: iter(()))
+        for part in (absent[:2], absent[2:4]):
+            ours.read_ahead(part)
+        time.sleep(0.1)
+        ours.read_ahead(absent[4:6])
+    assert same(ours.read(absent), pages(absent.tolist())) and ours.ahead <= 2
+
+
+@pytest.mark.parametrize("name", ["dense", "pages", "alisa"])
+def test_layers_that_come_next_are_read_ahead(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a tier makes threads wait, they wait while layers compute."""
+    model = _tiny.llama(layers=4, attn_implementation="lserve")
+    size, frames = slot_bytes(name), 12 if name == "pages" else 24
+    slots = 13 if name == "pages" else 32  # less than all layers want, though lists are reused
+    limits = {"device_bytes": slots * size, "host_bytes": frames * size, "disk_dir": "memory://ahead"}
+    ids = torch.randint(0, 258, (1, 164), generator=torch.Generator().manual_seed(0))
+    found = []
+    for ahead in (False, True):
+        cache = SparseCache(model.config, CONFIGS[name].replace(streaming_heads=None, **limits))
+        with monkeypatch.context() as patch, torch.no_grad():
+            if not ahead:
+                patch.setattr(Resident, "_look_ahead", lambda self: None)
+            parts = [ids[:, :140], *ids[:, 140:].split(1, 1)]
+            logits = [model(part, use_cache=True, **_tiny.cached(cache)).logits[:, -1] for part in parts]
+        home = next(layer.kv.pool.home for layer in cache.ours if layer.kv is not None)
+        found.append((torch.stack(logits), home.loaded, home.ahead))
+    (plain, _, never), (same, loaded, before) = found
+    assert torch.equal(plain, same) and never == 0
+    assert before > (0.9 if name == "dense" else 0.3) * loaded
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.02])

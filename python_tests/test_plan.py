@@ -131,8 +131,8 @@ def test_bytes_that_a_dense_step_moves(share: float) -> None:
 
 
 def test_bytes_that_tokens_by_themselves_take() -> None:
-    """Lists of tokens, and the pages that are sealed, each of which becomes local once. (A prompt would want all pages of
-    a head at once.)"""
+    """Lists of tokens, and the pages that are sealed, each of which becomes local once. (A prompt would want all pages
+    of a head at once.)"""
     tokens, (_, plan) = 400, run("alisa", 200, 1)
     slots, P = plan.held(tokens) // 6, plan.config.page_size
     model = _tiny.llama(attn_implementation="lserve", layers=2)
