@@ -23,7 +23,7 @@ from .files import Tensors
 from .home import Recompute
 from .ops import DENSE, LISTED, Mask, PagedKV
 from .placement import TieredPool, make_pool
-from .reserved import ReservedBatch, ReservedLayer
+from .reserved import ReservedBatch, ReservedLayer, check_slots
 from .resident import Attention, Given, Resident
 from .scorers import Selection
 from .sequences import Sequences, Step, on_device
@@ -96,6 +96,7 @@ class LayerCache:
             self._resident: Resident | None = None
             if isinstance(self._pool, TieredPool):
                 self._resident = Resident(self._pool, packs, config.reuse_interval)
+                check_slots(self._pool.slots, self._reserved_slots(B) if config.max_tokens else 0)
             blocks = self._pool.table(np.full((B, H, config.max_pages or 4), -1, np.int32))
             table = on_device(blocks.ids, self.device)
             k, v = (like.new_zeros(B, H, 2 * config.page_size, D) for _ in "kv")  # zeros: files hold all rows
@@ -110,6 +111,16 @@ class LayerCache:
         pages, M, streaming = self.config.pages, self.config.max_pages, int(self._streaming.sum())
         cyclic = min(M, pages.sink + pages.longest_window + 1) + pages.decode_window
         return batch * (streaming * cyclic + (self.heads - streaming) * M)
+
+    def _reserved_slots(self, batch: int) -> int:
+        """Pages that a decode step in reserved memory may want."""
+        config, M = self.config, self.config.max_pages or 0
+        listed = M
+        if self._scorer is not None and config.list_pages is not None and config.unit == "page":
+            aged = -(-config.reuse_interval // config.page_size) + 1
+            listed = min(M, config.sink_pages + config.list_pages + config.local_pages + aged)
+        streams, streaming = min(M, config.sink_pages + config.local_pages + 1), int(self._streaming.sum())
+        return batch * (streaming * streams + (self.heads - streaming) * listed)
 
     # ---- what it holds ----------------------------------------------------------------------------------------------
     @property
@@ -253,7 +264,8 @@ class LayerCache:
         layer = self._reserved
         if layer is None or layer.batch_size != self.batch_size:
             assert self.config.max_pages is not None
-            layer = ReservedLayer(self._pool, residual, self._streaming, self.config.max_pages, self._scorer)
+            most = self._reserved_slots(self.batch_size)
+            layer = ReservedLayer(self._pool, residual, self._streaming, self.config.max_pages, self._scorer, most)
         layer.load(s.blocks, s.sequences, s.residual_k, s.residual_v, s.selection)
         self._reserved = layer
 
@@ -265,7 +277,9 @@ class LayerCache:
         assert layer is not None and on is not None
         kv, before = layer.kv(on.sealed), layer.before(batch.age)
         with _below_autograd():
-            out, selection = step.decode(q, k, v, kv, on, self._decode_mask, self._scorer, before, scale, sinks)
+            out, selection = step.decode(
+                q, k, v, kv, on, self._decode_mask, self._scorer, before, scale, sinks, layer.resident or ops
+            )
         layer.keep(selection)
         return out
 
@@ -273,12 +287,15 @@ class LayerCache:
         """Takes what has been decoded since."""
         layer = self._reserved
         assert layer is not None
+        if layer.resident is not None:
+            layer.resident.settle()
         if sequences is not self.sequences:
             blocks = layer.held(sequences)
             table = on_device(blocks.ids, self.device)
             selection = layer.chosen(age, self.config.reuse_interval)
             residual_k, residual_v = layer.residual_k.clone(), layer.residual_v.clone()
-            self._state = State(sequences, blocks, table, table, residual_k, residual_v, selection)
+            slot_table = self._slot_table(table)
+            self._state = State(sequences, blocks, table, slot_table, residual_k, residual_v, selection)
 
     def drop_reserved(self) -> None:
         """Gives back the blocks of pages to come."""

@@ -263,8 +263,8 @@ class SparseConfig:
     def _check_tiers(self) -> None:
         for name in ("device_bytes", "host_bytes", "disk_bytes"):
             self._check_int(name, 1, 2**63)
-        if self.device_bytes is not None and self.max_tokens is not None:
-            raise self._error("device_bytes", "None beside max_tokens, which reserves memory for all pages")
+        if self.host_bytes is not None and self.max_tokens is not None:
+            raise self._error("host_bytes", "None beside max_tokens, which reserves memory for all pages")
         above = {"host_bytes": "device_bytes", "disk_dir": "host_bytes", "disk_bytes": "disk_dir"}
         for name, needed in above.items():
             if getattr(self, name) is not None and getattr(self, needed) is None:

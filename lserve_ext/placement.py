@@ -134,21 +134,35 @@ class Slots:
             generation: when all of them were there. If it is still the same, nothing is to be done.
         """
         self.wanted += count
-        if not self._is_settled:  # an interrupt has left slots that say more than they hold
-            self._blocks.fill_(-1)
-        elif generation == self.generation:
+        if self._is_settled and generation == self.generation:
             return
-        self._is_settled = False
-        if self._reserved:  # no victims: of slots that were used in the same call, the last ones stay longest
-            self._last_use[self.count :] = self._clock
-        state = self._blocks, self._last_use, self._clock
-        src, dst = ops.resolve_pages(lists, block_table, slot_table, *state, keep)
+        src, dst = self._resolve(lists, block_table, slot_table, keep)
         fetched = int((src >= 0).sum())
         if fetched:
             self.generation += 1
             self._pool.copy(src.view(-1), self.tensors, dst.view(-1))
             self.fetched += fetched
         self._is_settled = True
+
+    def bring(self, lists: Tensor, block_table: Tensor, slot_table: Tensor, keep: int) -> Tensor:
+        """`fetch` that never asks the host, and so does not count.
+
+        Returns:
+            [B, H, K] int32 blocks that were copied; -1: none.
+        """
+        src, dst = self._resolve(lists, block_table, slot_table, keep)
+        self._pool.copy(src.view(-1), self.tensors, dst.view(-1))
+        self._is_settled = True
+        return src
+
+    def _resolve(self, lists: Tensor, block_table: Tensor, slot_table: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        """Until what is missing has been copied, slots say more than they hold."""
+        if not self._is_settled:  # as an interrupt has left them
+            self._blocks.fill_(-1)
+        self._is_settled = False
+        if self._reserved:  # no victims: of slots that were used in the same call, the last ones stay longest
+            self._last_use[self.count :] = self._clock
+        return ops.resolve_pages(lists, block_table, slot_table, *self.state, keep)
 
     def copy_rows(self, packed: Packed, block_table: Tensor, slot_table: Tensor) -> None:
         """Copies tokens of pages [B, H, M] to slots for packed ones: from other slots, where many pages lie in some,
@@ -173,8 +187,13 @@ class Slots:
         return max(0, self.count - wanted) // others if others else self.count
 
     def forget(self, blocks: Tensor) -> None:
-        """These blocks [N] will hold something else."""
-        self._blocks[torch.isin(self._blocks, blocks)] = -1
+        """These blocks [N] will hold something else; -1: none. Nothing waits."""
+        self._blocks.masked_fill_(torch.isin(self._blocks, blocks), -1)
+
+    @property
+    def state(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `ops.resolve_pages` takes."""
+        return self._blocks, self._last_use, self._clock
 
 
 def gather_rows(src: Mapping[str, Tensor], src_ids: Tensor, dst: Mapping[str, Tensor], dst_ids: Tensor) -> None:
@@ -191,8 +210,8 @@ def gather_rows(src: Mapping[str, Tensor], src_ids: Tensor, dst: Mapping[str, Te
 class TieredPool(Pool):
     """Blocks whose home is host memory, and slots for some of them on the device.
 
-    Where the home is limited, or the device is a GPU, its tensors are not by block: what ops take of them is to be had
-    in slots alone.
+    Where the home is limited, or grows on a machine with a GPU, its tensors are not by block: what ops take of them is
+    to be had in slots alone. With `max_tokens` it does not grow, and is by block, pinned if there is a GPU.
     """
 
     home: Home | None = None
@@ -200,10 +219,12 @@ class TieredPool(Pool):
     """Which layer attends now, or did so last, as a weak reference."""
 
     def __init__(self, config: SparseConfig, like: Tensor, capacity: int, layers: int = 1) -> None:
-        super().__init__(config, like, capacity)
+        super().__init__(config, like, 0)
         assert config.device_bytes is not None
-        self.layers = layers
-        if config.host_bytes is not None or is_far(like):
+        self.layers, self._is_far = layers, is_far(like)
+        if self._is_far and config.max_tokens is not None:
+            self.tensors |= {name: x.cpu() for name, x in self.tensors.items() if name in MOVED}
+        elif config.host_bytes is not None or self._is_far:
             self.home = Home(
                 {name: self.tensors.pop(name)[:0] for name in MOVED if name in self.tensors},
                 config.host_bytes,
@@ -213,6 +234,16 @@ class TieredPool(Pool):
                 config.recompute,
             )
         self.slots = Slots(self, config.device_bytes, layers)
+        self.grow(capacity)
+
+    def _empty(self, like: Tensor, count: int) -> Tensor:
+        pin = self._like.is_cuda and not like.is_cuda
+        return torch.empty((count, *like.shape[1:]), dtype=like.dtype, device=like.device, pin_memory=pin)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether ops cannot write sealed pages to where they have their home."""
+        return self.home is not None or self._is_far
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TieredPool:
         return TieredPool(self.config, self._like, 0, self.layers)
@@ -240,7 +271,7 @@ class TieredPool(Pool):
     def kv(
         self, block_table: Tensor, slot_table: Tensor, residual_k: Tensor, residual_v: Tensor, sealed: Tensor
     ) -> PagedKV:
-        if self.home is None:
+        if not self.is_apart:
             return super().kv(block_table, slot_table, residual_k, residual_v, sealed)
         t = self.slots.tensors
         nowhere = torch.full_like(slot_table, -1)
@@ -248,16 +279,26 @@ class TieredPool(Pool):
                        residual_v, sealed)  # fmt: skip
 
     def read(self, ids: np.ndarray) -> dict[str, Tensor]:
-        pages = super().read(ids)
+        rows = torch.from_numpy(ids).long()
+        pages = {name: x[rows.to(x.device)].to(self._like.device) for name, x in self.tensors.items()}
         if self.home is None:
             return pages
         return {name: x.to(self._like.device) for name, x in self.home.read(ids).items()} | pages
 
     def write(self, ids: np.ndarray, contents: dict[str, Tensor]) -> None:
-        moved = {name: x for name, x in contents.items() if name not in self.tensors}
-        super().write(ids, {name: x for name, x in contents.items() if name in self.tensors})
+        rows, moved = torch.from_numpy(ids).long(), {}
+        for name, x in contents.items():
+            if name in self.tensors:
+                self.tensors[name][rows.to(self.tensors[name].device)] = x.to(self.tensors[name].device)
+            else:
+                moved[name] = x
         if self.home is not None:
             self.home.write(ids, moved)
+
+    def put(self, src: dict[str, Tensor], src_ids: Tensor, dst: Tensor) -> None:
+        """Rows src_ids [N] of pages on the device to blocks dst [N], by block; -1: none. Nothing waits."""
+        for name, x in src.items():
+            ops.gather_pages(x, src_ids, self.tensors[name], dst)
 
     def copy(self, src: Tensor, into: dict[str, Tensor], dst: Tensor) -> None:
         """Pages of blocks src [N] to rows dst [N] of slots; -1: none."""

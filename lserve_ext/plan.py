@@ -408,9 +408,12 @@ class Plan:
         """Pages that a step wants and that do not lie in so many slots, or frames."""
         held, wanted = batch * self.held(context), batch * self.wanted(context)
         if not self.config.selects:  # all of them in turn: each layer keeps a share
-            layers = self.model.layers
-            share = max(0.0, slots - wanted / layers) // (layers - 1) if layers > 1 else slots
-            return wanted - layers * min(wanted / layers, share)
+            layers, of_layer = self.model.layers, wanted / self.model.layers
+            room = max(0.0, slots - of_layer)
+            share = room // (layers - 1) if layers > 1 else slots
+            if share >= of_layer:
+                return 0.0
+            return wanted - layers * share - (room - (layers - 1) * share)
         if self.config.unit == "token":
             return wanted * max(0.0, 1 - slots / held)
         kept = batch * self.streaming * self.pages(context)[1]

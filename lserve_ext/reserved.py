@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import ops
 from .blocks import BlockTable, Pool
-from .ops import PagedKV
+from .ops import Mask, PagedKV
+from .placement import Slots, TieredPool
 from .scorers import Scorer, Selection
 from .sequences import Facts, OnDevice, Sequences
 
@@ -95,10 +97,85 @@ class ReservedBatch:
         return after
 
 
+class ReservedResident:
+    """`resident.Resident` for decode steps that never ask the host: what a step wants fits in slots, all heads at once.
+
+    Args:
+        pool: by block.
+        table: [B, H, M] its blocks.
+        most: pages that a step may want.
+
+    Raises:
+        ValueError: there are fewer slots.
+    """
+
+    def __init__(self, pool: TieredPool, table: Tensor, most: int) -> None:
+        (B, H, M), slots = table.shape, pool.slots
+        slots.reserve(0)
+        check_slots(slots, most)
+        self._pool, self._slots, self._keep = pool, slots, slots.share(most)
+        self._rows = torch.arange(B * H, dtype=torch.int32, device=table.device)
+        self._slot_table = torch.full_like(table, -1)
+        self._staging_table = self._rows.view(B, H, 1).repeat(1, 1, M)
+        self._staging = {name: x.new_empty((B * H, *x.shape[1:])) for name, x in slots.tensors.items()}
+        self._moved = torch.zeros(2, dtype=torch.int64, device=table.device)  # pages wanted, and fetched
+        kept = (self._rows, self._slot_table, self._staging_table, self._moved, *self._staging.values())
+        for tensor in (*kept, *slots.state, *slots.tensors.values()):
+            torch._dynamo.mark_static_address(tensor)
+
+    def append_kv(self, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None:
+        """`ops.append_kv`: a page that is sealed is made on the device, and then copied to its home."""
+        B, H, M = kv.block_table.shape
+        ops.append_kv(k, v, cu_seqlens_k, context_lens, _over(kv, self._staging, self._staging_table))
+        after = torch.div(context_lens + cu_seqlens_k.diff(), kv.k_pool.shape[1], rounding_mode="floor") - 1
+        page = kv.sealed.clamp(max=M - 1).long()[:, None, None].expand(B, H, 1)
+        blocks = torch.where((after > kv.sealed)[:, None, None], kv.block_table.gather(2, page), -1).view(-1)
+        self._slots.forget(blocks)  # streaming heads write theirs again and again
+        self._pool.put(self._staging, self._rows, blocks)
+
+    def decode(
+        self, q: Tensor, mask: Mask, kv: PagedKV, seq_lens: Tensor, *, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`ops.decode`."""
+        pages, counts = ops.wanted_pages(mask, kv.block_table, kv.sealed, seq_lens - 1, kv.k_pool.shape[1])
+        src = self._slots.bring(pages, kv.block_table, self._slot_table, self._keep)
+        self._moved += torch.stack([counts.sum(), (src >= 0).sum()])
+        return ops.decode(q, mask, _over(kv, self._slots.tensors, self._slot_table), seq_lens, scale=scale)
+
+    def attention_mass(
+        self, q: Tensor, lse: Tensor, mask: Mask, kv: PagedKV, seq_lens: Tensor, *, scale: float | None = None
+    ) -> Tensor:
+        """`ops.attention_mass` of the step that has just been decoded."""
+        return ops.attention_mass(q, lse, mask, _over(kv, self._slots.tensors, self._slot_table), seq_lens, scale=scale)
+
+    def settle(self) -> None:
+        """Counts what has been moved since the last call; others will not take slots for what they were."""
+        wanted, fetched = self._moved.tolist()
+        self._slots.wanted += wanted
+        self._slots.fetched += fetched
+        self._slots.generation += 1
+        self._moved.zero_()
+
+
+def check_slots(slots: Slots, most: int) -> None:
+    """Raises ValueError if there are fewer than a step in reserved memory may want."""
+    every = slots.count + slots.reserved
+    if most > every:
+        want, have = (n * slots.slot_bytes for n in (most, every))
+        pages = f"the {most} pages that a step may attend in reserved memory"
+        raise ValueError(f"device_bytes: expected at least {want:,}, for {pages}, got {have:,}")
+
+
+def _over(kv: PagedKV, tensors: dict[str, Tensor], slot_table: Tensor) -> PagedKV:
+    """A layer whose pages lie in these tensors."""
+    return kv._replace(k_pool=tensors["k"], v_pool=tensors["v"], scales=tensors.get("scales"), slot_table=slot_table)
+
+
 class ReservedLayer:
     """One layer's tensors while it decodes in reserved memory."""
 
-    def __init__(self, pool: Pool, residual: Tensor, streaming: np.ndarray, pages: int, scorer: Scorer | None) -> None:
+    def __init__(self, pool: Pool, residual: Tensor, streaming: np.ndarray, pages: int, scorer: Scorer | None,
+                 most: int) -> None:  # fmt: skip
         B, H, rows, D = residual.shape
         device = residual.device
         self._pool, self._streaming, self._pages, self._scorer = pool, streaming, pages, scorer
@@ -110,8 +187,10 @@ class ReservedLayer:
             lists, local_start, mass = scorer.buffers(B, H, pages, device)
             self.selection = Selection(lists, local_start, mass=mass)
         kept = (self.table, self.residual_k, self.residual_v, *self.selection.tensors().values())
-        for tensor in (*kept, *pool.tensors.values()):
+        for tensor in kept:
             torch._dynamo.mark_static_address(tensor)
+        self.resident = ReservedResident(pool, self.table, most) if isinstance(pool, TieredPool) else None
+        """Where not all pages lie on the device."""
 
     @property
     def batch_size(self) -> int:
@@ -121,6 +200,8 @@ class ReservedLayer:
              selection: Selection) -> None:  # fmt: skip
         """Takes what a layer holds, and assigns the blocks of all pages to come."""
         self.blocks = self._assigned(blocks.ids, sequences)
+        for tensor in self._pool.tensors.values():  # which have grown, maybe
+            torch._dynamo.mark_static_address(tensor)
         self.table.copy_(torch.from_numpy(self.blocks.ids))
         self.residual_k.copy_(residual_k)
         self.residual_v.copy_(residual_v)

@@ -18,15 +18,11 @@ from .packed import Packed, pack, pages_of
 from .placement import TieredPool
 
 
-class Attention(Protocol):
-    """Who appends and attends pages: `ops`, where all of them are resident, or `Resident`."""
+class StepAttention(Protocol):
+    """Who appends and attends pages in decode: `ops`, where all of them are resident, `Resident` or
+    `reserved.ReservedResident`."""
 
     def append_kv(self, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None: ...
-
-    def prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, mask: Mask,
-        kv: PagedKV | None = None, context_lens: Tensor | None = None, *, scale: float | None = None,
-    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def decode(
         self, q: Tensor, mask: Mask, kv: PagedKV, seq_lens: Tensor, *, scale: float | None = None
@@ -35,6 +31,15 @@ class Attention(Protocol):
     def attention_mass(
         self, q: Tensor, lse: Tensor, mask: Mask, kv: PagedKV, seq_lens: Tensor, *, scale: float | None = None
     ) -> Tensor: ...
+
+
+class Attention(StepAttention, Protocol):
+    """The same in prefill, too."""
+
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, mask: Mask,
+        kv: PagedKV | None = None, context_lens: Tensor | None = None, *, scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -118,9 +123,9 @@ class Resident:
         )
 
     def append_kv(self, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None:
-        """`ops.append_kv`; where the home is limited, sealed pages are made beside it and then handed over."""
+        """`ops.append_kv`; where ops cannot write to the home, sealed pages are made beside it and then handed over."""
         home, P, given = self._pool.home, kv.k_pool.shape[1], self.given
-        if home is None or not self.seals:
+        if not self._pool.is_apart or not self.seals:
             ops.append_kv(k, v, cu_seqlens_k, context_lens, kv)
             if given is not None:
                 given.append(cu_seqlens_k, context_lens)
@@ -131,9 +136,12 @@ class Resident:
         blocks = kv.block_table[sealing]
         slot_table = torch.full_like(kv.block_table, -1)
         slot_table[sealing] = torch.arange(len(blocks), dtype=torch.int32, device=k.device)
-        pages = {name: x.new_empty((len(blocks), *x.shape[1:])) for name, x in home.tensors.items()}
+        pages = {name: x.new_empty((len(blocks), *x.shape[1:])) for name, x in self._slots.tensors.items()}
         beside = kv._replace(k_pool=pages["k"], v_pool=pages["v"], scales=pages.get("scales"), slot_table=slot_table)
         ops.append_kv(k, v, cu_seqlens_k, context_lens, beside)
+        if home is None:
+            self._pool.put(pages, torch.arange(len(blocks), dtype=torch.int32, device=k.device), blocks)
+            return
         inputs = None if given is None else given.inputs(sealing, cu_seqlens_k, context_lens)
         if len(blocks):
             _write(home, blocks.cpu().numpy(), pages, inputs)
@@ -188,7 +196,9 @@ class Resident:
         G = q.shape[2] // H
         mass = q.new_empty(B, H, M * P, dtype=torch.float32)
         one = q.shape[1] == 1
-        wanted = self._of_step(mask, kv, seq_lens) if one else _wanted((), mask, kv, seq_lens - q.shape[1])
+        wanted = (
+            self._of_step(mask, kv, seq_lens) if one else _wanted((), mask, kv, (seq_lens - q.shape[1]).clamp(min=-1))
+        )
         for b, h, part in self._rounds(wanted, kv):
             queries = slice(h.start * G, h.stop * G)
             logs = lse[b, :, queries].contiguous()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import ops
 from .ops import Mask, PagedKV
-from .resident import Attention
+from .resident import Attention, StepAttention
 from .scorers import PREFILL_QUERIES, Scorer, Selection
 from .sequences import OnDevice, Step
 
@@ -68,7 +68,7 @@ def decode(
     selection: Selection,
     scale: float,
     sinks: Tensor | None = None,
-    attention: Attention = ops,
+    attention: StepAttention = ops,
 ) -> tuple[Tensor, Selection]:
     """Appends one token a sequence and attends with it. Nothing here needs the host.
 

@@ -77,7 +77,7 @@ class Trace(TorchDispatchMode):
         else:
             mask = Mask(a["windows"], a["lists"], a["local_start"], a["sink"], a["unit"])
             rows, P = 1 if op == "decode" else a["q"].shape[1], a["k_pool"].shape[1]
-            first = a["seq_lens"] - rows
+            first = (a["seq_lens"] - rows).clamp(min=-1)
         if mask.unit not in (None, P):
             raise ValueError(f"unit: expected lists of pages, {P} tokens each, got {mask.unit}")
         is_step, is_same = op == "decode" or (op == "attention_mass" and rows == 1), False

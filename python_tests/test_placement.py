@@ -162,8 +162,8 @@ def test_bad_limits() -> None:
         SparseConfig.dense(device_bytes=0)
     with pytest.raises(TypeError, match=r"SparseConfig.device_bytes: expected an int of at least 1, got 1.5"):
         SparseConfig.dense(device_bytes=1.5)
-    with pytest.raises(ValueError, match=r"SparseConfig.device_bytes: expected None beside max_tokens"):
-        SparseConfig.dense(device_bytes=100, max_tokens=100)
+    with pytest.raises(ValueError, match=r"SparseConfig.host_bytes: expected None beside max_tokens"):
+        SparseConfig.dense(device_bytes=100, host_bytes=100, max_tokens=100)
     with pytest.raises(ValueError, match=r"device_bytes: expected at least the 1,024 bytes of one page, got 1,000"):
         LayerCache(SparseConfig.dense(device_bytes=1000, **SMALL), [False] * H, False, torch.empty(1, H, 1, D))
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lserve_ext
-from lserve_ext import HeadPattern, SparseCache, SparseConfig
+from lserve_ext import HeadPattern, SparseCache, SparseConfig, placement
+from lserve_ext.blocks import Pool
 from lserve_ext.hf import interface
 
 PACKAGE = str(Path(lserve_ext.__file__).parent)
@@ -163,24 +164,48 @@ def continued(
     return torch.cat(found, 1)
 
 
-def reserved(name: str) -> SparseConfig:
-    return PRESETS[name].replace(max_tokens=TOKENS)
+def reserved(name: str, tiers: bool = False) -> SparseConfig:
+    """With all pages on the device, or with room for little more than a step of one layer may attend of them."""
+    config = PRESETS[name].replace(max_tokens=TOKENS)
+    if not tiers:
+        return config
+    pages = {"streaming": 4, "lserve": 6}.get(name, TOKENS // config.page_size)  # of a head
+    page = placement.slot_bytes(Pool(config, torch.empty(1, 2, 1, 16), 0))
+    return config.replace(device_bytes=int(2 * 2 * pages * 1.2) * page)
 
 
+PLACES = pytest.mark.parametrize("place", ["device", "tiers", "far tiers"])
+
+
+def where(place: str, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether there is a limit; `far`: host memory is treated as another one."""
+    monkeypatch.setattr(placement, "is_far", lambda like: place == "far tiers")
+    return place != "device"
+
+
+@PLACES
 @pytest.mark.parametrize("name", PRESETS)
-def test_reserved_memory_gives_the_same_tokens(name: str, llama: Any) -> None:
-    growing, cache = SparseCache(llama.config, PRESETS[name]), SparseCache(llama.config, reserved(name))
+def test_reserved_memory_gives_the_same_tokens(
+    name: str, place: str, llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    growing = SparseCache(llama.config, PRESETS[name])
+    cache = SparseCache(llama.config, reserved(name, where(place, monkeypatch)))
     assert cache.is_compileable and not growing.is_compileable
     assert torch.equal(decoded(llama, growing, 120), decoded(llama, cache, 120))
     assert cache.get_seq_length() == growing.get_seq_length() == 190
     assert cache.attended() == growing.attended()
+    moved = cache.traffic()
+    if place != "device":
+        assert moved.wanted > 120 * LAYERS and cache.memory()["host"].used > 0
+        assert 0 < moved.fetched < moved.wanted and (name == "streaming" or moved.fetched > 100)
 
 
+@PLACES
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_step_in_reserved_memory_moves_nothing_at_borders_either(
-    name: str, llama: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, place: str, llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = SparseCache(llama.config, reserved(name))
+    cache = SparseCache(llama.config, reserved(name, where(place, monkeypatch)))
     decoded(llama, cache, 1)
     x, positions = torch.ones(2, 1, dtype=torch.int64), torch.tensor([[71], [60]])
     with torch.no_grad():
@@ -198,10 +223,14 @@ def compiled(model: Any, backend: str) -> Callable[..., Any]:
     return step
 
 
+@PLACES
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_step_is_one_graph_for_each_phase_of_the_reuse_interval(name: str, llama: Any) -> None:
+def test_a_step_is_one_graph_for_each_phase_of_the_reuse_interval(
+    name: str, place: str, llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """200 steps across page borders and selections: no graph break, no recompilation, the tokens of the eager run."""
-    cache, config = SparseCache(llama.config, reserved(name)), reserved(name)
+    config = reserved(name, where(place, monkeypatch))
+    cache = SparseCache(llama.config, config)
     got = decoded(llama, cache, 200, compiled(llama, "eager"))
     phases = config.reuse_interval if config.selects else 1
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == phases
@@ -239,8 +268,11 @@ def test_generate_compiles_as_it_does_for_a_static_cache(name: str, options: dic
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (4 if name == "lserve" else 1)
 
 
+@PLACES
 @pytest.mark.parametrize("name", PRESETS)
-def test_what_the_host_does_between_steps(name: str, llama: Any, tmp_path: Path) -> None:
+def test_what_the_host_does_between_steps(
+    name: str, place: str, llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Crop, batch operations, forks, copies, files and another turn, beside a cache that grows."""
 
     def both(action: Callable[[SparseCache], Any]) -> None:
@@ -251,7 +283,8 @@ def test_what_the_host_does_between_steps(name: str, llama: Any, tmp_path: Path)
         x.save(tmp_path / "cache.safetensors")
         return SparseCache.load(tmp_path / "cache.safetensors", llama.config)
 
-    growing, cache = SparseCache(llama.config, PRESETS[name]), SparseCache(llama.config, reserved(name))
+    growing = SparseCache(llama.config, PRESETS[name])
+    cache = SparseCache(llama.config, reserved(name, where(place, monkeypatch)))
     assert torch.equal(decoded(llama, growing, 21), decoded(llama, cache, 21))
     turn = torch.randint(3, 96, (2, 13), generator=torch.Generator().manual_seed(3))
 
@@ -283,9 +316,13 @@ def test_what_the_host_does_between_steps(name: str, llama: Any, tmp_path: Path)
     assert torch.equal(want, got)
 
 
+@PLACES
 @pytest.mark.parametrize("name", ["dense", "lserve", "alisa"])
-def test_an_interrupted_step_in_reserved_memory(name: str, llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, cache = (SparseCache(llama.config, reserved(name)) for _ in range(2))
+def test_an_interrupted_step_in_reserved_memory(
+    name: str, place: str, llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = reserved(name, where(place, monkeypatch))
+    plain, cache = (SparseCache(llama.config, config) for _ in range(2))
     decoded(llama, plain, 9)
     decoded(llama, cache, 9)
     x, at, calls = torch.full((2, 1), 7), torch.tensor([[79], [68]]), 0
@@ -350,12 +387,13 @@ def test_streaming_heads_take_constant_memory(llama: Any) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tiers", [False, True])
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_step_in_a_cuda_graph(name: str, llama: Any, device: str) -> None:
+def test_a_step_in_a_cuda_graph(name: str, tiers: bool, llama: Any, device: str) -> None:
     """200 replays, across page borders and all phases of the reuse interval: the tokens of the eager run."""
     if device == "cpu":
         pytest.skip("CUDA graphs need a GPU")
-    model, config = copy.deepcopy(llama).to(device), reserved(name)
+    model, config = copy.deepcopy(llama).to(device), reserved(name, tiers)
     ids, mask, positions = (x.to(device) for x in padded_prompt())
     want = decoded(llama, SparseCache(llama.config, config), 200)
     cache, phases = SparseCache(model.config, config), config.reuse_interval if config.selects else 1

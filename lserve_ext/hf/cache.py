@@ -414,8 +414,9 @@ class SparseCache(Cache):
 
     def traffic(self) -> Traffic:
         """Pages that were moved between tiers, forks included; all 0 where there is a device only."""
-        counts = [pool.traffic() for pool in self._tiered_pools()]
-        return Traffic(*(sum(some) for some in zip(*counts, strict=True)))
+        with self._at_rest():
+            counts = [pool.traffic() for pool in self._tiered_pools()]
+            return Traffic(*(sum(some) for some in zip(*counts, strict=True)))
 
     @property
     def phase(self) -> int:
