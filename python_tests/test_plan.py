@@ -110,12 +110,14 @@ def test_bytes_are_those_of_a_cache(name: str, tokens: int, batch: int) -> None:
         assert found.phase == 1 or cache.memory()["host"].used == found.bytes["host"]
 
 
-@pytest.mark.parametrize("share", [0.4, 0.7, 1.0])
-def test_bytes_that_a_dense_step_moves(share: float) -> None:
+@pytest.mark.parametrize("layers", [2, 5])
+@pytest.mark.parametrize("share", [0.4, 0.6, 0.7, 1.0])
+def test_bytes_that_a_dense_step_moves(share: float, layers: int) -> None:
     """Each layer keeps a share of the slots; the rest is fetched in every step, as many bytes as predicted."""
     tokens, (_, plan) = 200, run("dense-int8", 170, 1)
+    plan = Plan(dataclasses.replace(plan.model, layers=layers), plan.config, plan.profile)
     slots = int(share * plan.held(tokens))
-    model = _tiny.llama(attn_implementation="lserve", layers=2)
+    model = _tiny.llama(attn_implementation="lserve", layers=layers)
     cache = SparseCache(model.config, plan.config.replace(device_bytes=slots * plan.page_bytes))
     ids = torch.randint(0, 258, (1, tokens + 8), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
