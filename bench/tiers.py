@@ -153,6 +153,7 @@ def many_sequences(model: Any, ids: Tensor, profile: Profile, options: Any) -> d
     start, again, decode = time.perf_counter(), 0.0, 0.0
     held = [texts[b : b + 1] for b in range(batch)]  # tokens of each sequence
     waiting, running, caches = list(range(batch)), list[int](), dict[int, SparseCache]()
+    predicted = 0.0  # of what is prefilled again
     bar = tqdm(total=batch * new, desc="paging")
     while waiting or running:
         while waiting and sum(held[b].shape[1] + 1 for b in [*running, waiting[0]]) <= room:
@@ -160,7 +161,9 @@ def many_sequences(model: Any, ids: Tensor, profile: Profile, options: Any) -> d
             begin = time.perf_counter()
             caches[b] = SparseCache(model.config, dense)
             last = read(caches[b], held[b])
-            again += (time.perf_counter() - begin) * (held[b].shape[1] > prompt)
+            is_again = held[b].shape[1] > prompt
+            again += (time.perf_counter() - begin) * is_again
+            predicted += Plan(shape, dense, profile).prefix(held[b].shape[1])["ids"] * is_again
             running.append(b)
             held[b] = torch.cat([held[b], last], 1) if held[b].shape[1] == prompt else held[b]
         while sum(held[b].shape[1] + 1 for b in running) > room:
@@ -175,7 +178,12 @@ def many_sequences(model: Any, ids: Tensor, profile: Profile, options: Any) -> d
                 del caches[b]
         decode += time.perf_counter() - begin
     total = time.perf_counter() - start
-    paging = {"prefill_s": total - decode - again, "prefill_again_s": again, "decode_s": decode}
+    paging = {
+        "prefill_s": total - decode - again,
+        "prefill_again_s": again,
+        "predicted_again_s": predicted,
+        "decode_s": decode,
+    }
     after = paging["decode_s"] + again
     return {"batch": batch, "prompt": prompt, "new": new, "device_bytes": limit, "tiers": tiers, "paging": paging,
             "paging_over_tiers": after / tiers["decode_s"]}  # fmt: skip

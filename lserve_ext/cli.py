@@ -433,6 +433,10 @@ def _plan(arguments: argparse.Namespace) -> int:
         begins = "does not begin before 16M tokens" if context is None else f"begins at {context:,} tokens"
         print(f"phase {phase} {begins}")
     print(plan.choice.why)
+    ways = {"fetch": "host memory", "load": "the disk", "inputs": "layers' inputs there", "ids": "its token ids"}
+    prefix = plan.prefix(arguments.context[0])
+    times = ", ".join(f"{prefix[name] * 1e3:,.1f} ms from {way}" for name, way in ways.items() if name in prefix)
+    print(f"a prompt of {arguments.context[0]:,} tokens that has left the device is back in {times}")
     return 0
 
 

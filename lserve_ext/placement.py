@@ -317,8 +317,7 @@ class TieredPool(Pool):
 
     def read_ahead(self, blocks: np.ndarray) -> None:
         """Brings pages of these blocks [N] from the tier below to host memory, in the background."""
-        if self.home is None or self.home.tier is None:
-            return
+        assert self.home is not None
         below = self.home.below(blocks)
         if len(below):
             is_held = np.zeros(self.allocator.capacity + 1, bool)

@@ -309,6 +309,22 @@ class Plan:
         recompute = profile.seconds("fetch", row, row) + products
         return Choice(fetch, recompute, load, reload, row // P, m.kv_heads * self.page_bytes // P, heads)
 
+    def prefix(self, tokens: int) -> dict[str, float]:
+        """Seconds until the KV of a prompt of so many tokens, which lies nowhere on the device any more, is there
+        again: fetched from host memory, loaded from the disk (as KV, or as layers' inputs), or made of its token ids by
+        another prefill, which is exact where that was dense."""
+        m, P, profile = self.model, self.config.page_size, self.profile
+        pages, kind = self.held(tokens), "float32" if m.dtype == torch.float32 else "bfloat16"
+        rate = profile.figure(f"matmul.{kind}")
+        found = {"fetch": profile.seconds("fetch", pages * self.page_bytes, self.page_bytes)}
+        if "load" in profile.figures:
+            row, groups = P * m.input_width * m.dtype.itemsize, m.layers * (tokens // P)
+            projections = 2 * tokens * m.layers * m.hidden * (m.heads + 2 * m.kv_heads) * m.head_dim / rate
+            found["load"] = found["fetch"] + profile.seconds("load", pages * self.page_bytes, self.page_bytes)
+            found["inputs"] = profile.seconds("load", groups * row, row) + projections
+        attention = 2 * m.layers * m.heads * m.head_dim * tokens * tokens / rate  # 4 a key, of which half are earlier
+        return found | {"ids": m.step_seconds(profile, tokens) + attention}
+
     # ---- a step -----------------------------------------------------------------------------------------------------
     def resident(self, context: int, batch: int) -> int:
         """Bytes of KV that always lie on the device: statistics, and the newest tokens."""

@@ -212,6 +212,8 @@ class Resident:
     def _look_ahead(self) -> None:
         """Begins to read what the layer that comes next wanted in its last step, while this one computes. Which layer
         that is, the last step has shown."""
+        if self._pool.home is None or self._pool.home.tier is None:
+            return
         before, self._pool.attending = self._pool.attending, weakref.ref(self)
         last = None if before is None else before()
         if last is not None:

@@ -191,6 +191,24 @@ def test_recomputing_pays_where_the_input_is_smaller_and_the_link_is_slow() -> N
     assert Plan(mha, alisa, slow).choice.pays and Plan(mha, alisa, slow).choice.load is None
 
 
+def test_a_prefix_that_has_left_the_device() -> None:
+    """Token ids never beat host memory over a fast link; over a slow one they do (break-even 32 GB/s, Llama-2-7B)."""
+    mha = dataclasses.replace(Model.load("llama-3-8b"), kv_heads=32, name="llama-2-7b, about")
+    there = Plan(mha, SparseConfig.dense(), H100).prefix(8192)
+    assert there["fetch"] < there["ids"] and there["fetch"] < there["inputs"] < there["load"]
+    found = {}
+    for rate in (4e9, 100e9):
+        link = Figure("bytes/s", "nominal", ((0, rate),), "test")
+        found[rate] = Plan(
+            mha, SparseConfig.dense(), dataclasses.replace(H100, figures={**H100.figures, "fetch": link})
+        )
+    slow, fast = (plan.prefix(8192) for plan in found.values())
+    assert slow["ids"] < slow["fetch"] and fast["fetch"] < fast["ids"] == slow["ids"]
+    assert there.keys() - Plan(mha, SparseConfig.dense(), V100).prefix(8192).keys() <= {"load", "inputs"}
+    twice = Plan(mha, SparseConfig.dense(), H100).prefix(16384)
+    assert 2 * there["ids"] < twice["ids"] < 4 * there["ids"] and twice["fetch"] > 1.99 * there["fetch"]
+
+
 def test_inputs_on_the_disk_take_less_and_are_there_sooner() -> None:
     limits: dict[str, Any] = {"device_bytes": 10**9, "host_bytes": 2 * 10**9, "disk_dir": "/kv"}
     config = SparseConfig.alisa(kv_dtype="auto", **limits)
