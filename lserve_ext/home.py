@@ -119,6 +119,9 @@ class Home:
             Pending
         ] = []  # records that nobody needs any more, and that take room until they are written
         self._ahead: list[_Ahead] = []
+        nothing = torch.empty(0)
+        self._remade: tuple[dict[int, int], Tensor, Tensor] = ({}, nothing, nothing)
+        # Keys and values of the records that were recomputed last, of all heads: these may come in turn.
         self._peak = 0
         self.loaded = 0
         """Pages that were read from the tier below, wanted or ahead."""
@@ -489,9 +492,12 @@ class Home:
         record = self._records[next(iter(serials))]
         like = record.like
         assert like is not None and self._encode is not None
-        raw, _ = self._read(list(serials), self._record_bytes(record))
-        k, v = recompute(raw.view(like.dtype).view(-1, *like.shape[1:]))
-        place = {serial: i for i, serial in enumerate(serials)}
+        place, k, v = self._remade
+        if not serials.keys() <= place.keys():
+            raw, _ = self._read(list(serials), self._record_bytes(record))
+            k, v = recompute(raw.view(like.dtype).view(-1, *like.shape[1:]))
+            place = {serial: i for i, serial in enumerate(serials)}
+            self._remade = place, k, v
         which = _index(np.array([place[serial] for serial in self._serials[blocks].tolist()])).to(k.device)
         heads = _index(self._heads[blocks]).to(k.device)
         self.recomputed += len(blocks)

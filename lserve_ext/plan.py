@@ -18,6 +18,7 @@ import torch
 from .blocks import Pool
 from .config import SparseConfig
 from .heads import HeadPattern
+from .home import CHUNK
 from .machine import Profile
 from .placement import slot_bytes
 from .tiers import stride
@@ -368,7 +369,9 @@ class Plan:
         if not tokens:
             below = min(below, misses)
         loads, recomputed = (0.0, below) if config.recompute else (below, 0.0)
-        rounds = math.ceil(batch * self.wanted(context) / m.layers / max(1, slots))  # of heads, which share an input
+        rounds = math.ceil(batch * self.wanted(context) / m.layers / max(1, slots))  # of heads
+        if batch * self.pages(context)[0] <= CHUNK:
+            rounds = 1  # which share what was recomputed last
         calls = profile.figure("layer.mass" if self.observes else "layer")
         if phase > 1 or config.device_bytes is not None:
             calls += profile.figure("layer.slots")

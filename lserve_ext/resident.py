@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -115,12 +115,10 @@ class Resident:
         """Whether the step of now seals a page, as far as the host knows."""
         self.given: Given | None = None
         """What the layer's new pages can be recomputed from."""
-        self._last = _Wanted((), self.slot_table, [])  # of the last decode step
+        self._last = _Wanted(None, self.slot_table, [])  # of the last decode step
         self._served = 0  # steps that the lists of that step have served
+        self._packed: _Packing | None = None  # of that step
         self._following: Callable[[], Resident | None] = lambda: None  # the layer that attended after this one
-        self._packed: tuple[tuple[object, ...], int, Packed] | None = (
-            None  # all heads of that step, and what it follows from
-        )
 
     def append_kv(self, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None:
         """`ops.append_kv`; where ops cannot write to the home, sealed pages are made beside it and then handed over."""
@@ -157,7 +155,7 @@ class Resident:
         G = q.shape[1] // k.shape[1]
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
         bounds = cu_seqlens_k.tolist()
-        for b, h, part in self._rounds(_wanted((), mask, kv, context_lens), kv):
+        for b, h, part in self._rounds(_wanted(None, mask, kv, context_lens), kv):
             tokens, queries = slice(bounds[b.start], bounds[b.stop]), slice(h.start * G, h.stop * G)
             cu_seqlens = cu_seqlens_k[b.start : b.stop + 1] - bounds[b.start]
             found = ops.prefill(
@@ -173,12 +171,14 @@ class Resident:
         """`ops.decode`."""
         G = q.shape[1] // kv.block_table.shape[1]
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-        self._served = self._served + 1 if self._last.key and self._last.key[1] is mask.lists else 1
+        is_reused = self._last.key is not None and self._last.key.lists is mask.lists
+        self._served = self._served + 1 if is_reused else 1
         wanted = self._of_step(mask, kv, seq_lens)
         for b, h, part in self._rounds(wanted, kv):
             whole = part.block_table is kv.block_table
-            now = mask if whole else _part(mask, b, h)
-            now, part, lens, _ = self._of_part(wanted.packs, now, part, seq_lens[b])
+            now, lens = (mask, seq_lens) if whole else (_part(mask, b, h), seq_lens[b])
+            if wanted.packs:
+                now, part, lens, *_ = self._pack(now, part, lens)
             if (b.stop, h.stop) == kv.block_table.shape[:2]:  # all that the layer wants has been fetched
                 self._look_ahead()
             if whole:
@@ -195,16 +195,18 @@ class Resident:
         (B, H, M), P = kv.block_table.shape, kv.k_pool.shape[1]
         G = q.shape[2] // H
         mass = q.new_empty(B, H, M * P, dtype=torch.float32)
-        one = q.shape[1] == 1
-        wanted = (
-            self._of_step(mask, kv, seq_lens) if one else _wanted((), mask, kv, (seq_lens - q.shape[1]).clamp(min=-1))
-        )
+        if q.shape[1] == 1:
+            wanted = self._of_step(mask, kv, seq_lens)
+        else:
+            wanted = _wanted(None, mask, kv, (seq_lens - q.shape[1]).clamp(min=-1))
         for b, h, part in self._rounds(wanted, kv):
             queries = slice(h.start * G, h.stop * G)
             logs = lse[b, :, queries].contiguous()
             whole = part.block_table is kv.block_table
-            now = mask if whole else _part(mask, b, h)
-            now, part, lens, packed = self._of_part(wanted.packs, now, part, seq_lens[b])
+            now, lens = (mask, seq_lens) if whole else (_part(mask, b, h), seq_lens[b])
+            packed = self._pack(now, part, lens) if wanted.packs else None
+            if packed is not None:
+                now, part, lens, *_ = packed
             found = ops.attention_mass(q[b, :, queries], logs, now, part, lens, scale=scale)
             mass[b, h] = found if packed is None else packed.unpacked(found, M * P)
         return mass
@@ -225,46 +227,34 @@ class Resident:
     def likely(self) -> np.ndarray:
         """Blocks [N] that the layer's next step will want, as far as that is known: those of the last one, unless it
         selects other pages. (Other tokens mostly lie in the same pages.)"""
-        last = self._last
-        if not last.key or (last.key[1] is not None and not self._packs and self._served >= self._reuse_interval):
+        last, key = self._last, self._last.key
+        if key is None or (key.lists is not None and not self._packs and self._served >= self._reuse_interval):
             return np.zeros(0, np.int64)
         if last.blocks is None:
-            table = last.key[4]
-            assert table is not None
-            found = [table.gather(2, last.pages.clamp(min=0).long())[last.pages >= 0]]
-            if self._packed is not None and self._packed[0][0] is last.key[1]:
-                packed = self._packed[2]
-                found.append(table.gather(2, packed.page)[packed.offset >= 0])
+            found = [key.block_table.gather(2, last.pages.clamp(min=0).long())[last.pages >= 0]]
+            if self._packed is not None and self._packed.lists is key.lists:
+                packed = self._packed.packed
+                found.append(key.block_table.gather(2, packed.page)[packed.offset >= 0])
             last.blocks = torch.cat(found).unique().cpu().numpy()
         return last.blocks
 
-    def _of_part(
-        self, packs: bool, mask: Mask, kv: PagedKV, seq_lens: Tensor
-    ) -> tuple[Mask, PagedKV, Tensor, Packed | None]:
-        """A part of a step as it is attended: packed, if it is to be."""
-        if not packs:
-            return mask, kv, seq_lens, None
+    def _pack(self, mask: Mask, kv: PagedKV, seq_lens: Tensor) -> Packed:
+        """A part of a step with its listed tokens side by side; their attention mass follows attention to them."""
         slots, last = self._slots, self._packed
-        key = mask.lists, mask.local_start, kv.block_table
-        fits = last is not None and slots.packed is last and last[1] == slots.generation
-        if last is None or not fits or any(a is not b for a, b in zip(last[0], key, strict=True)):
+        now = _Packing(mask.lists, kv.block_table, seq_lens, slots.generation)
+        if last is None or slots.packed is not last or not last.is_of(now):
             slots.packed = None
-            packed = pack(mask, kv, seq_lens, slots.count, self._reuse_interval)
-            slots.copy_rows(packed, kv.block_table, kv.slot_table)
-            last = slots.packed = self._packed = key, slots.generation, packed
-        packed = last[2]
-        return packed.mask, packed.kv, packed.seq_lens, packed
+            now.packed = pack(mask, kv, seq_lens, slots.count, self._reuse_interval)
+            slots.copy_rows(now.packed, kv.block_table, kv.slot_table)
+            last = slots.packed = self._packed = now
+        return last.packed
 
     def _of_step(self, mask: Mask, kv: PagedKV, seq_lens: Tensor) -> _Wanted:
         """What a decode step wants. It follows from tensors that stay the same objects until something changes."""
         packs = self._packs and mask.lists is not None and self._pool.phase > 1
-        key = (mask.windows, mask.lists, mask.local_start, kv.sealed, kv.block_table, self.slot_table)
+        key = _Key(mask.windows, mask.lists, mask.local_start, kv.sealed, kv.block_table, self.slot_table)
         last = self._last
-        if (
-            last.packs != packs
-            or len(last.key) != len(key)
-            or any(a is not b for a, b in zip(last.key, key, strict=True))
-        ):
+        if last.key is None or last.packs != packs or any(a is not b for a, b in zip(last.key, key, strict=True)):
             self._last = _wanted(key, mask, kv, seq_lens - 1, packs)
         return self._last
 
@@ -314,12 +304,39 @@ def parts(needs: list[list[int]], H: int, room: int, most: int) -> Iterator[tupl
         yield slice(b, b + 1), slice(first, H)
 
 
+class _Key(NamedTuple):
+    """The tensors that the wants of a decode step follow from."""
+
+    windows: Tensor
+    lists: Tensor | None
+    local_start: Tensor | None
+    sealed: Tensor
+    block_table: Tensor
+    slot_table: Tensor
+
+
+@dataclasses.dataclass(eq=False)
+class _Packing:
+    """Tokens that lie side by side in slots, and what they follow from."""
+
+    lists: Tensor | None
+    block_table: Tensor
+    seq_lens: Tensor
+    generation: int
+    """Of the slots, which say where local pages lie."""
+    packed: Packed = dataclasses.field(init=False)
+
+    def is_of(self, other: _Packing) -> bool:
+        same = self.lists is other.lists and self.block_table is other.block_table and self.seq_lens is other.seq_lens
+        return same and self.generation == other.generation
+
+
 @dataclasses.dataclass
 class _Wanted:
     """Pages that a step wants."""
 
-    key: tuple[Tensor | None, ...]
-    """What it follows from."""
+    key: _Key | None
+    """What it follows from; None: this step alone."""
     pages: Tensor
     """[B, H, M] int32, ascending, -1 padded."""
     needs: list[list[int]]
@@ -334,7 +351,7 @@ class _Wanted:
     """See `Resident.likely`."""
 
 
-def _wanted(key: tuple[Tensor | None, ...], mask: Mask, kv: PagedKV, first: Tensor, packs: bool = False) -> _Wanted:
+def _wanted(key: _Key | None, mask: Mask, kv: PagedKV, first: Tensor, packs: bool = False) -> _Wanted:
     P = kv.k_pool.shape[1]
     packed = pages_of(mask, P) if packs else 0
     if packs and mask.lists is not None:

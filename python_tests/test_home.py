@@ -25,7 +25,7 @@ from test_placement import make, slot_bytes
 import lserve_ext
 from lserve_ext import SparseConfig
 from lserve_ext.hf import SparseCache
-from lserve_ext.home import Home, open_tier
+from lserve_ext.home import Home, Inputs, open_tier
 from lserve_ext.resident import Resident
 from lserve_ext.tiers import ALIGNMENT, BadRecordError, DiskTier, TierFullError, TierTimeoutError
 
@@ -162,6 +162,33 @@ def test_layers_that_come_next_are_read_ahead(name: str, monkeypatch: pytest.Mon
     (plain, _, never), (same, loaded, before) = found
     assert torch.equal(plain, same) and never == 0
     assert before > (0.9 if name == "dense" else 0.3) * loaded
+
+
+def test_heads_that_come_in_turn_share_what_is_recomputed(tmp_path: Path) -> None:
+    calls = []
+
+    def recompute(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(len(rows))
+        heads = torch.stack([rows, rows + 100], 1)
+        return heads, -heads
+
+    def encode(blocks: np.ndarray, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"k": k, "v": v}
+
+    like = {name: LIKE[name] for name in ("k", "v")}
+    ours = Home(like, 2 * 2 * 4 * 8 * 4, lambda size: open_tier(tmp_path, None, size), lambda b: b >= 0, encode, True)
+    rows = torch.arange(5.0)[:, None, None].repeat(1, 4, 8)
+    page, head = np.repeat(np.arange(5), 2), np.tile([0, 1], 5)  # block 2 * page + head
+    k, v = recompute(rows)
+    contents = {"k": k.flatten(0, 1), "v": v.flatten(0, 1)}
+    ours.write(np.arange(10), contents, Inputs(rows, page, head, recompute))
+    ours._finish()
+    calls.clear()
+    for some in (np.arange(0, 8, 2), np.arange(1, 8, 2), np.array([3]), np.arange(10)):  # two heads, a page, all
+        found = ours.read(some)
+        assert all(torch.equal(found[name], contents[name][torch.from_numpy(some)]) for name in like)
+    assert calls[0] == 4 and len(calls) <= 2  # at last perhaps a page that was not among them
+    assert ours.recomputed > 10
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.02])

@@ -49,6 +49,17 @@ def test_pack(shape: Shape, stale: int, ratio: float, device: str) -> None:
     assert same_bits(packed.unpacked(found, mass.shape[2]), mass)
 
 
+@pytest.mark.parametrize("reuse", [2, 4])
+@pytest.mark.parametrize("name", ["alisa", "h2o"])
+def test_lists_of_tokens_that_are_reused(name: str, reuse: int) -> None:
+    """A layer alone, whose packed tokens would still lie where they lay in the last step."""
+    config, like, qkv = CONFIGS[name].replace(reuse_interval=reuse), torch.empty(1, H, 1, D), tokens(420)
+    limited = config.replace(device_bytes=H * 30 * slot_bytes(name))
+    caches = [LayerCache(some, [False] * H, False, like) for some in (config, limited)]
+    assert torch.equal(*(feed(cache, qkv, [200, *range(201, 421)]) for cache in caches))
+    assert caches[1].pool.traffic().rows > 0
+
+
 @pytest.mark.parametrize("frames", [None, 6])
 @pytest.mark.parametrize("name", ["alisa", "h2o"])
 def test_tokens_are_fetched_without_their_pages(name: str, frames: int | None) -> None:
