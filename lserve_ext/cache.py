@@ -97,6 +97,8 @@ class LayerCache:
             if isinstance(self._pool, TieredPool):
                 self._resident = Resident(self._pool, packs, config.reuse_interval)
                 check_slots(self._pool.slots, self._reserved_slots(B) if config.max_tokens else 0)
+                if pool is not None and not pool.allocator.capacity:  # at once, for all layers that will share it
+                    pool.grow(self._pool.layers * self._reserved_blocks(B))
             blocks = self._pool.table(np.full((B, H, config.max_pages or 4), -1, np.int32))
             table = on_device(blocks.ids, self.device)
             k, v = (like.new_zeros(B, H, 2 * config.page_size, D) for _ in "kv")  # zeros: files hold all rows

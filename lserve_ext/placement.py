@@ -187,8 +187,12 @@ class Slots:
         return max(0, self.count - wanted) // others if others else self.count
 
     def forget(self, blocks: Tensor) -> None:
-        """These blocks [N] will hold something else; -1: none. Nothing waits."""
+        """These blocks [N] will hold something else."""
         self._blocks.masked_fill_(torch.isin(self._blocks, blocks), -1)
+
+    def forget_few(self, blocks: Tensor) -> None:
+        """The same; -1: none. Nothing waits for the device, as `torch.isin` of many may."""
+        self._blocks.masked_fill_((self._blocks[:, None] == blocks).any(1), -1)
 
     @property
     def state(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,7 +240,13 @@ class TieredPool(Pool):
         self.slots = Slots(self, config.device_bytes, layers)
         self.grow(capacity)
 
+    def _wait(self) -> None:
+        """Until kernels have written what the host is about to read, in memory that both see."""
+        if self._like.is_cuda and self.home is None:
+            torch.cuda.current_stream(self._like.device).synchronize()
+
     def _empty(self, like: Tensor, count: int) -> Tensor:
+        self._wait()
         pin = self._like.is_cuda and not like.is_cuda
         return torch.empty((count, *like.shape[1:]), dtype=like.dtype, device=like.device, pin_memory=pin)
 
@@ -279,6 +289,7 @@ class TieredPool(Pool):
                        residual_v, sealed)  # fmt: skip
 
     def read(self, ids: np.ndarray) -> dict[str, Tensor]:
+        self._wait()
         rows = torch.from_numpy(ids).long()
         pages = {name: x[rows.to(x.device)].to(self._like.device) for name, x in self.tensors.items()}
         if self.home is None:
@@ -286,6 +297,7 @@ class TieredPool(Pool):
         return {name: x.to(self._like.device) for name, x in self.home.read(ids).items()} | pages
 
     def write(self, ids: np.ndarray, contents: dict[str, Tensor]) -> None:
+        self._wait()
         rows, moved = torch.from_numpy(ids).long(), {}
         for name, x in contents.items():
             if name in self.tensors:

@@ -130,7 +130,7 @@ class ReservedResident:
         after = torch.div(context_lens + cu_seqlens_k.diff(), kv.k_pool.shape[1], rounding_mode="floor") - 1
         page = kv.sealed.clamp(max=M - 1).long()[:, None, None].expand(B, H, 1)
         blocks = torch.where((after > kv.sealed)[:, None, None], kv.block_table.gather(2, page), -1).view(-1)
-        self._slots.forget(blocks)  # streaming heads write theirs again and again
+        self._slots.forget_few(blocks)  # streaming heads write theirs again and again
         self._pool.put(self._staging, self._rows, blocks)
 
     def decode(
