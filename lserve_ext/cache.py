@@ -81,6 +81,7 @@ class LayerCache:
         self.config, self.dtype, self.device = config, like.dtype, like.device
         self.heads, self.head_dim = H, D
         self._reserved: ReservedLayer | None = None
+        self._following: LayerCache | None = None  # in reserved memory
         self._streaming = np.array(streaming_heads, bool)
         self._dense = dense
         self._scorer = None if dense or self._streaming.all() else config.make_scorer()
@@ -260,8 +261,9 @@ class LayerCache:
             return inputs if now.decode else inputs.clone()
 
     # ---- reserved memory --------------------------------------------------------------------------------------------
-    def enter_reserved(self) -> None:
-        """From now on `decode_reserved` decodes, until `leave_reserved`."""
+    def enter_reserved(self, following: LayerCache | None = None) -> None:
+        """From now on `decode_reserved` decodes, until `leave_reserved`; after it that of the layer that follows."""
+        self._following = following
         s, residual = self._state, self._state.residual_k
         layer = self._reserved
         if layer is None or layer.batch_size != self.batch_size:
@@ -283,7 +285,21 @@ class LayerCache:
                 q, k, v, kv, on, self._decode_mask, self._scorer, before, scale, sinks, layer.resident or ops
             )
         layer.keep(selection)
+        if self._following is not None and not torch.compiler.is_compiling():
+            self._following._bring_ahead(batch)
         return out
+
+    def _bring_ahead(self, batch: ReservedBatch) -> None:
+        """Begins to bring the pages that the layer's step will want, unless it will select them first."""
+        layer, on, mask, scorer = self._reserved, batch.on, self._decode_mask, self._scorer
+        assert layer is not None and on is not None
+        if layer.resident is None or (scorer is not None and batch.age == 0):
+            return
+        if scorer is not None:
+            lists, local_start = layer.selection.lists, layer.selection.local_start
+            mask = mask._replace(lists=lists, local_start=local_start, unit=scorer.unit_tokens)
+        with _below_autograd():
+            layer.resident.bring_ahead(mask, layer.kv(on.sealed), on.seq_lens)
 
     def leave_reserved(self, sequences: Sequences, age: int) -> None:
         """Takes what has been decoded since."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,6 +49,28 @@ def slot_bytes(pool: Pool) -> int:
     """Of one page of one kv head."""
     pages = pool.read(np.zeros(0, np.int32))
     return sum(x.element_size() * x.shape[1:].numel() for name, x in pages.items() if name in MOVED)
+
+
+class CopyStream:
+    """A stream for copies beside the one that computes, fenced in both directions; on a CPU there is one order only."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is issued within begins after all that has been issued so far."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """What is issued from now on begins after all copies."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
 
 class Slots:
@@ -144,16 +167,22 @@ class Slots:
             self.fetched += fetched
         self._is_settled = True
 
-    def bring(self, lists: Tensor, block_table: Tensor, slot_table: Tensor, keep: int) -> Tensor:
+    def bring(
+        self, lists: Tensor, block_table: Tensor, slot_table: Tensor, keep: int, beside: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """`fetch` that never asks the host, and so does not count.
 
+        Args:
+            beside: copy while other things are computed, until `CopyStream.join`.
+
         Returns:
-            [B, H, K] int32 blocks that were copied; -1: none.
+            [B, H, K] int32 blocks that are copied, and their slots; -1: none. Somebody keeps them until then.
         """
         src, dst = self._resolve(lists, block_table, slot_table, keep)
-        self._pool.copy(src.view(-1), self.tensors, dst.view(-1))
+        with self._pool.stream.beside() if beside else contextlib.nullcontext():
+            self._pool.copy(src.view(-1), self.tensors, dst.view(-1))
         self._is_settled = True
-        return src
+        return src, dst
 
     def _resolve(self, lists: Tensor, block_table: Tensor, slot_table: Tensor, keep: int) -> tuple[Tensor, Tensor]:
         """Until what is missing has been copied, slots say more than they hold."""
@@ -238,6 +267,7 @@ class TieredPool(Pool):
                 config.recompute,
             )
         self.slots = Slots(self, config.device_bytes, layers)
+        self.stream = CopyStream(like.device)
         self.grow(capacity)
 
     def _wait(self) -> None:

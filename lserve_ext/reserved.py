@@ -119,6 +119,8 @@ class ReservedResident:
         self._staging_table = self._rows.view(B, H, 1).repeat(1, 1, M)
         self._staging = {name: x.new_empty((B * H, *x.shape[1:])) for name, x in slots.tensors.items()}
         self._moved = torch.zeros(2, dtype=torch.int64, device=table.device)  # pages wanted, and fetched
+        # The lengths that name a step whose pages are being brought, and the copies' ids, which must live until then.
+        self._ahead: tuple[Tensor, Tensor, Tensor] | None = None
         kept = (self._rows, self._slot_table, self._staging_table, self._moved, *self._staging.values())
         for tensor in (*kept, *slots.state, *slots.tensors.values()):
             torch._dynamo.mark_static_address(tensor)
@@ -137,10 +139,21 @@ class ReservedResident:
         self, q: Tensor, mask: Mask, kv: PagedKV, seq_lens: Tensor, *, scale: float | None = None
     ) -> tuple[Tensor, Tensor]:
         """`ops.decode`."""
-        pages, counts = ops.wanted_pages(mask, kv.block_table, kv.sealed, seq_lens - 1, kv.k_pool.shape[1])
-        src = self._slots.bring(pages, kv.block_table, self._slot_table, self._keep)
-        self._moved += torch.stack([counts.sum(), (src >= 0).sum()])
+        if self._ahead is None or self._ahead[0] is not seq_lens:
+            self._bring(mask, kv, seq_lens, beside=False)
+        self._pool.stream.join()
+        self._ahead = None
         return ops.decode(q, mask, _over(kv, self._slots.tensors, self._slot_table), seq_lens, scale=scale)
+
+    def bring_ahead(self, mask: Mask, kv: PagedKV, seq_lens: Tensor) -> None:
+        """Begins to bring what `decode` is about to be asked for, while another layer computes."""
+        self._ahead = (seq_lens, *self._bring(mask, kv, seq_lens, beside=True))
+
+    def _bring(self, mask: Mask, kv: PagedKV, seq_lens: Tensor, beside: bool) -> tuple[Tensor, Tensor]:
+        pages, counts = ops.wanted_pages(mask, kv.block_table, kv.sealed, seq_lens - 1, kv.k_pool.shape[1])
+        src, dst = self._slots.bring(pages, kv.block_table, self._slot_table, self._keep, beside)
+        self._moved += torch.stack([counts.sum(), (src >= 0).sum()])
+        return src, dst
 
     def attention_mass(
         self, q: Tensor, lse: Tensor, mask: Mask, kv: PagedKV, seq_lens: Tensor, *, scale: float | None = None
@@ -150,6 +163,8 @@ class ReservedResident:
 
     def settle(self) -> None:
         """Counts what has been moved since the last call; others will not take slots for what they were."""
+        self._pool.stream.join()
+        self._ahead = None
         wanted, fetched = self._moved.tolist()
         self._slots.wanted += wanted
         self._slots.fetched += fetched

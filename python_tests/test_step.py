@@ -21,6 +21,7 @@ import lserve_ext
 from lserve_ext import HeadPattern, SparseCache, SparseConfig, placement
 from lserve_ext.blocks import Pool
 from lserve_ext.hf import interface
+from lserve_ext.reserved import ReservedResident
 
 PACKAGE = str(Path(lserve_ext.__file__).parent)
 P, LAYERS = 8, 4
@@ -198,6 +199,31 @@ def test_reserved_memory_gives_the_same_tokens(
     if place != "device":
         assert moved.wanted > 120 * LAYERS and cache.memory()["host"].used > 0
         assert 0 < moved.fetched < moved.wanted and (name == "streaming" or moved.fetched > 100)
+
+
+@pytest.mark.parametrize("name", ["dense", "lserve", "alisa"])
+def test_pages_of_the_next_layer_are_brought_while_one_computes(
+    name: str, llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its lists are known before it is reached; each layer's pages are looked for once."""
+    config = reserved(name, True)
+    cache, calls = SparseCache(llama.config, config), Counter[str]()
+    decoded(llama, cache, 1)
+    for method in ("_bring", "bring_ahead"):
+        real = getattr(ReservedResident, method)
+
+        def counted(*args: Any, _real: Any = real, _name: str = method, **kwargs: Any) -> Any:
+            calls[_name] += 1
+            return _real(*args, **kwargs)
+
+        monkeypatch.setattr(ReservedResident, method, counted)
+    x, positions = torch.ones(2, 1, dtype=torch.int64), torch.tensor([[71], [60]])
+    with torch.no_grad():
+        for _ in range(8):
+            positions = positions + 1
+            llama(x, position_ids=positions, use_cache=True, **cached(cache))
+    ahead = {"dense": 8, "lserve": 6, "alisa": 0}[name]  # steps that know their lists before they begin
+    assert calls == Counter({"_bring": 8 * LAYERS, "bring_ahead": ahead * (LAYERS - 1)})
 
 
 @PLACES

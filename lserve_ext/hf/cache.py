@@ -226,8 +226,8 @@ class SparseCache(Cache):
         if batch is None or len(batch.lengths) != len(sequences) or batch.lengths.device != device:
             tokens = (self.config.max_pages or 0) * self.config.page_size
             batch = ReservedBatch(sequences, device, tokens, self.config.reuse_interval)
-        for kv in held:
-            kv.enter_reserved()
+        for kv, following in zip(held, [*held[1:], None], strict=True):
+            kv.enter_reserved(following)
         batch.load(sequences, max(kv.age for kv in held))
         self._first, self._last = min(self._used), max(self._used)
         self._observes = any(kv.observes for kv in held)
