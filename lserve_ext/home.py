@@ -83,6 +83,9 @@ class Home:
     Raises:
         ValueError: there is no room for a single page.
 
+    Beside the frames lie pages on their way, up to `CHUNK` that are wanted and as many that are read ahead, and with
+    `recompute` keys and values of the records that were recomputed last.
+
     After an exception every page is what it was, wherever it lies: a frame names its block last of all.
     """
 
@@ -119,9 +122,8 @@ class Home:
             Pending
         ] = []  # records that nobody needs any more, and that take room until they are written
         self._ahead: list[_Ahead] = []
-        nothing = torch.empty(0)
-        self._remade: tuple[dict[int, int], Tensor, Tensor] = ({}, nothing, nothing)
-        # Keys and values of the records that were recomputed last, of all heads: these may come in turn.
+        # Keys and values of the records that were recomputed last, of all heads, since these may come in turn.
+        self._remade: tuple[dict[int, int], Tensor, Tensor] = ({}, torch.empty(0), torch.empty(0))
         self._peak = 0
         self.loaded = 0
         """Pages that were read from the tier below, wanted or ahead."""

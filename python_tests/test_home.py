@@ -349,6 +349,24 @@ def test_a_model_goes_on_after_a_failure(
     assert not list(tmp_path.iterdir())  # no name is left
 
 
+def test_a_prefix_is_made_again_of_its_token_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a record is lost for good, `reset` and another prefill, exact where it is dense."""
+    model, cache = cached_model("dense", tmp_path)
+    plain = SparseCache(model.config, CONFIGS["dense"])
+    ids = torch.randint(0, 258, (1, 160), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = [model(part, use_cache=True, **_tiny.cached(plain)).logits[:, -1] for part in ids.split([150, 5, 5], 1)]
+        model(ids[:, :150], use_cache=True, **_tiny.cached(cache))
+        monkeypatch.setattr(DiskTier, "_read", lambda *args: iter([memoryview(b"lost")] * 100))
+        for _ in range(2):
+            with pytest.raises(BadRecordError, match="record"):
+                model(ids[:, 150:155], use_cache=True, **_tiny.cached(cache))
+        monkeypatch.undo()
+        cache.reset()
+        found = [model(part, use_cache=True, **_tiny.cached(cache)).logits[:, -1] for part in ids.split([155, 5], 1)]
+    torch.testing.assert_close(torch.stack(found), torch.stack(want[1:]), atol=1e-4, rtol=1e-4)
+
+
 def test_a_full_disk_ends_a_step_and_nothing_more(tmp_path: Path) -> None:
     """The step that finds no room has not happened; what a crop gives back is room again."""
     model, _ = cached_model("pages", tmp_path)
