@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import ops
 from .blocks import Memory
 from .tiers import BadRecordError, DiskTier, FsspecTier, Pending, Tier, TierFullError, TierTimeoutError
 
@@ -242,10 +243,18 @@ class Home:
         """`ops.gather_pages` from here: pages of blocks src [N] to rows dst [N]; -1: none."""
         src, dst, device = src.cpu(), dst.cpu(), dst.device
         wanted = src >= 0
-        blocks, rows = src[wanted].numpy(), dst[wanted].long()
+        blocks, rows = src[wanted].numpy(), dst[wanted]
+        if device.type == "cpu":  # on a GPU kernels might still read a frame when it is given to another page
+            frames = self._frame(blocks)
+            there, gone = np.flatnonzero(frames >= 0), np.flatnonzero(frames < 0)
+            self._last_use[frames[there]] = next(self._clock)
+            ids = torch.from_numpy(frames[there].astype(np.int32))
+            for name, x in self.tensors.items():
+                ops.gather_pages(x, ids, into[name], rows[_index(there)])
+            blocks, rows = blocks[gone], rows[_index(gone)]
         for part in _chunks(len(blocks), CHUNK):
             for name, x in self.read(blocks[part]).items():
-                into[name][rows[part].to(device)] = x.to(device, non_blocking=True)
+                into[name][rows[part].long().to(device)] = x.to(device, non_blocking=True)
 
     def copy_rows(self, src: Tensor, into: Mapping[str, Tensor], dst: Tensor) -> None:
         """Tokens src [N] of blocks to tokens dst [N], block * P + offset; -1: none."""

@@ -111,9 +111,9 @@ class ReservedResident:
 
     def __init__(self, pool: TieredPool, table: Tensor, most: int) -> None:
         (B, H, M), slots = table.shape, pool.slots
-        slots.reserve(0)
         check_slots(slots, most)
-        self._pool, self._slots, self._keep = pool, slots, slots.share(most)
+        self._pool, self._slots, self._most = pool, slots, most
+        self._keep = 0  # pages that a step keeps, beside those of other layers
         self._rows = torch.arange(B * H, dtype=torch.int32, device=table.device)
         self._slot_table = torch.full_like(table, -1)
         self._staging_table = self._rows.view(B, H, 1).repeat(1, 1, M)
@@ -124,6 +124,11 @@ class ReservedResident:
         kept = (self._rows, self._slot_table, self._staging_table, self._moved, *self._staging.values())
         for tensor in (*kept, *slots.state, *slots.tensors.values()):
             torch._dynamo.mark_static_address(tensor)
+
+    def begin(self) -> None:
+        """Decode is about to go on here; all slots are for pages."""
+        self._slots.reserve(0)
+        self._keep = self._slots.share(self._most)
 
     def append_kv(self, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None:
         """`ops.append_kv`: a page that is sealed is made on the device, and then copied to its home."""
@@ -215,6 +220,8 @@ class ReservedLayer:
              selection: Selection) -> None:  # fmt: skip
         """Takes what a layer holds, and assigns the blocks of all pages to come."""
         self.blocks = self._assigned(blocks.ids, sequences)
+        if self.resident is not None:
+            self.resident.begin()
         for tensor in self._pool.tensors.values():  # which have grown, maybe
             torch._dynamo.mark_static_address(tensor)
         self.table.copy_(torch.from_numpy(self.blocks.ids))

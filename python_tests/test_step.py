@@ -201,6 +201,25 @@ def test_reserved_memory_gives_the_same_tokens(
         assert 0 < moved.fetched < moved.wanted and (name == "streaming" or moved.fetched > 100)
 
 
+@pytest.mark.parametrize("name", ["h2o", "alisa"])
+def test_slots_for_packed_tokens_are_given_back(name: str, llama: Any) -> None:
+    """They were reserved by decode steps of before; in reserved memory all slots are for pages."""
+    growing, cache = SparseCache(llama.config, PRESETS[name]), SparseCache(llama.config, reserved(name, True))
+    assert torch.equal(decoded(llama, growing, 60), decoded(llama, cache, 60))
+    slots = cache._tiered_pools()[0].slots
+    with torch.no_grad():
+        for c in (growing, cache):
+            c.crop(-3)
+        slots.reserve(slots.count // 2)
+        for c in (growing, cache):
+            c.crop(-1)
+        x, at = torch.full((2, 1), 7), torch.tensor([[126], [115]])
+        mask = torch.ones(2, 126, dtype=torch.int64)
+        mask[1, :11] = 0
+        want, got = (continued(llama, c, x, mask, at, 2 * P) for c in (growing, cache))
+    assert torch.equal(want, got) and slots.reserved == 0
+
+
 @pytest.mark.parametrize("name", ["dense", "lserve", "alisa"])
 def test_pages_of_the_next_layer_are_brought_while_one_computes(
     name: str, llama: Any, monkeypatch: pytest.MonkeyPatch
