@@ -59,7 +59,8 @@ def test_placement(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_tiers(tmp_path: Path) -> None:
-    """Short contexts: what is checked is that it runs, and that bytes are those predicted."""
+    """Short contexts: what is checked is that it runs, and that bytes are those of the trace, and about those that
+    follow from lengths."""
     options = ["--tokens", "720", "--steps", "4", "--batch", "2", "--prompt", "200", "--new", "80"]
     results = results_of("tiers.py", tmp_path / "x.json", *options)
     assert [(r["run"], r["where"]) for r in results] == [
@@ -69,8 +70,10 @@ def test_tiers(tmp_path: Path) -> None:
         assert (
             r["step_ms"] > 0 and r["predicted_ms"] > 0 and r["phase"] == {"all": 1, "tenth": 2, "disk": 3}[r["where"]]
         )
+        if r["run"] != "alisa" and r["where"] != "all":
+            assert r["fetched_bytes"] == pytest.approx(r["replayed_fetched"], rel=1e-9)
         if r["run"] == "dense":
-            assert r["fetched_bytes"] == r["predicted_fetched"]
+            assert r["fetched_bytes"] == pytest.approx(r["predicted_fetched"], rel=0.01)
     found = json.loads((tmp_path / "x.json").read_text())
     assert [r["run"] for r in found["recompute"]] == ["loaded", "recomputed"]
     assert found["many"]["paging"]["prefill_again_s"] > 0
