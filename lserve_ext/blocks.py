@@ -171,14 +171,15 @@ class Pool:
 
     def read(self, ids: np.ndarray) -> dict[str, Tensor]:
         """What lies in these blocks [N], as tensors [N, ...]."""
-        rows = torch.from_numpy(ids).to(self._like.device).long()
-        return {name: tensor[rows] for name, tensor in self.tensors.items()}
+        rows = torch.from_numpy(ids).long()
+        return {name: x[rows.to(x.device)].to(self._like.device) for name, x in self.tensors.items()}
 
     def write(self, ids: np.ndarray, contents: dict[str, Tensor]) -> None:
         """Fills new blocks [N] with what `read` has given."""
-        rows = torch.from_numpy(ids).to(self._like.device).long()
-        for name, tensor in contents.items():
-            self.tensors[name][rows] = tensor.to(self._like.device)
+        rows = torch.from_numpy(ids).long()
+        for name, x in contents.items():
+            tensor = self.tensors[name]
+            tensor[rows.to(tensor.device)] = x.to(tensor.device)
 
     def table(self, ids: np.ndarray, wanted: np.ndarray | None = None) -> BlockTable:
         """A table of these blocks (-1: none), with free ones where `wanted`; the pool grows if there are too few."""

@@ -23,7 +23,7 @@ from .files import Tensors
 from .home import Recompute
 from .ops import DENSE, LISTED, Mask, PagedKV
 from .placement import TieredPool, make_pool
-from .reserved import ReservedBatch, ReservedLayer, check_slots
+from .reserved import RESERVED, ReservedBatch, ReservedLayer
 from .resident import Attention, Given, Resident
 from .scorers import Selection
 from .sequences import Sequences, Step, on_device
@@ -92,12 +92,11 @@ class LayerCache:
             self._decode_mask = Mask(decode, sink=config.sink_pages, unit=config.page_size)
             self._prefill_mask = Mask(prefill, sink=config.prefill_sink_pages)
             self._pool = make_pool(config, like, self._reserved_blocks(B)) if pool is None else pool
-            packs = self._scorer is not None and self._scorer.unit == "token" and not self._streaming.any()
-            packs = packs and not config.sink_pages and not (config.needs_stats and config.kv_dtype == "int8")
             self._resident: Resident | None = None
             if isinstance(self._pool, TieredPool):
+                packs = self._scorer is not None and config.packs and not self._streaming.any()
                 self._resident = Resident(self._pool, packs, config.reuse_interval)
-                check_slots(self._pool.slots, self._reserved_slots(B) if config.max_tokens else 0)
+                self._pool.slots.check(self._reserved_slots(B) if config.max_tokens else 0, RESERVED)
                 if pool is not None and not pool.allocator.capacity:  # at once, for all layers that will share it
                     pool.grow(self._pool.layers * self._reserved_blocks(B))
             blocks = self._pool.table(np.full((B, H, config.max_pages or 4), -1, np.int32))
@@ -284,22 +283,11 @@ class LayerCache:
             out, selection = step.decode(
                 q, k, v, kv, on, self._decode_mask, self._scorer, before, scale, sinks, layer.resident or ops
             )
-        layer.keep(selection)
-        if self._following is not None and not torch.compiler.is_compiling():
-            self._following._bring_ahead(batch)
+            layer.keep(selection)
+            following = self._following
+            if following is not None and following._reserved is not None and not torch.compiler.is_compiling():
+                following._reserved.bring_ahead(on, batch.age, following._decode_mask)
         return out
-
-    def _bring_ahead(self, batch: ReservedBatch) -> None:
-        """Begins to bring the pages that the layer's step will want, unless it will select them first."""
-        layer, on, mask, scorer = self._reserved, batch.on, self._decode_mask, self._scorer
-        assert layer is not None and on is not None
-        if layer.resident is None or (scorer is not None and batch.age == 0):
-            return
-        if scorer is not None:
-            lists, local_start = layer.selection.lists, layer.selection.local_start
-            mask = mask._replace(lists=lists, local_start=local_start, unit=scorer.unit_tokens)
-        with _below_autograd():
-            layer.resident.bring_ahead(mask, layer.kv(on.sealed), on.seq_lens)
 
     def leave_reserved(self, sequences: Sequences, age: int) -> None:
         """Takes what has been decoded since."""

@@ -198,6 +198,12 @@ class SparseConfig:
         return SCORERS[self.scorer](self.budget)
 
     @property
+    def packs(self) -> bool:
+        """Whether listed tokens can be fetched without their pages: no sink is beside them, and keys are on no grid of
+        their page."""
+        return self.unit == "token" and not self.sink_pages and not (self.needs_stats and self.kv_dtype == "int8")
+
+    @property
     def needs_stats(self) -> bool:
         """Whether pages keep the min and max of their key groups, as scores or as the grid of INT8 keys."""
         return self.unit == "page" and (self.selects or self.kv_dtype == "int8")

@@ -119,9 +119,8 @@ class Home:
         self._serial = itertools.count()
         self._records: dict[int, _Record] = {}
         self._writing: dict[int, Pending] = {}  # records
-        self._leaving: list[
-            Pending
-        ] = []  # records that nobody needs any more, and that take room until they are written
+        # Records that nobody needs any more, and that take room until they are written.
+        self._leaving: list[Pending] = []
         self._ahead: list[_Ahead] = []
         # Keys and values of the records that were recomputed last, of all heads, since these may come in turn.
         self._remade: tuple[dict[int, int], Tensor, Tensor] = ({}, torch.empty(0), torch.empty(0))

@@ -51,6 +51,18 @@ def slot_bytes(pool: Pool) -> int:
     return sum(x.element_size() * x.shape[1:].numel() for name, x in pages.items() if name in MOVED)
 
 
+def share(slots: float, wanted: float, layers: int) -> float:
+    """Pages that a layer keeps which wants so many: the shares of all layers and the rest of one fit. A step goes
+    through all layers in turn, and where it wants more than there are slots, those used longest ago are just those that
+    come next."""
+    return max(0, slots - wanted) // (layers - 1) if layers > 1 else slots
+
+
+def over(kv: PagedKV, tensors: Mapping[str, Tensor], slot_table: Tensor) -> PagedKV:
+    """A layer whose pages lie in these tensors."""
+    return kv._replace(k_pool=tensors["k"], v_pool=tensors["v"], scales=tensors.get("scales"), slot_table=slot_table)
+
+
 class CopyStream:
     """A stream for copies beside the one that computes, fenced in both directions; on a CPU there is one order only."""
 
@@ -109,24 +121,30 @@ class Slots:
         """Tokens that were copied without the rest of their page."""
         self.packed: object = None
         """Whose tokens lie in the slots for packed ones."""
-        self._reserved = 0
+        self.reserved = 0
+        """Slots for packed tokens, behind those for pages."""
+
+    def __len__(self) -> int:
+        """All slots."""
+        return len(self._blocks)
 
     @property
     def count(self) -> int:
         """Slots for pages."""
-        return len(self._blocks) - self._reserved
-
-    @property
-    def reserved(self) -> int:
-        """Slots for packed tokens, behind those for pages."""
-        return self._reserved
+        return len(self) - self.reserved
 
     def reserve(self, slots: int) -> None:
         """From now on so many are for packed tokens."""
-        if slots != self._reserved:
-            self._blocks[len(self._blocks) - slots :] = -1
-            self._reserved = slots
+        if slots != self.reserved:
+            self._blocks[len(self) - slots :] = -1
+            self.reserved = slots
             self.generation += 1
+
+    def check(self, pages: int, whose: str) -> None:
+        """Raises ValueError if not so many could be there at once."""
+        if pages > len(self):
+            want, have = (n * self.slot_bytes for n in (pages, len(self)))
+            raise ValueError(f"device_bytes: expected at least {want:,}, for the {pages} pages {whose}, got {have:,}")
 
     def held(self) -> np.ndarray:
         """Blocks that lie in slots, and -1. On a GPU this waits for the device."""
@@ -134,8 +152,8 @@ class Slots:
 
     @property
     def memory(self) -> Memory:
-        used = (int((self._blocks >= 0).sum()) + self._reserved) * self.slot_bytes
-        reserved = len(self._blocks) * self.slot_bytes
+        used = (int((self._blocks >= 0).sum()) + self.reserved) * self.slot_bytes
+        reserved = len(self) * self.slot_bytes
         return Memory(used, reserved, reserved)
 
     def fetch(
@@ -189,7 +207,7 @@ class Slots:
         if not self._is_settled:  # as an interrupt has left them
             self._blocks.fill_(-1)
         self._is_settled = False
-        if self._reserved:  # no victims: of slots that were used in the same call, the last ones stay longest
+        if self.reserved:  # no victims: of slots that were used in the same call, the last ones stay longest
             self._last_use[self.count :] = self._clock
         return ops.resolve_pages(lists, block_table, slot_table, *self.state, keep)
 
@@ -209,11 +227,8 @@ class Slots:
         self._pool.copy_rows(src.view(-1), self.tensors, packed.dst.view(-1))
 
     def share(self, wanted: int) -> int:
-        """Pages that a layer keeps which wants so many: the shares of all layers and the rest of one fit. A step goes
-        through all layers in turn, and where it wants more than there are slots, those used longest ago are just those
-        that come next."""
-        others = self._layers - 1
-        return max(0, self.count - wanted) // others if others else self.count
+        """See `share`."""
+        return int(share(self.count, wanted, self._layers))
 
     def forget(self, blocks: Tensor) -> None:
         """These blocks [N] will hold something else."""
@@ -320,22 +335,16 @@ class TieredPool(Pool):
 
     def read(self, ids: np.ndarray) -> dict[str, Tensor]:
         self._wait()
-        rows = torch.from_numpy(ids).long()
-        pages = {name: x[rows.to(x.device)].to(self._like.device) for name, x in self.tensors.items()}
+        pages = super().read(ids)
         if self.home is None:
             return pages
         return {name: x.to(self._like.device) for name, x in self.home.read(ids).items()} | pages
 
     def write(self, ids: np.ndarray, contents: dict[str, Tensor]) -> None:
         self._wait()
-        rows, moved = torch.from_numpy(ids).long(), {}
-        for name, x in contents.items():
-            if name in self.tensors:
-                self.tensors[name][rows.to(self.tensors[name].device)] = x.to(self.tensors[name].device)
-            else:
-                moved[name] = x
+        super().write(ids, {name: x for name, x in contents.items() if name in self.tensors})
         if self.home is not None:
-            self.home.write(ids, moved)
+            self.home.write(ids, {name: x for name, x in contents.items() if name not in self.tensors})
 
     def put(self, src: dict[str, Tensor], src_ids: Tensor, dst: Tensor) -> None:
         """Rows src_ids [N] of pages on the device to blocks dst [N], by block; -1: none. Nothing waits."""

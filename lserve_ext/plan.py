@@ -20,7 +20,7 @@ from .config import SparseConfig
 from .heads import HeadPattern
 from .home import CHUNK
 from .machine import Profile
-from .placement import slot_bytes
+from .placement import share, slot_bytes
 from .tiers import stride
 
 
@@ -407,7 +407,7 @@ class Plan:
     @property
     def packs(self) -> bool:
         """Whether listed tokens are fetched without their pages, where not all of these fit on the device."""
-        return self.config.selects and self.config.unit == "token" and not self.streaming and not self.config.sink_pages
+        return self.config.selects and self.config.packs and not self.streaming
 
     def _fetched(self, context: int, batch: int, slots: int) -> tuple[float, float]:
         """Pages, and tokens by themselves, that a step brings to the device where not all pages fit there."""
@@ -417,8 +417,8 @@ class Plan:
         heads = batch * self.others
         slots -= min(slots // 2, math.ceil(listed / P) * heads // layers)  # those for packed tokens
         local = heads * max(0.0, listed / P - 1)  # the newest pages are not sealed
-        share = max(0.0, slots - local / layers) // (layers - 1) if layers > 1 else slots
-        missed = max(heads / P, local - layers * min(local / layers, share))
+        kept = min(local / layers, share(slots, local / layers, layers))
+        missed = max(heads / P, local - layers * kept)
         held = batch * self.held(context)
         near = max(0.0, slots - local) / max(1.0, held - local) if held < 4 * slots else 0.0
         return missed, heads * listed * (1 - near)
@@ -428,11 +428,9 @@ class Plan:
         held, wanted = batch * self.held(context), batch * self.wanted(context)
         if not self.config.selects:  # all of them in turn: each layer keeps a share
             layers, of_layer = self.model.layers, wanted / self.model.layers
-            room = max(0.0, slots - of_layer)
-            share = room // (layers - 1) if layers > 1 else slots
-            if share >= of_layer:
-                return 0.0
-            return wanted - layers * share - (room - (layers - 1) * share)
+            kept = share(slots, of_layer, layers)
+            left = max(0.0, slots - of_layer) - (layers - 1) * kept
+            return 0.0 if kept >= of_layer else wanted - layers * kept - left
         if self.config.unit == "token":
             return wanted * max(0.0, 1 - slots / held)
         kept = batch * self.streaming * self.pages(context)[1]

@@ -14,9 +14,11 @@ from torch import Tensor
 from . import ops
 from .blocks import BlockTable, Pool
 from .ops import Mask, PagedKV
-from .placement import Slots, TieredPool
+from .placement import TieredPool, over
 from .scorers import Scorer, Selection
 from .sequences import Facts, OnDevice, Sequences
+
+RESERVED = "that a step may attend in reserved memory"
 
 
 class ReservedBatch:
@@ -111,7 +113,7 @@ class ReservedResident:
 
     def __init__(self, pool: TieredPool, table: Tensor, most: int) -> None:
         (B, H, M), slots = table.shape, pool.slots
-        check_slots(slots, most)
+        slots.check(most, RESERVED)
         self._pool, self._slots, self._most = pool, slots, most
         self._keep = 0  # pages that a step keeps, beside those of other layers
         self._rows = torch.arange(B * H, dtype=torch.int32, device=table.device)
@@ -133,7 +135,7 @@ class ReservedResident:
     def append_kv(self, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None:
         """`ops.append_kv`: a page that is sealed is made on the device, and then copied to its home."""
         B, H, M = kv.block_table.shape
-        ops.append_kv(k, v, cu_seqlens_k, context_lens, _over(kv, self._staging, self._staging_table))
+        ops.append_kv(k, v, cu_seqlens_k, context_lens, over(kv, self._staging, self._staging_table))
         after = torch.div(context_lens + cu_seqlens_k.diff(), kv.k_pool.shape[1], rounding_mode="floor") - 1
         page = kv.sealed.clamp(max=M - 1).long()[:, None, None].expand(B, H, 1)
         blocks = torch.where((after > kv.sealed)[:, None, None], kv.block_table.gather(2, page), -1).view(-1)
@@ -148,7 +150,7 @@ class ReservedResident:
             self._bring(mask, kv, seq_lens, beside=False)
         self._pool.stream.join()
         self._ahead = None
-        return ops.decode(q, mask, _over(kv, self._slots.tensors, self._slot_table), seq_lens, scale=scale)
+        return ops.decode(q, mask, over(kv, self._slots.tensors, self._slot_table), seq_lens, scale=scale)
 
     def bring_ahead(self, mask: Mask, kv: PagedKV, seq_lens: Tensor) -> None:
         """Begins to bring what `decode` is about to be asked for, while another layer computes."""
@@ -164,7 +166,7 @@ class ReservedResident:
         self, q: Tensor, lse: Tensor, mask: Mask, kv: PagedKV, seq_lens: Tensor, *, scale: float | None = None
     ) -> Tensor:
         """`ops.attention_mass` of the step that has just been decoded."""
-        return ops.attention_mass(q, lse, mask, _over(kv, self._slots.tensors, self._slot_table), seq_lens, scale=scale)
+        return ops.attention_mass(q, lse, mask, over(kv, self._slots.tensors, self._slot_table), seq_lens, scale=scale)
 
     def settle(self) -> None:
         """Counts what has been moved since the last call; others will not take slots for what they were."""
@@ -175,20 +177,6 @@ class ReservedResident:
         self._slots.fetched += fetched
         self._slots.generation += 1
         self._moved.zero_()
-
-
-def check_slots(slots: Slots, most: int) -> None:
-    """Raises ValueError if there are fewer than a step in reserved memory may want."""
-    every = slots.count + slots.reserved
-    if most > every:
-        want, have = (n * slots.slot_bytes for n in (most, every))
-        pages = f"the {most} pages that a step may attend in reserved memory"
-        raise ValueError(f"device_bytes: expected at least {want:,}, for {pages}, got {have:,}")
-
-
-def _over(kv: PagedKV, tensors: dict[str, Tensor], slot_table: Tensor) -> PagedKV:
-    """A layer whose pages lie in these tensors."""
-    return kv._replace(k_pool=tensors["k"], v_pool=tensors["v"], scales=tensors.get("scales"), slot_table=slot_table)
 
 
 class ReservedLayer:
@@ -264,6 +252,20 @@ class ReservedLayer:
         past = (page >= sequences.pages.sink) & (page < sequences.freed[:, None])
         gone = to_come[:, None] | (past[:, None] & self._streaming[:, None])
         return self._pool.table(np.where(gone, -1, ids))
+
+    def bring_ahead(self, on: OnDevice, age: int, mask: Mask) -> None:
+        """Begins to bring the pages that the layer's step will want, unless it will select them first.
+
+        Args:
+            on, age: the step.
+            mask: without lists.
+        """
+        if self.resident is None or (self._scorer is not None and age == 0):
+            return
+        if self._scorer is not None:
+            lists, local_start = self.selection.lists, self.selection.local_start
+            mask = mask._replace(lists=lists, local_start=local_start, unit=self._scorer.unit_tokens)
+        self.resident.bring_ahead(mask, self.kv(on.sealed), on.seq_lens)
 
     def kv(self, sealed: Tensor) -> PagedKV:
         """The tensors that ops take."""

@@ -15,7 +15,7 @@ from . import ops
 from .home import Home, Inputs, Recompute
 from .ops import Mask, PagedKV
 from .packed import Packed, pack, pages_of
-from .placement import TieredPool
+from .placement import TieredPool, over
 
 
 class StepAttention(Protocol):
@@ -135,8 +135,7 @@ class Resident:
         slot_table = torch.full_like(kv.block_table, -1)
         slot_table[sealing] = torch.arange(len(blocks), dtype=torch.int32, device=k.device)
         pages = {name: x.new_empty((len(blocks), *x.shape[1:])) for name, x in self._slots.tensors.items()}
-        beside = kv._replace(k_pool=pages["k"], v_pool=pages["v"], scales=pages.get("scales"), slot_table=slot_table)
-        ops.append_kv(k, v, cu_seqlens_k, context_lens, beside)
+        ops.append_kv(k, v, cu_seqlens_k, context_lens, over(kv, pages, slot_table))
         if home is None:
             self._pool.put(pages, torch.arange(len(blocks), dtype=torch.int32, device=k.device), blocks)
             return
@@ -263,23 +262,18 @@ class Resident:
         slots, (B, H, M) = self._slots, kv.block_table.shape
         slot_table, tensors = self.slot_table[..., :M], slots.tensors
         total, packed = sum(map(sum, wanted.needs)), wanted.packed
-        every = slots.count + slots.reserved
         most = max(map(max, wanted.needs), default=0)
-        if most + packed > every:
-            want, have = (n * slots.slot_bytes for n in (most + packed, every))
-            pages = f"the {most + packed} pages that a head attends"
-            raise ValueError(f"device_bytes: expected at least {want:,}, for {pages}, got {have:,}")
+        slots.check(most + packed, "that a head attends")
         heads = B * H
         if packed:
-            heads = max(1, min(heads, every // 2 // packed, (every - most) // packed))
+            heads = max(1, min(heads, len(slots) // 2 // packed, (len(slots) - most) // packed))
             slots.reserve(heads * packed)
         elif most > slots.count:
             slots.reserve(0)
         keep = slots.share(total)
         if total <= slots.count and heads >= B * H:
             slots.fetch(wanted.pages, kv.block_table, slot_table, total, keep, wanted.generation)
-            whole = kv._replace(k_pool=tensors["k"], v_pool=tensors["v"], scales=tensors.get("scales"))
-            yield slice(0, B), slice(0, H), whole._replace(slot_table=slot_table)
+            yield slice(0, B), slice(0, H), over(kv, tensors, slot_table)
             wanted.generation = slots.generation
             return
         for b, h in parts(wanted.needs, H, slots.count, heads):

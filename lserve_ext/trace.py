@@ -4,14 +4,17 @@ the page. (`placement.Slots`, on paper.)"""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
+import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import ops
 from .ops import Mask
+from .placement import share
 from .resident import parts
 
 
@@ -22,7 +25,8 @@ class Wants:
     Args:
         forward: of the model, counted from 0.
         layer: of the model.
-        pages: [B][H] ascending, as numbers that no other page of the run has.
+        pages: [B, H, M] int32, ascending, -1 padded.
+        needs: [B][H] how many.
         is_same: a decode step, or the look at its weights, that wants what the layer's last one did, by the same
             tensors.
         is_step: of decode.
@@ -30,7 +34,8 @@ class Wants:
 
     forward: int
     layer: int
-    pages: list[list[np.ndarray]]
+    pages: Tensor
+    needs: list[list[int]]
     is_same: bool
     is_step: bool
 
@@ -86,13 +91,8 @@ class Trace(TorchDispatchMode):
             last = self._last.get(layer, ())
             is_same = len(last) == len(key) and all(x is y for x, y in zip(last, key, strict=True))
             self._last[layer] = key
-        found, counts = ops.wanted_pages(mask, table, a["sealed"], first, P)
-        B, H, _ = table.shape
-        pages = found.cpu().numpy().astype(np.int64)
-        place = (np.arange(B)[:, None] * H + np.arange(H)) * self.layers + layer
-        names = pages * (B * H * self.layers) + place[..., None]
-        listed = [[names[b, h, :n] for h, n in enumerate(row)] for b, row in enumerate(counts.tolist())]
-        self.wants.append(Wants(call // self.layers, layer, listed, is_same, is_step))
+        pages, counts = ops.wanted_pages(mask, table, a["sealed"], first, P)
+        self.wants.append(Wants(call // self.layers, layer, pages.cpu(), counts.tolist(), is_same, is_step))
 
     def replay(self, slots: int) -> list[Moved]:
         """Of every forward pass, with so many slots.
@@ -100,7 +100,8 @@ class Trace(TorchDispatchMode):
         Raises:
             ValueError: a head wants more pages at once.
         """
-        device = _Slots(slots, self.layers)
+        widest = max((wants.pages.shape for wants in self.wants), default=(0, 0, 0))
+        device = _Slots(slots, (self.layers, *widest))
         found: list[Moved] = []
         for wants in self.wants:
             before = device.moved
@@ -113,50 +114,48 @@ class Trace(TorchDispatchMode):
 
 
 class _Slots:
-    """`placement.Slots` and the rounds of `resident.Resident`, without pages."""
+    """`placement.Slots` and the rounds of `resident.Resident`, without pages. Shape: [layers, B, H, M]."""
 
-    def __init__(self, count: int, layers: int) -> None:
-        self.count, self.layers = count, layers
+    def __init__(self, count: int, shape: tuple[int, ...]) -> None:
+        self.count, self.layers = count, shape[0]
         self.moved = Moved(0, 0)
-        self._slot: dict[int, int] = {}  # of a page
-        self._page = [-1] * count
-        self._last_use = np.zeros(count, np.int64)
-        self._clock = self._generation = 0
+        self._block_table = torch.arange(math.prod(shape), dtype=torch.int32).view(shape)
+        self._slot_table = torch.full_like(self._block_table, -1)
+        blocks = torch.full((count,), -1, dtype=torch.int32)
+        self._state = blocks, torch.zeros_like(blocks), torch.zeros(1, dtype=torch.int32)
+        self._generation = 0
         self._complete: dict[int, int] = {}  # of a layer, the generation in which all that it wants was there
 
     def attend(self, wants: Wants) -> None:
-        needs = [[len(pages) for pages in row] for row in wants.pages]
+        needs, H = wants.needs, wants.pages.shape[1]
         total, most = sum(map(sum, needs)), max(map(max, needs), default=0)
         if most > self.count:
             raise ValueError(f"slots: expected at least the {most} pages that a head attends, got {self.count}")
-        others = self.layers - 1
-        keep = max(0, self.count - total) // others if others else self.count
+        keep = int(share(self.count, total, self.layers))
         if total <= self.count:
-            if wants.is_same and self._complete.get(wants.layer) == self._generation:
-                self.moved = Moved(self.moved.wanted + total, self.moved.fetched)
-                return
-            self._fetch([page for row in wants.pages for pages in row for page in pages.tolist()], keep)
+            is_there = wants.is_same and self._complete.get(wants.layer) == self._generation
+            self._fetch(wants, slice(None), slice(None), 0 if is_there else total, keep)
+            self.moved = Moved(self.moved.wanted + total, self.moved.fetched)
             if wants.is_step:
                 self._complete[wants.layer] = self._generation
             return
         if wants.is_step and not wants.is_same:
             self._complete.pop(wants.layer, None)
-        for b, h in parts(needs, len(needs[0]), self.count, len(needs[0])):
-            pages = [page for row in wants.pages[b] for some in row[h] for page in some.tolist()]
-            self._fetch(pages, keep)
-            keep = max(0, keep - len(pages))
+        for b, h in parts(needs, H, self.count, H):
+            count = sum(sum(need[h]) for need in needs[b])
+            self._fetch(wants, b, h, count, keep)
+            self.moved = Moved(self.moved.wanted + count, self.moved.fetched)
+            keep = max(0, keep - count)
 
-    def _fetch(self, pages: Sequence[int], keep: int) -> None:
-        self._clock += 1
-        missing = [page for page in pages if page not in self._slot]
-        self._last_use[[self._slot[page] for page in pages if page in self._slot]] = self._clock
-        victims = np.sort(np.argsort(self._last_use, kind="stable")[: len(missing)]).tolist()
-        for page, slot in zip(missing, victims, strict=True):
-            self._slot.pop(self._page[slot], None)
-            self._page[slot], self._slot[page] = page, slot
-        self._last_use[[self._slot[page] for page in pages]] = [self._clock * (i < keep) for i in range(len(pages))]
-        self._generation += bool(missing)
-        self.moved = Moved(self.moved.wanted + len(pages), self.moved.fetched + len(missing))
+    def _fetch(self, wants: Wants, b: slice, h: slice, count: int, keep: int) -> None:
+        if not count:
+            return
+        pages, M = wants.pages[b, h], wants.pages.shape[2]
+        blocks, slots = (table[wants.layer, b, h, :M] for table in (self._block_table, self._slot_table))
+        src, _ = ops.resolve_pages(pages, blocks, slots, *self._state, keep)
+        fetched = int((src >= 0).sum())
+        self._generation += bool(fetched)
+        self.moved = Moved(self.moved.wanted, self.moved.fetched + fetched)
 
 
 def moved_bytes(moved: Sequence[Moved], page_bytes: int) -> float:
