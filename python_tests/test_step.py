@@ -201,6 +201,21 @@ def test_reserved_memory_gives_the_same_tokens(
         assert 0 < moved.fetched < moved.wanted and (name == "streaming" or moved.fetched > 100)
 
 
+def test_phases_count_pages_that_are_held(llama: Any) -> None:
+    """Not those to come, for which memory is reserved."""
+    config = reserved("dense", True)
+    cache = SparseCache(llama.config, config)
+    phases = []
+    for steps in (20, 120):
+        cache.reset()
+        decoded(llama, cache, steps)
+        phases.append(cache.phase)
+        slots = cache._tiered_pools()[0].slots.count
+        pages = sum(int(n) // P - 1 for n in cache.ours[0].kv.lengths) * 2 * LAYERS
+        assert phases[-1] == 1 + (pages > slots)
+    assert phases == [1, 2]
+
+
 @pytest.mark.parametrize("name", ["h2o", "alisa"])
 def test_slots_for_packed_tokens_are_given_back(name: str, llama: Any) -> None:
     """They were reserved by decode steps of before; in reserved memory all slots are for pages."""

@@ -421,7 +421,8 @@ class SparseCache(Cache):
     @property
     def phase(self) -> int:
         """1: all pages fit on the device; 2: they fit in host memory; 3: they fit in neither (ALISA, Algorithm 2)."""
-        return max((pool.phase for pool in self._tiered_pools()), default=1)
+        with self._at_rest():  # blocks of pages to come are not held
+            return max((pool.phase for pool in self._tiered_pools()), default=1)
 
     def attended(self) -> tuple[int, int]:
         """Tokens that a decode step attends and those that a dense one would, over the layers with full attention, kv
