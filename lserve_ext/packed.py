@@ -29,7 +29,7 @@ class Packed(NamedTuple):
     dst: Tensor
     """[B, H, K] int32 rows of slots that they are to be copied to, slot * P + offset."""
     position: Tensor
-    """[B, H, tokens] int64 true position of each token here; M * P or more: it is not attended."""
+    """[B, H, tokens] int64 true position of each token here that is attended; any of 0 to M * P for the others."""
 
     def unpacked(self, mass: Tensor, tokens: int) -> Tensor:
         """Attention mass [B, H, ...] at true positions [B, H, tokens]."""
@@ -71,7 +71,7 @@ def pack(mask: Mask, kv: PagedKV, seq_lens: Tensor, first_slot: int, reuse_inter
               for head, table in ((slots, kv.block_table), (slots, kv.slot_table)))  # fmt: skip
     moved = back * P
     after = torch.arange(packed * P, (packed + local) * P, device=device) + moved
-    after = torch.where(after < start[:, None], M * P, after).clamp(max=M * P)[:, None].expand(B, H, local * P)
+    after = after.clamp(0, M * P)[:, None].expand(B, H, local * P)
     before = torch.where(there, lists, M * P)
     if packed * P > K:
         before = torch.nn.functional.pad(before, (0, packed * P - K), value=M * P)

@@ -232,11 +232,7 @@ class Slots:
 
     def forget(self, blocks: Tensor) -> None:
         """These blocks [N] will hold something else."""
-        self._blocks.masked_fill_(torch.isin(self._blocks, blocks), -1)
-
-    def forget_few(self, blocks: Tensor) -> None:
-        """The same; -1: none. Nothing waits for the device, as `torch.isin` of many may."""
-        self._blocks.masked_fill_((self._blocks[:, None] == blocks).any(1), -1)
+        self._blocks[torch.isin(self._blocks, blocks)] = -1
 
     @property
     def state(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -133,13 +133,16 @@ class ReservedResident:
         self._keep = self._slots.share(self._most)
 
     def append_kv(self, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None:
-        """`ops.append_kv`: a page that is sealed is made on the device, and then copied to its home."""
+        """`ops.append_kv`: a page that is sealed is made on the device, and then copied to its home.
+
+        Blocks of streaming heads are written again and again. Slots of their old contents are not found: entries of the
+        table are of pages, and that of a page which has just been sealed is empty.
+        """
         B, H, M = kv.block_table.shape
         ops.append_kv(k, v, cu_seqlens_k, context_lens, over(kv, self._staging, self._staging_table))
         after = torch.div(context_lens + cu_seqlens_k.diff(), kv.k_pool.shape[1], rounding_mode="floor") - 1
         page = kv.sealed.clamp(max=M - 1).long()[:, None, None].expand(B, H, 1)
         blocks = torch.where((after > kv.sealed)[:, None, None], kv.block_table.gather(2, page), -1).view(-1)
-        self._slots.forget_few(blocks)  # streaming heads write theirs again and again
         self._pool.put(self._staging, self._rows, blocks)
 
     def decode(

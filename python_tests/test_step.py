@@ -201,6 +201,25 @@ def test_reserved_memory_gives_the_same_tokens(
         assert 0 < moved.fetched < moved.wanted and (name == "streaming" or moved.fetched > 100)
 
 
+@pytest.mark.parametrize("name", ["streaming", "lserve"])
+def test_a_block_that_a_streaming_head_writes_again(name: str, llama: Any) -> None:
+    """A slot, which nothing else has taken, holds its old page still; with crops between."""
+    config = reserved(name, True)
+    assert config.device_bytes is not None
+    cache = SparseCache(llama.config, config.replace(device_bytes=20 * config.device_bytes))
+    growing = SparseCache(llama.config, PRESETS[name])
+    assert torch.equal(decoded(llama, growing, 120), decoded(llama, cache, 120))
+    for turn in range(4):
+        for c in (growing, cache):
+            c.crop(-3)
+        mask = torch.ones(2, int(growing.get_seq_length()), dtype=torch.int64)
+        mask[1, :11] = 0
+        x, at = torch.full((2, 1), 7 + turn), (mask.cumsum(1) - 1)[:, -1:]
+        with torch.no_grad():
+            want, got = (continued(llama, c, x, mask, at, 2 * P) for c in (growing, cache))
+        assert torch.equal(want, got)
+
+
 def test_phases_count_pages_that_are_held(llama: Any) -> None:
     """Not those to come, for which memory is reserved."""
     config = reserved("dense", True)

@@ -16,9 +16,9 @@ PARTS = (70, 30, *[1] * 60)  # of tokens
 LAYERS, BATCH = 4, 2
 
 
-def run(cache: SparseCache, trace: Trace | None = None) -> list[Moved]:
+def run(cache: SparseCache, trace: Trace | None = None, layers: int = LAYERS) -> list[Moved]:
     """Of each forward pass."""
-    model = _tiny.llama(layers=LAYERS, attn_implementation="lserve")
+    model = _tiny.llama(layers=layers, attn_implementation="lserve")
     ids = torch.randint(0, 258, (BATCH, sum(PARTS)), generator=torch.Generator().manual_seed(0))
     found = []
     with torch.no_grad():
@@ -59,6 +59,16 @@ def test_reuse_and_layers_that_are_dense() -> None:
     for slots in (24, 50, 90):
         limited = config.replace(device_bytes=slots * slot_bytes("pages"))
         assert trace.replay(slots) == run(SparseCache(_tiny.llama(layers=LAYERS).config, limited))
+
+
+def test_a_layer_alone_keeps_what_its_first_heads_want() -> None:
+    model = _tiny.llama(layers=1)
+    trace = Trace(1)
+    run(SparseCache(model.config, CONFIGS["dense"]), trace, 1)
+    for slots in (20, 33, 60):  # rounds of heads
+        cache = SparseCache(model.config, CONFIGS["dense"].replace(device_bytes=slots * slot_bytes("dense")))
+        moved = trace.replay(slots)
+        assert moved == run(cache, layers=1) and moved[-1].fetched < moved[-1].wanted
 
 
 def test_what_cannot_be_replayed() -> None:
