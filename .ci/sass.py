@@ -29,7 +29,7 @@ RULES: list[tuple[str, int, list[str]]] = [
     (r"^select_kernel", 128, ["ATOMS"]),
     (r"^(append|quantize)_kernel<.*, [48]>", 128, ["LDG.128", "STG.64|STG.32"]),
     (r"^gather_kernel<uint4>", 128, ["LDG.128", "STG.128"]),
-    (r"^page_stats_kernel<.*, [48]>", 128, ["LDG.128", "STG.128"]),
+    (r"^page_stats_kernel<.*, [48], ", 128, ["LDG.128", "STG.128"]),
     (r"", 128, []),
 ]
 STORAGE = {"0": "plain", "1": "codes_of_groups", "2": "codes_of_tokens"}

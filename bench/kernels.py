@@ -160,6 +160,12 @@ def page_stats(layer: Layer) -> Work:
 
 
 @case()
+def page_moments(layer: Layer) -> Work:
+    k, _, _ = new_pages(layer)
+    return Work(lambda: ops.page_moments(k, P), size(k), 2 * size(k) // P)
+
+
+@case()
 def quantize_kv(layer: Layer) -> Work:
     pages = new_pages(layer)
     return Work(lambda: ops.quantize_kv(*pages), size(*pages), size(*ops.quantize_kv(*pages)))

@@ -58,9 +58,9 @@ struct Rule {
   int64_t unit;    // tokens an entry of a list stands for: P or 1
 };
 
-struct PageStatsArgs {
-  View k;       // [pages, P, D]
-  void* stats;  // out [pages, P/L, 2, D]
+struct PageStatsArgs {  // and of page_moments
+  View k;               // [pages, P, D]
+  void* stats;          // out [pages, P/L, 2, D]
   int64_t pages, P, L, D;
   Dtype dtype;
 };
@@ -88,7 +88,9 @@ struct AppendArgs {
   const int32_t* cu_seqlens_k;  // [B + 1]
   const int32_t* context_lens;  // [B] tokens held before
   Paged kv;
-  int64_t N;
+  void* moments;             // [blocks, P/group, 2, D] dtype: see page_moments; or null
+  int64_t moments_stride;    // of a block
+  int64_t N, moments_group;  // moments_group = 0 without moments
 };
 
 struct PageScoresArgs {
@@ -212,6 +214,7 @@ void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t
 
 namespace cpu {
 void page_stats(const PageStatsArgs&);
+void page_moments(const PageStatsArgs&);
 void quantize_kv(const QuantizeArgs&);
 void dequantize_kv(const DequantizeArgs&);
 void append_kv(const AppendArgs&);
@@ -231,6 +234,7 @@ void merge_states(const MergeArgs&);
 // with other lengths, because grids follow from shapes alone.
 namespace cuda {
 void page_stats(const PageStatsArgs&, void* stream);
+void page_moments(const PageStatsArgs&, void* stream);
 void quantize_kv(const QuantizeArgs&, void* stream);
 void dequantize_kv(const DequantizeArgs&, void* stream);
 void append_kv(const AppendArgs&, void* stream);

@@ -31,6 +31,7 @@ using OptTensor = std::optional<Tensor>;
 STABLE_TORCH_LIBRARY(lserve_ext, m) {
   // Pages: statistics, INT8 codes, the cache's storage
   m.def("page_stats(Tensor k, int group) -> Tensor");
+  m.def("page_moments(Tensor k, int group) -> Tensor");
   m.def("quantize_kv(Tensor k, Tensor v, Tensor? stats) -> (Tensor k_codes, Tensor v_codes, Tensor scales)");
   m.def(
       "dequantize_kv(Tensor k_codes, Tensor v_codes, Tensor? stats, Tensor scales, ScalarType dtype)"
@@ -38,7 +39,8 @@ STABLE_TORCH_LIBRARY(lserve_ext, m) {
   m.def(
       "append_kv(Tensor k, Tensor v, Tensor cu_seqlens_k, Tensor context_lens,"
       " Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor(c!)? stats, Tensor(d!)? scales,"
-      " Tensor block_table, Tensor slot_table, Tensor(e!) residual_k, Tensor(f!) residual_v, Tensor sealed) -> ()");
+      " Tensor block_table, Tensor slot_table, Tensor(e!) residual_k, Tensor(f!) residual_v, Tensor sealed,"
+      " Tensor(g!)? moments) -> ()");
   m.def(
       "wanted_pages(Tensor windows, Tensor? lists, Tensor? local_start, int sink, int unit,"
       " Tensor block_table, Tensor sealed, Tensor first, int page_size) -> (Tensor pages, Tensor counts)");
@@ -412,17 +414,23 @@ Rule check_rule(const Checker& check, const Tensor& windows, const OptTensor& li
 // ---------------------------------------------------------------------------------------------------
 // The ops
 
-Tensor page_stats(Tensor k, int64_t group) {
-  const Checker check("page_stats", k, "k");
+// Allocates what page_stats and page_moments return, and fills it.
+template <class... Kernels>
+Tensor stats_of_groups(const char* op, const Tensor& k, int64_t group, Kernels... kernels) {
+  const Checker check(op, k, "k");
   check.shape(k, "k", "[pages, P, D]", {any, any, any}).floating(k, "k");
   const int64_t pages = k.size(0), P = k.size(1), D = k.size(2);
   check.head_dim("k", D).at_least("k", P, 1);
   if (group < 1 || P % group) check.fail("group", "expected a divisor of the page size ", P, ", got ", group);
   Tensor stats = torch::stable::new_empty(k, {pages, P / group, 2, D});
   const PageStatsArgs args{view(k), stats.mutable_data_ptr(), pages, P, group, D, kernel_dtype(k.scalar_type())};
-  launch(k, args, LSERVE_KERNELS(page_stats));
+  launch(k, args, kernels...);
   return stats;
 }
+
+Tensor page_stats(Tensor k, int64_t group) { return stats_of_groups("page_stats", k, group, LSERVE_KERNELS(page_stats)); }
+
+Tensor page_moments(Tensor k, int64_t group) { return stats_of_groups("page_moments", k, group, LSERVE_KERNELS(page_moments)); }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_kv(Tensor k, Tensor v, OptTensor stats) {
   const Checker check("quantize_kv", k, "k");
@@ -479,7 +487,8 @@ std::tuple<Tensor, Tensor> dequantize_kv(Tensor k_codes, Tensor v_codes, OptTens
 }
 
 void append_kv(Tensor k, Tensor v, Tensor cu_seqlens_k, Tensor context_lens, Tensor k_pool, Tensor v_pool, OptTensor stats,
-               OptTensor scales, Tensor block_table, Tensor slot_table, Tensor residual_k, Tensor residual_v, Tensor sealed) {
+               OptTensor scales, Tensor block_table, Tensor slot_table, Tensor residual_k, Tensor residual_v, Tensor sealed,
+               OptTensor moments) {
   const Checker check("append_kv", k, "k");
   check.shape(k, "k", "[N, H, D]", {any, any, any}).floating(k, "k");
   const int64_t N = k.size(0), H = k.size(1), D = k.size(2);
@@ -491,13 +500,23 @@ void append_kv(Tensor k, Tensor v, Tensor cu_seqlens_k, Tensor context_lens, Ten
   AppendArgs args{};
   args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, residual_k, residual_v, sealed},
                         k.scalar_type(), B, H, D);
-  const Tensor *const own_stats = stats ? &*stats : nullptr, *const own_scales = scales ? &*scales : nullptr;
+  if (moments) {
+    const int64_t P = args.kv.P;
+    check.shape(*moments, "moments", "[blocks, P/L, 2, D]", {stats ? args.kv.blocks : any, any, 2, D}, 3);
+    check.dtype(*moments, "moments", k.scalar_type());
+    const int64_t groups = moments->size(1);
+    if (groups < 1 || P % groups) check.fail("moments", "expected a number of groups that divides P = ", P, ", got ", groups);
+    args.moments = moments->data_ptr(), args.moments_stride = moments->stride(0), args.moments_group = P / groups;
+    args.kv.blocks = moments->size(0);
+  }
+  const auto given = [](const OptTensor& t) { return t ? &*t : nullptr; };
   check.written_apart({{&k_pool, "k_pool"},
                        {&v_pool, "v_pool"},
                        {&residual_k, "residual_k"},
                        {&residual_v, "residual_v"},
-                       {own_stats, "stats"},
-                       {own_scales, "scales"}},
+                       {given(stats), "stats"},
+                       {given(scales), "scales"},
+                       {given(moments), "moments"}},
                       {{&k, "k"}, {&v, "v"}});
   args.k = view(k), args.v = view(v), args.N = N;
   args.cu_seqlens_k = ints(cu_seqlens_k), args.context_lens = ints(context_lens);
@@ -801,6 +820,7 @@ std::tuple<Tensor, Tensor> merge_states(Tensor out_a, Tensor lse_a, Tensor out_b
 
 STABLE_TORCH_LIBRARY_IMPL(lserve_ext, CPU, m) {
   m.impl("page_stats", TORCH_BOX(&lserve::page_stats));
+  m.impl("page_moments", TORCH_BOX(&lserve::page_moments));
   m.impl("quantize_kv", TORCH_BOX(&lserve::quantize_kv));
   m.impl("dequantize_kv", TORCH_BOX(&lserve::dequantize_kv));
   m.impl("append_kv", TORCH_BOX(&lserve::append_kv));
@@ -819,6 +839,7 @@ STABLE_TORCH_LIBRARY_IMPL(lserve_ext, CPU, m) {
 #ifdef LSERVE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(lserve_ext, CUDA, m) {
   m.impl("page_stats", TORCH_BOX(&lserve::page_stats));
+  m.impl("page_moments", TORCH_BOX(&lserve::page_moments));
   m.impl("quantize_kv", TORCH_BOX(&lserve::quantize_kv));
   m.impl("dequantize_kv", TORCH_BOX(&lserve::dequantize_kv));
   m.impl("append_kv", TORCH_BOX(&lserve::append_kv));

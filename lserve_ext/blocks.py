@@ -139,6 +139,8 @@ class Pool:
         }
         if config.needs_stats:
             rows["stats"] = ((P // config.stats_group, 2, D), dtype)
+        if config.needs_moments:
+            rows["moments"] = ((P // (config.moments_group or P), 2, D), dtype)
         if int8:
             rows["scales"] = ((1 if config.needs_stats else 2, P, 2), torch.float32)
         self.config, self._like = config, like[..., :0, :]
@@ -167,7 +169,7 @@ class Pool:
         """With these tables, what ops take."""
         t = self.tensors
         return PagedKV(t["k"], t["v"], t.get("stats"), t.get("scales"), block_table, slot_table, residual_k,
-                       residual_v, sealed)  # fmt: skip
+                       residual_v, sealed, t.get("moments"))  # fmt: skip
 
     def read(self, ids: np.ndarray) -> dict[str, Tensor]:
         """What lies in these blocks [N], as tensors [N, ...]."""

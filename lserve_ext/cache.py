@@ -523,7 +523,7 @@ class LayerCache:
         count = state.take("pool.k", pools["pool.k"].dtype, None, P, D).shape[0]
         for name, pool in pools.items():
             x = state.take(name, pool.dtype, count, *pool.shape[1:])
-            if name in ("pool.stats", "pool.scales"):
+            if name in ("pool.stats", "pool.moments", "pool.scales"):
                 state.finite(name, x)
         for name in ("residual_k", "residual_v"):
             state.take(name, self.dtype, B, H, 2 * P, D)

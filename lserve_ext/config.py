@@ -15,6 +15,7 @@ from .scorers import SCORERS, Budget, Function, PageScores, Scorer
 from .sequences import Pages
 
 _OPTIONAL = (
+    "moments_group",
     "prefill_sink_tokens",
     "prefill_local_tokens",
     "budget_tokens",
@@ -34,6 +35,8 @@ class SparseConfig:
 
     page_size             tokens of a page, the unit of storage
     stats_group           keys that share one min and max; divides page_size
+    moments_group         keys that share one mean and deviation, with a scorer that takes them; divides page_size;
+                          None: all of a page
     kv_dtype              "auto" keeps the model's dtype, "int8" quantises pages
     sink_tokens           first tokens of a sequence, always attended
     local_tokens          newest tokens, always attended
@@ -42,9 +45,10 @@ class SparseConfig:
     budget_tokens         what a retrieval head attends in decode, sink and local included; None: all
     kv_sparsity           the share of tokens it does not attend, in place of budget_tokens (unit "token" only)
     reuse_interval        decode steps that share one selection
-    scorer                "minmax": bounds of pages; "mass": accumulated attention of tokens; "decayed_mass": the same,
-                          forgetting, one set of tokens a layer; any other name that `scorers.register` knows; or a
-                          callable with the arguments and result of `ops.page_scores`
+    scorer                "minmax": bounds of pages; "moments": mean and deviation in their place; "mass": accumulated
+                          attention of tokens; "decayed_mass": the same, forgetting, one set of tokens a layer; any
+                          other name that `scorers.register` knows; or a callable with the arguments and result of
+                          `ops.page_scores`
     unit                  what a list holds, "page" or "token"; half of a budget of tokens is local
     streaming_heads       heads that keep sink and local only: None (no head), a HeadPattern, its file or the name of a
                           shipped one, or a fraction (1.0: every head; others need a pattern)
@@ -61,6 +65,7 @@ class SparseConfig:
 
     page_size: int = 64
     stats_group: int = 16
+    moments_group: int | None = None
     kv_dtype: Literal["auto", "int8"] = "auto"
     sink_tokens: int = 128
     local_tokens: int = 256
@@ -205,8 +210,15 @@ class SparseConfig:
 
     @property
     def needs_stats(self) -> bool:
-        """Whether pages keep the min and max of their key groups, as scores or as the grid of INT8 keys."""
-        return self.unit == "page" and (self.selects or self.kv_dtype == "int8")
+        """Whether pages keep the min and max of their key groups, for scores or as the grid of INT8 keys."""
+        return self.unit == "page" and (self.kv_dtype == "int8" or (self.selects and not self.needs_moments))
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether pages keep the mean and deviation of their key groups."""
+        if not self.selects or callable(self.scorer):
+            return False
+        return SCORERS[self.scorer].keeps == "moments"
 
     # ---- JSON -------------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
@@ -252,7 +264,7 @@ class SparseConfig:
 
     # ---- validation -------------------------------------------------------------------------------------------------
     def __post_init__(self) -> None:
-        for name in ("page_size", "stats_group", "reuse_interval", "budget_tokens", "max_tokens"):
+        for name in ("page_size", "stats_group", "moments_group", "reuse_interval", "budget_tokens", "max_tokens"):
             self._check_int(name, 1)
         for name in ("sink_tokens", "local_tokens", "prefill_sink_tokens", "prefill_local_tokens", "dense_layers"):
             self._check_int(name, 0)
@@ -260,8 +272,9 @@ class SparseConfig:
         self._check_name("unit", "page", "token")
         if not callable(self.scorer):
             self._check_name("scorer", *SCORERS)
-        if self.page_size % self.stats_group:
-            raise self._error("stats_group", f"a divisor of page_size {self.page_size}")
+        for name in ("stats_group", "moments_group"):
+            if self.page_size % (getattr(self, name) or self.page_size):
+                raise self._error(name, f"a divisor of page_size {self.page_size}")
         self._check_tiers()
         self._check_streaming()
         self._check_selection()

@@ -120,6 +120,8 @@ FIGURES = {
     "matmul.bfloat16": "operations/s of large matrix products",
     "linear.float32": "bytes/s of weights, in rows of so many bytes, that one token is multiplied with",
     "linear.bfloat16": "bytes/s of weights, in rows of so many bytes, that one token is multiplied with",
+    "recompute.float32": "operations/s of projections that an attention module makes again of its kept inputs",
+    "recompute.bfloat16": "operations/s of projections that an attention module makes again of its kept inputs",
     "attend.auto": "bytes/s of KV that a decode step reads",
     "attend.int8": "bytes/s of INT8 KV that a decode step reads",
     "fetch": "bytes/s from host memory to the device, in units of so many bytes",
@@ -257,6 +259,7 @@ def measure(
             kind = str(dtype).removeprefix("torch.")
             take(f"matmul.{kind}", (0, median(machine.matmul(dtype) for _ in range(7))))
             take(f"linear.{kind}", *((size, _linear(machine, size, dtype)) for size in ROWS))
+            take(f"recompute.{kind}", (0, _recomputed(machine, dtype)))
         progress("attention")
         for kind in ("auto", "int8"):
             take(f"attend.{kind}", (0, _attended(machine, kind)))
@@ -293,6 +296,29 @@ def _linear(machine: Machine, row: int, dtype: torch.dtype) -> float:
     x = torch.randn(1, columns, device=machine.device).to(dtype)
     times = [machine.seconds(lambda: [torch.nn.functional.linear(x, w) for w in weights]) for _ in range(4)]
     return count * size / median(times[1:])
+
+
+def _recomputed(machine: Machine, dtype: torch.dtype) -> float:
+    """Operations a second of queries, keys and values of 8 pages that a layer with 8 heads of 64 channels makes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from . import SparseCache, SparseConfig
+    from .hf import cache_argument
+    from .hf.recompute import KeptInputs
+
+    pages, P, width = 8, 64, 512
+    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 16}
+    config = LlamaConfig(num_attention_heads=8, num_key_value_heads=8, **sizes)
+    model: Any = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="lserve").train(False)
+    model.to(machine.device)
+    cache, given = SparseCache(config, SparseConfig.dense()), list[Any]()
+    kept = KeptInputs(model, [0], SparseCache, lambda cache, layer, rows: given.append(rows))
+    model(torch.zeros(1, pages * P, dtype=torch.int64, device=machine.device), **cache_argument(model, cache))
+    del kept
+    rows, times = given[0].rows.view(pages, P, -1), list[float]()
+    for _ in range(6):
+        times.append(machine.seconds(lambda: given[0].recompute(rows)))
+    return 2 * pages * P * width * 3 * width / median(times[1:])
 
 
 def _attended(machine: Machine, kind: str) -> float:

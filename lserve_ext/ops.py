@@ -55,6 +55,7 @@ __all__ = [
     "dequantize_kv",
     "gather_pages",
     "merge_states",
+    "page_moments",
     "page_scores",
     "page_stats",
     "prefill",
@@ -100,6 +101,12 @@ class PagedKV(NamedTuple):
     """[B, H, 2P, D]."""
     sealed: Tensor
     """[B] int32 pages that are in the pools."""
+    moments: Tensor | None = None
+    """[blocks, P/L, 2, D] mean minus and plus a standard deviation, for page scores in place of stats; the groups may
+    be others. Only `append_kv` takes them, which writes them."""
+
+
+_READ = PagedKV._fields[:-1]  # what attention takes
 
 
 class Mask(NamedTuple):
@@ -156,10 +163,10 @@ def _check_types(op: Any, args: tuple[Any, ...]) -> None:
 
 
 def _cache(op: str, kv: PagedKV | None) -> tuple[Tensor | None, ...]:
-    """The nine tensors of a cache."""
+    """The tensors of a cache that an op takes."""
     if not isinstance(kv, tuple) or len(kv) != len(PagedKV._fields):
         raise TypeError(f"lserve_ext::{op}: kv: expected a PagedKV, got {type(kv).__name__}")
-    return kv
+    return kv if op == "append_kv" else kv[: len(_READ)]
 
 
 def _mask(op: str, mask: Mask, page_size: int | None) -> Mask:
@@ -196,6 +203,22 @@ def page_stats(k: Tensor, group: int) -> Tensor:
         [pages, P/L, 2, D] in k's dtype, so exact: minimum, maximum. A NaN stays NaN.
     """
     return cast(Tensor, _call(_ops.page_stats, k, group))
+
+
+def page_moments(k: Tensor, group: int) -> Tensor:
+    """Mean minus and plus a standard deviation of every group and channel of whole pages.
+
+    In the place of min and max, `page_scores` makes ``q·mean + |q|·deviation`` of them: not a bound of q·k, but nearer
+    to what most keys have.
+
+    Args:
+        k: [pages, P, D].
+        group: L, tokens a group; divides P.
+
+    Returns:
+        [pages, P/L, 2, D] in k's dtype, taken in float32.
+    """
+    return cast(Tensor, _call(_ops.page_moments, k, group))
 
 
 def quantize_kv(k: Tensor, v: Tensor, stats: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,7 +259,7 @@ def dequantize_kv(
 def append_kv(k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None:
     """Appends the new tokens of a ragged batch, in place: into the residual buffer, and what is due into the pools.
 
-    With n tokens held after the call, pages below ``max(sealed, n // P - 1)`` are sealed: statistics are
+    With n tokens held after the call, pages below ``max(sealed, n // P - 1)`` are sealed: statistics and moments are
     taken, codes written. A page whose slot is -1 is skipped (a streaming head is already past it). The
     caller then advances its lengths and ``sealed``; the op writes neither.
 
@@ -244,7 +267,7 @@ def append_kv(k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, 
         k, v: [N, H, D] packed new tokens, after rotary embedding.
         cu_seqlens_k: [B + 1] int32 bounds of each sequence's tokens in k and v.
         context_lens: [B] int32 tokens held before.
-        kv: the layer's cache; pools, statistics, scales and residual buffer are written.
+        kv: the layer's cache; pools, statistics, moments, scales and residual buffer are written.
     """
     if _DEBUG:
         _check_finite("append_kv", k=k, v=v)
@@ -325,7 +348,7 @@ def page_scores(q: Tensor, stats: Tensor, block_table: Tensor, sealed: Tensor, w
 
     Args:
         q: [B, Hq, D].
-        stats: [blocks, P/L, 2, D].
+        stats: [blocks, P/L, 2, D] from `page_stats` or `page_moments`.
         block_table: [B, H, M] int32.
         sealed: [B] int32.
         windows: [H] int32; heads other than `LISTED` follow no list and are skipped. None: all are scored.
@@ -414,7 +437,7 @@ def prefill(
     Returns:
         out: [Nq, Hq, D] in q's dtype; lse: [Nq, Hq] float32, natural logarithm.
     """
-    cache = _cache("prefill", kv) if kv is not None else (None,) * len(PagedKV._fields)
+    cache = _cache("prefill", kv) if kv is not None else (None,) * len(_READ)
     if page_size is None:
         page_size = _page_size(kv) if kv is not None else 64
     if scale is None:
@@ -524,10 +547,12 @@ _PAGED = {
 _MASK = {"windows": "H", "lists": "B H K", "local_start": "B"}
 _SHAPES: dict[str, dict[str, str]] = {
     "page_stats": {"k": "pages P D"},
+    "page_moments": {"k": "pages P D"},
     "quantize_kv": {"k": "pages P D", "v": "pages P D", "stats": "pages groups 2 D"},
     "dequantize_kv": {"k_codes": "pages P D", "v_codes": "pages P D", "stats": "pages groups 2 D",
                       "scales": "pages C P 2"},
-    "append_kv": {"k": "N H D", "v": "N H D", "context_lens": "B", "cu_seqlens_k": "B+1", **_PAGED},
+    "append_kv": {"k": "N H D", "v": "N H D", "context_lens": "B", "cu_seqlens_k": "B+1", **_PAGED,
+                  "moments": "blocks pairs 2 D"},
     "wanted_pages": {"block_table": "B H M", **_MASK, "sealed": "B", "first": "B"},
     "resolve_pages": {"lists": "B H K", "block_table": "B H M", "slot_table": "B H M", "slot_blocks": "S",
                       "last_use": "S", "clock": "1"},
@@ -582,14 +607,16 @@ def _check_fake(op: str, args: dict[str, Any]) -> None:
                 int(letter) if letter.isdecimal() else sizes.setdefault(letter, size))  # fmt: skip
             if size != want:
                 fail(name, f"[{', '.join(letters)}] with {letter} = {want}", list(x.shape))
-    P, D, groups = (sizes.get(letter) for letter in ("P", "D", "groups"))
+    P, D = (sizes.get(letter) for letter in "PD")
     if D is not None and (D < 16 or D > MAX_HEAD_DIM or D % 16):
         fail(next(iter(tensors)), f"a head dimension D that is a multiple of 16 up to {MAX_HEAD_DIM}", D)
     group = args.get("group")
     if P is not None and group is not None and (group < 1 or P % group):
         fail("group", f"a divisor of the page size {P}", group)
-    if P is not None and groups is not None and (groups < 1 or P % groups):
-        fail("stats", f"a number of groups that divides P = {P}", groups)
+    for name, letter in (("stats", "groups"), ("moments", "pairs")):
+        groups = sizes.get(letter)
+        if P is not None and groups is not None and (groups < 1 or P % groups):
+            fail(name, f"a number of groups that divides P = {P}", groups)
     if "Hq" in sizes and "H" in sizes and (sizes["H"] == 0 or sizes["Hq"] % sizes["H"]):
         fail("q", f"query heads to be a multiple of the {sizes['H']} kv heads", sizes["Hq"])
     for name in ("page_size", "local"):
@@ -615,12 +642,14 @@ def _fake(op: str) -> Any:
             _check_fake(op, dict(zip(names, args, strict=True)))
             return rule(*args)
 
-        return torch.library.register_fake(f"lserve_ext::{op}")(checked)
+        torch.library.register_fake(f"lserve_ext::{op}")(checked)
+        return rule
 
     return register
 
 
 @_fake("page_stats")
+@_fake("page_moments")
 def _(k: Tensor, group: int) -> Tensor:
     return k.new_empty(k.shape[0], k.shape[1] // group, 2, k.shape[2])
 

@@ -327,7 +327,7 @@ class TieredPool(Pool):
         t = self.slots.tensors
         nowhere = torch.full_like(slot_table, -1)
         return PagedKV(t["k"], t["v"], self.tensors.get("stats"), t.get("scales"), block_table, nowhere, residual_k,
-                       residual_v, sealed)  # fmt: skip
+                       residual_v, sealed, self.tensors.get("moments"))  # fmt: skip
 
     def read(self, ids: np.ndarray) -> dict[str, Tensor]:
         self._wait()

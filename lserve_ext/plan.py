@@ -225,6 +225,9 @@ class Plan:
         """Of a page of a kv head, as it is moved."""
         self.stats_bytes = pool.block_bytes - self.page_bytes
         """What stays of it on the device."""
+        scored = pool.tensors.get("moments" if config.needs_moments else "stats")
+        self.scored_bytes = 0 if scored is None else scored.element_size() * scored.shape[1:].numel()
+        """What a selection reads of it."""
 
     # ---- what is held and attended ----------------------------------------------------------------------------------
     @cached_property
@@ -293,16 +296,23 @@ class Plan:
         return self.others * pages + self.streaming * kept
 
     # ---- what one page costs ----------------------------------------------------------------------------------------
+    @property
+    def _remake(self) -> float:
+        """Seconds in which an attention module makes a page of all its kv heads again."""
+        m, figures = self.model, self.profile.figures
+        kind = "float32" if m.dtype == torch.float32 else "bfloat16"
+        columns = (m.heads + 2 * m.kv_heads) * m.head_dim  # queries too
+        rate = f"recompute.{kind}" if f"recompute.{kind}" in figures else f"matmul.{kind}"
+        return self.profile.seconds(rate, 2 * self.config.page_size * m.hidden * columns)
+
     @cached_property
     def choice(self) -> Choice:
         """Keep, fetch or recompute."""
         m, P, profile = self.model, self.config.page_size, self.profile
         shared = self.config.selects and self.config.scorer == "decayed_mass"  # one list for all heads of a layer
         heads = m.kv_heads if shared or not self.config.selects else 1
-        kind = "float32" if m.dtype == torch.float32 else "bfloat16"
         moved, row = heads * self.page_bytes, P * m.input_width * m.dtype.itemsize
-        columns = (m.heads + 2 * m.kv_heads) * m.head_dim  # a module makes queries too
-        products = profile.seconds(f"matmul.{kind}", 2 * P * m.hidden * columns)
+        products = self._remake
         fetch, load, reload = profile.seconds("fetch", moved, self.page_bytes), None, None
         if "load" in profile.figures:
             load = profile.seconds("load", moved, self.page_bytes) + fetch
@@ -320,7 +330,7 @@ class Plan:
         found = {"fetch": profile.seconds("fetch", pages * self.page_bytes, self.page_bytes)}
         if "load" in profile.figures:
             row, groups = P * m.input_width * m.dtype.itemsize, m.layers * (tokens // P)
-            projections = 2 * tokens * m.layers * m.hidden * (m.heads + 2 * m.kv_heads) * m.head_dim / rate
+            projections = tokens // P * m.layers * self._remake
             found["load"] = found["fetch"] + profile.seconds("load", pages * self.page_bytes, self.page_bytes)
             found["inputs"] = profile.seconds("load", groups * row, row) + projections
         attention = 2 * m.layers * m.heads * m.head_dim * tokens * tokens / rate  # 4 a key, of which half are earlier
@@ -383,7 +393,7 @@ class Plan:
         token_bytes = self.page_bytes / config.page_size
         keys_again = 1.5 if self.observes else 1.0
         read = batch * token_bytes * (self.others * attended * keys_again + self.streaming * streams)
-        scores = batch * self.others * self.pages(context)[0] * self.stats_bytes / config.reuse_interval
+        scores = batch * self.others * self.pages(context)[0] * self.scored_bytes / config.reuse_interval
         seconds = {
             "weights": m.step_seconds(profile, batch),
             "attention": profile.seconds(f"attend.{config.kv_dtype}", read),

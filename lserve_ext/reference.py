@@ -110,6 +110,13 @@ def page_stats(k: Tensor, group: int) -> Tensor:
     return torch.stack([groups.amin(2), groups.amax(2)], dim=2)
 
 
+def page_moments(k: Tensor, group: int) -> Tensor:
+    """k [pages, P, D] -> mean minus and plus a deviation of every group and channel, [pages, P/group, 2, D]."""
+    groups = k.reshape(k.shape[0], k.shape[1] // group, group, k.shape[2]).double()
+    mean, deviation = groups.mean(2), groups.std(2, correction=0)
+    return torch.stack([mean - deviation, mean + deviation], dim=2).to(k.dtype)
+
+
 def quantize_kv(k: Tensor, v: Tensor, stats: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """k, v [pages, P, D] -> codes of both, and scales [pages, C, P, 2]: V's (step, min), and K's without stats."""
     v_codes, v_scales = _token_grid(v)
@@ -162,6 +169,8 @@ def _seal(kv: PagedKV, b: int, h: int, page: int) -> None:
     if kv.stats is not None:
         stats = page_stats(k, page_size // kv.stats.shape[1])
         kv.stats[block] = stats[0]
+    if kv.moments is not None:
+        kv.moments[block] = page_moments(k, page_size // kv.moments.shape[1])[0]
     if kv.scales is not None:
         k, v, scales = quantize_kv(k, v, stats)
         kv.scales[slot] = scales[0]

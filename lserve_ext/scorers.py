@@ -82,6 +82,8 @@ class Scorer(ABC):
     """What an entry of a list stands for."""
     observes: ClassVar[bool] = False
     """Whether it wants the attention mass of every step."""
+    keeps: ClassVar[Literal["stats", "moments"]] = "stats"
+    """The field of `PagedKV` that page scores are made of."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
@@ -140,9 +142,17 @@ class MinMax(Scorer):
         self, before: Selection, q: Tensor, kv: PagedKV, step: OnDevice, windows: Tensor
     ) -> tuple[Tensor, Tensor]:
         P, sink, local, picks, *_ = self.budget
-        assert kv.stats is not None and picks is not None
-        scores = self.page_scores(q, kv.stats, kv.block_table, kv.sealed, windows)
+        stats = getattr(kv, self.keeps)
+        assert picks is not None
+        scores = self.page_scores(q, stats, kv.block_table, kv.sealed, windows)
         return ops.select_pages(scores, step.seq_lens, kv.sealed, P, sink, local, picks)
+
+
+@register("moments", unit="page")
+class Moments(MinMax):
+    """Pages by mean and deviation of their keys: bounds are far from what they bound where a page is long."""
+
+    keeps = "moments"
 
 
 class Function(MinMax):

@@ -34,9 +34,11 @@ class Shape:
     group: int  # query heads of a kv head
     dtype: torch.dtype
     kv_dtype: str
+    moments_group: int | None = None
 
     def __str__(self) -> str:
         stats = f"L{self.stats_group}" if self.stats_group else "token_grid"
+        stats += f"-moments{self.moments_group}" if self.moments_group else ""
         return f"D{self.head_dim}-P{self.page_size}-{stats}-G{self.group}-{str(self.dtype)[6:]}-{self.kv_dtype}"
 
 
@@ -44,10 +46,10 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Every head dimension, page size, group and dtype of interest, not their product.
 SHAPES = [
     Shape(64, 16, 16, 1, F32, "auto"),
-    Shape(64, 16, 8, 4, F32, "int8"),
-    Shape(128, 64, 16, 4, BF16, "int8"),
+    Shape(64, 16, 8, 4, F32, "int8", 16),
+    Shape(128, 64, 16, 4, BF16, "int8", 32),
     Shape(128, 64, 16, 8, BF16, "auto"),
-    Shape(80, 16, 4, 3, F16, "int8"),
+    Shape(80, 16, 4, 3, F16, "int8", 4),
     Shape(96, 12, 4, 7, F32, "auto"),
     Shape(16, 48, 16, 8, BF16, "int8"),
     Shape(256, 16, 16, 3, F16, "auto"),
@@ -55,7 +57,7 @@ SHAPES = [
     Shape(64, 12, None, 7, BF16, "int8"),
     Shape(256, 48, 16, 1, F32, "int8"),
     Shape(16, 64, None, 1, F16, "int8"),
-    Shape(96, 16, None, 4, BF16, "auto"),
+    Shape(96, 16, None, 4, BF16, "auto", 8),
     Shape(80, 64, 64, 5, F32, "auto"),
 ]
 SMALL = [SHAPES[1], SHAPES[4], SHAPES[9]]  # for tests that need no more than one of each kind
@@ -200,6 +202,8 @@ def empty_kv(
     groups = p // shape.stats_group if shape.stats_group else 0
     stats = guarded(blocks, groups, 2, d, dtype=shape.dtype, device=device) if groups else None
     scales = guarded(slots, 1 if shape.stats_group else 2, p, 2, dtype=F32, device=device) if int8 else None
+    pairs = p // shape.moments_group if shape.moments_group else 0
+    moments = guarded(blocks, pairs, 2, d, dtype=shape.dtype, device=device) if pairs else None
     return PagedKV(
         k_pool=guarded(slots, p, d, dtype=pool, device=device),
         v_pool=guarded(slots, p, d, dtype=pool, device=device),
@@ -210,6 +214,7 @@ def empty_kv(
         residual_k=guarded(batch, heads, 2 * p, d, dtype=shape.dtype, device=device),
         residual_v=guarded(batch, heads, 2 * p, d, dtype=shape.dtype, device=device),
         sealed=torch.zeros(batch, dtype=torch.int32, device=device),
+        moments=moments,
     )
 
 
@@ -269,6 +274,7 @@ def spread_kv(kv: PagedKV) -> PagedKV:
         maybe(kv.residual_k, 1),
         maybe(kv.residual_v, 1),
         kv.sealed,
+        maybe(kv.moments, 0),
     )
 
 
@@ -294,7 +300,8 @@ def free_past(case: Case, head: int, window: int, sink: int) -> Case:
         for page in past:
             slot, block = int(kv.slot_table[b, head, page]), int(kv.block_table[b, head, page])
             kv.slot_table[b, head, page] = kv.block_table[b, head, page] = -1
-            for t, row in ((kv.k_pool, slot), (kv.v_pool, slot), (kv.scales, slot), (kv.stats, block)):
+            in_slot, of_block = (kv.k_pool, kv.v_pool, kv.scales), (kv.stats, kv.moments)
+            for t, row in (*((t, slot) for t in in_slot), *((t, block) for t in of_block)):
                 if t is not None:
                     t[row] = math.nan if t.dtype.is_floating_point else 255
     return replace(case, kv=kv)
@@ -304,7 +311,8 @@ def permuted(kv: PagedKV, seed: int) -> PagedKV:
     """The same cache with its blocks and slots elsewhere in the pools."""
     rng = generator(seed)
     slots = torch.randperm(kv.k_pool.shape[0], generator=rng).to(kv.k_pool.device)
-    blocks = slots if kv.stats is None else torch.randperm(kv.stats.shape[0], generator=rng).to(kv.k_pool.device)
+    by_block = kv.moments if kv.stats is None else kv.stats
+    blocks = slots if by_block is None else torch.randperm(by_block.shape[0], generator=rng).to(kv.k_pool.device)
 
     def moved(t: Tensor | None, order: Tensor) -> Tensor | None:
         return None if t is None else torch.empty_like(t).index_copy_(0, order, t)
@@ -319,6 +327,7 @@ def permuted(kv: PagedKV, seed: int) -> PagedKV:
         v_pool=v_pool,
         scales=moved(kv.scales, slots),
         stats=moved(kv.stats, blocks),
+        moments=moved(kv.moments, blocks),
         slot_table=renamed(kv.slot_table, slots),
         block_table=renamed(kv.block_table, blocks),
     )
@@ -343,6 +352,16 @@ def attend_in_dtype(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
     if k.shape[0] == 0:
         return torch.zeros_like(q), torch.full(q.shape[:1], -math.inf, device=q.device)
     return logits.softmax(-1) @ v, logits.logsumexp(-1).float()
+
+
+MOMENTS = {F32: 2e-6, BF16: 2**-7, F16: 2**-10}
+"""Tolerance of moments, which are taken in float32 and stored in this dtype."""
+
+
+def assert_moments(actual: Tensor, expected: Tensor) -> None:
+    """Up to rounding, NaN where NaN belongs."""
+    tolerance = MOMENTS[actual.dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 @contextmanager

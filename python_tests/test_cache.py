@@ -25,6 +25,7 @@ CONFIGS = {
     "dense-int8": SparseConfig.dense(kv_dtype="int8", **SMALL),
     "streaming": SparseConfig.preset("streaming", **SMALL),
     "pages": SparseConfig.lserve(streaming_heads=None, budget_tokens=6 * P, **SMALL),
+    "moments": SparseConfig.lserve(streaming_heads=None, budget_tokens=6 * P, scorer="moments", **SMALL),
     "half": SparseConfig.lserve(budget_tokens=6 * P, **SMALL),  # head 0 streams
     "h2o": SparseConfig.h2o(budget_tokens=24, page_size=P, stats_group=4),
     "alisa": SparseConfig.alisa(page_size=P, stats_group=4),

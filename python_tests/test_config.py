@@ -121,6 +121,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"page_size": "64"}, TypeError, f"page_size: {INT1}, got '64'"),
     ({"page_size": True}, TypeError, f"page_size: {INT1}, got True"),
     ({"stats_group": 24}, ValueError, "stats_group: expected a divisor of page_size 64, got 24"),
+    ({"moments_group": 24}, ValueError, "moments_group: expected a divisor of page_size 64, got 24"),
+    ({"moments_group": 0}, ValueError, f"moments_group: {INT1}, got 0"),
     ({"sink_tokens": -1}, ValueError, f"sink_tokens: {INT0}, got -1"),
     ({"sink_tokens": None}, TypeError, f"sink_tokens: {INT0}, got None"),
     ({"local_tokens": 2.5}, TypeError, f"local_tokens: {INT0}, got 2.5"),
@@ -137,11 +139,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"kv_dtype": "int4"}, ValueError, "kv_dtype: expected one of 'auto', 'int8', got 'int4'"),
     ({"unit": "block"}, ValueError, "unit: expected one of 'page', 'token', got 'block'"),
-    ({"scorer": "max"}, ValueError, "scorer: expected one of 'minmax', 'mass', 'decayed_mass', got 'max'"),
+    ({"scorer": "max"}, ValueError, "scorer: expected one of 'minmax', 'moments', 'mass', 'decayed_mass', got 'max'"),
     (
         {"scorer": "mass", "budget_tokens": 512},
         ValueError,
-        "scorer: expected 'minmax' or a callable with unit 'page', got 'mass'",
+        "scorer: expected 'minmax' or 'moments' or a callable with unit 'page', got 'mass'",
     ),
     (
         {"budget_tokens": 512, **TOKENS},

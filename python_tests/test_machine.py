@@ -51,6 +51,8 @@ def test_shipped_profiles(name: str) -> None:
         "store",
         "layer.frames",
         "disk_bytes",
+        "recompute.float32",
+        "recompute.bfloat16",
     }
     for figure in profile.figures.values():
         assert (figure.how == "nominal") == bool(figure.source)

@@ -30,13 +30,14 @@ def arguments(op: str, device: str = "cpu", shape: Shape = SHAPES[1]) -> dict[st
     page = [normal(s, 3, shape.page_size, shape.head_dim, dtype=shape.dtype, device=device) for s in (1, 2)]
     stats = reference.page_stats(page[0], shape.stats_group) if shape.stats_group else None
     k_codes, v_codes, scales = reference.quantize_kv(page[0], page[1], stats)
-    cache, scale = case.kv._asdict(), shape.head_dim**-0.5
+    cache, scale = case.kv._replace(moments=None)._asdict(), shape.head_dim**-0.5
     rule = {"windows": case.windows(DENSE, 0), "lists": lists, "local_start": start, "sink": 1}
     mass = normal(3, 2, 2, 128, device=device).abs()
     growing = build(shape, [100, 35], heads=2, device=device, room=2).kv._asdict()
     appended = normal(4, 30, 2, shape.head_dim, dtype=shape.dtype, device=device)  # seals pages of the first sequence
     everything: dict[str, dict[str, Any]] = {
         "page_stats": {"k": page[0], "group": shape.stats_group or shape.page_size},
+        "page_moments": {"k": page[0], "group": shape.page_size},
         "quantize_kv": {"k": page[0], "v": page[1], "stats": stats},
         "dequantize_kv": {
             "k_codes": k_codes,
@@ -165,7 +166,7 @@ def test_wrapper_reference_and_schema_agree(op: str) -> None:
     assert list(wrapper) == list(plain)
     assert [p.default for p in wrapper.values()] == [p.default for p in plain.values()]
     assert [p.kind for p in wrapper.values()] == [p.kind for p in plain.values()]
-    whole = {"kv": PagedKV._fields, "mask": Mask._fields}
+    whole = {"kv": PagedKV._fields if op == "append_kv" else PagedKV._fields[:-1], "mask": Mask._fields}
     flat = [name for w in wrapper for name in whole.get(w, (w,))]
     if op == "prefill":
         flat = [name for name in flat if name not in ("local_start", "unit")]
@@ -305,6 +306,8 @@ CACHE_READERS = ("decode", "attention_mass", "prefill")
 WRONG_VALUES: list[tuple[str, str, str, Callable[[Any], Any]]] = [
     ("page_stats", "group", "no divisor", constant(5)),
     ("page_stats", "group", "zero", constant(0)),
+    ("page_moments", "group", "no divisor", constant(5)),
+    ("page_moments", "k", "head dim 8", lambda t: t[..., :8].contiguous()),
     ("page_stats", "k", "head dim 8", lambda t: t[..., :8].contiguous()),
     ("page_stats", "k", "head dim 272", constant(torch.zeros(1, 16, 272))),
     ("page_stats", "k", "head dim 40", constant(torch.zeros(1, 16, 40))),
@@ -336,6 +339,9 @@ WRONG_VALUES: list[tuple[str, str, str, Callable[[Any], Any]]] = [
     ("append_kv", "block_table", "out of range", set_at(0, 1, 5, to=10**6)),
     ("append_kv", "block_table", "no block", set_at(0, 1, 5, to=-1)),
     ("append_kv", "slot_table", "narrower than block_table", lambda t: t[..., :-1]),
+    ("append_kv", "moments", "other blocks than stats", lambda t: t[:-1]),
+    ("append_kv", "moments", "3 groups", lambda t: t[:, [0, 0, 0]]),
+    ("append_kv", "moments", "zero strides", lambda t: t[:1].expand(t.shape)),
     ("append_kv", "scales", "none", constant(None)),
     ("append_kv", "residual_k", "one page", lambda t: t[:, :, :16]),
     ("wanted_pages", "windows", "negative", set_at(0, to=-1)),
@@ -515,6 +521,8 @@ def test_groups_that_do_not_divide_are_refused_of_meta_tensors_too() -> None:
     for group in (0, 5):
         with pytest.raises(ValueError, match="group: expected a divisor"):
             ops.page_stats(torch.zeros(1, 16, 64, device="meta"), group)
+        with pytest.raises(ValueError, match="group: expected a divisor"):
+            ops.page_moments(torch.zeros(1, 16, 64, device="meta"), group)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 4, 0)])

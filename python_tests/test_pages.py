@@ -16,6 +16,7 @@ from _cases import (
     SHAPES,
     SMALL,
     Shape,
+    assert_moments,
     awkward_lengths,
     build,
     empty_kv,
@@ -64,6 +65,38 @@ def test_page_stats_keep_nan_and_infinities(dtype: torch.dtype, device: str) -> 
     k = normal(0, 2, 16, 64, dtype=dtype, device=device)
     k[0, 3, 5], k[0, 9, 6], k[1, 0, 7], k[1, 15, 63] = math.nan, math.inf, -math.inf, math.nan
     torch.testing.assert_close(ops.page_stats(k, 8), reference.page_stats(k, 8), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize(
+    "page_size, group, head_dim", [(16, 16, 16), (64, 64, 128), (64, 32, 80), (12, 4, 96), (16, 2, 256), (5, 1, 64)]
+)
+def test_page_moments(page_size: int, group: int, head_dim: int, dtype: torch.dtype, device: str) -> None:
+    k = (normal(0, 5, page_size, head_dim) * 2 + 3 * normal(1, head_dim)).to(device=device, dtype=dtype)
+    got = ops.page_moments(k, group)
+    assert_moments(got, reference.page_moments(k, group))
+    for strided in (spread(k, 0), spread(k, 1)):
+        assert same_bits(ops.page_moments(strided, group), got)
+    if group == 1:
+        assert torch.equal(got, torch.stack([k, k], 2))
+    stats = ops.page_stats(k, group)
+    if group == 2:
+        assert_moments(got, stats)  # half the distance of two values is their deviation
+
+
+def test_page_moments_of_no_pages(device: str) -> None:
+    assert ops.page_moments(torch.zeros(0, 16, 64, device=device), 4).shape == (0, 4, 2, 64)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_page_moments_of_bad_values_stay_in_their_group(dtype: torch.dtype, device: str) -> None:
+    k = normal(0, 2, 16, 64, dtype=dtype, device=device)
+    clean = ops.page_moments(k, 8)
+    k[0, 3, 5], k[0, 9, 6], k[1, 0, 7] = math.nan, math.inf, -math.inf
+    got = ops.page_moments(k, 8)
+    assert_moments(got, reference.page_moments(k, 8))
+    same = ~reference.page_moments(k, 8).isnan()
+    assert torch.equal(got[same], clean[same]) and int((~same).sum()) == 6
 
 
 # ---------------------------------------------------------------------------------------------- the grid
@@ -211,6 +244,9 @@ def assert_same_cache(got: PagedKV, want: PagedKV, lengths: list[int]) -> None:
         if a is not None:
             assert same_bits(a, b), name
             assert same_bits(outside(a), outside(b)), f"{name}: written out of bounds"
+    if got.moments is not None and want.moments is not None:
+        assert_moments(got.moments, want.moments)
+        assert same_bits(outside(got.moments), outside(want.moments)), "moments: written out of bounds"
     for name in ("residual_k", "residual_v"):
         a, b = getattr(got, name), getattr(want, name)
         for i, n in enumerate(lengths):
@@ -260,7 +296,14 @@ def test_chunks_make_the_same_cache(shape: Shape, how: str, device: str) -> None
         step = [min(most if how != "random" else int(torch.randint(most + 1, (), generator=rng)), n) for n in left]
         steps.append(step)
         left = [n - s for n, s in zip(left, step, strict=True)]
-    assert_same_cache(append_in_steps(want.k, want.v, kv, steps), want.kv, lengths)
+    kv = append_in_steps(want.k, want.v, kv, steps)
+    assert_same_cache(kv, want.kv, lengths)
+    for b, h, page in product(range(len(lengths)), range(2), range(4)):
+        if kv.moments is not None and page < int(kv.sealed[b]):
+            rows = want.k[b][None, page * p : (page + 1) * p, h]
+            assert same_bits(
+                kv.moments[kv.block_table[b, h, page]], ops.page_moments(rows, shape.moments_group or p)[0]
+            )
 
 
 def test_append_of_nothing_writes_nothing(device: str) -> None:
@@ -281,7 +324,8 @@ def test_a_page_without_a_slot_is_passed_over(shape: Shape, device: str) -> None
     want = build(shape, lengths, heads=2, device=device, seed=3)
     for page in (1, 2):
         slot, block = int(kv.slot_table[0, 1, page]), int(kv.block_table[0, 1, page])
-        for t, row in ((want.kv.k_pool, slot), (want.kv.v_pool, slot), (want.kv.scales, slot), (want.kv.stats, block)):
+        in_slot, of_block = (want.kv.k_pool, want.kv.v_pool, want.kv.scales), (want.kv.stats, want.kv.moments)
+        for t, row in (*((t, slot) for t in in_slot), *((t, block) for t in of_block)):
             if t is not None:
                 t[row] = math.nan if t.dtype.is_floating_point else 255
         kv.slot_table[0, 1, page] = kv.block_table[0, 1, page] = -1
@@ -295,10 +339,10 @@ def test_a_sealed_page_is_never_written_again(shape: Shape, device: str) -> None
     """After a crop more pages may be sealed than the length alone would say."""
     p = shape.page_size
     case = build(shape, [4 * p], heads=2, device=device)  # 3 sealed
-    before = [None if t is None else t.clone() for t in (case.kv.k_pool, case.kv.v_pool, case.kv.stats, case.kv.scales)]
+    before = [None if t is None else t.clone() for t in case.kv[:4] + case.kv[-1:]]
     more = normal(9, p - 2, 2, shape.head_dim, dtype=shape.dtype, device=device)
     ops.append_kv(more, more, ints([0, p - 2], device), ints([3 * p + 1], device), case.kv)  # to 4P - 1: nothing is due
-    after = (case.kv.k_pool, case.kv.v_pool, case.kv.stats, case.kv.scales)
+    after = case.kv[:4] + case.kv[-1:]
     assert all(a is None or b is None or same_bits(a, b) for a, b in zip(before, after, strict=True))
 
 

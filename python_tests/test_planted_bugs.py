@@ -107,6 +107,11 @@ BUGS = [
         "low = x < low ? x : low;",
         "python_tests/test_pages.py -k nan",
     ),
+    Bug("a variance that is a sum", "pages", "squares[i] / static_cast<float>(count)", "squares[i]"),
+    Bug(
+        "moments of the page's first group", "pages", "store_moments<N>(k, i / parts * size,", "store_moments<N>(k, 0,"
+    ),
+    Bug("moments by slot", "pages", "block * a.moments_stride", "slot * a.moments_stride"),
     Bug("a pair that should be passed over", "pages", "if (from < 0 || to < 0) continue;", "if (to < 0) continue;"),
     Bug("one token picked too many", "select", "min(a.counts[b], K)", "min(a.counts[b] + 1, K)"),
     Bug("a page just before the local ones", "rule", "end > e.local", "end >= e.local", WANTED),

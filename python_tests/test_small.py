@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _cases import BF16, F16, F32, Shape, assert_attention, build, halves, ints, normal, pack, same_bits
+from _cases import BF16, F16, F32, Shape, assert_attention, assert_moments, build, halves, ints, normal, pack, same_bits
 
 from lserve_ext import ops, reference
 from lserve_ext.ops import DENSE, Mask
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.gpu
 # Tiles of the model's dtype, of codes on both kinds of grid, and what goes without tiles.
 SHAPES = [
     Shape(64, 16, None, 2, BF16, "auto"),
-    Shape(64, 16, 16, 3, F16, "int8"),
-    Shape(64, 16, None, 1, BF16, "int8"),
+    Shape(64, 16, 16, 3, F16, "int8", 16),
+    Shape(64, 16, None, 1, BF16, "int8", 4),
     Shape(32, 16, 4, 2, F32, "int8"),
 ]
 LENGTHS = [90, 17, 0]
@@ -81,12 +81,15 @@ def test_append(shape: Shape, new: list[int], device: str) -> None:
     for name in ("k_pool", "v_pool", "stats", "scales"):
         a, c = getattr(got.kv, name), getattr(want.kv, name)
         assert a is None or same_bits(a, c)
+    if got.kv.moments is not None and want.kv.moments is not None:
+        assert_moments(got.kv.moments, want.kv.moments)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_pages(shape: Shape, device: str) -> None:
     k, v = (normal(i, 5, shape.page_size, shape.head_dim, dtype=shape.dtype, device=device) for i in (1, 2))
     stats = ops.page_stats(k, 4)
+    assert_moments(ops.page_moments(k, 16), reference.page_moments(k, 16))
     for grid in (stats, None):
         codes = ops.quantize_kv(k, v, grid)
         assert all(same_bits(a, b) for a, b in zip(codes, reference.quantize_kv(k, v, grid), strict=True))

@@ -62,6 +62,25 @@ LSERVE_CLONES void page_bounds(Rows<T> k, int64_t P, int64_t L, int64_t D, T* st
     }
 }
 
+// moments [P/L, 2, D]: mean minus and plus a standard deviation.
+template <class T>
+LSERVE_CLONES void soft_bounds(Rows<T> k, int64_t P, int64_t L, int64_t D, T* moments) {
+  const f32x16 count = splat(static_cast<float>(L));
+  for (int64_t first = 0; first < P; first += L, moments += 2 * D)
+    for (int64_t d = 0; d < D; d += 16) {
+      f32x16 sum = splat(0.0f), squares = splat(0.0f);
+      for (int64_t i = first; i < first + L; ++i) sum += load(k[i] + d);
+      const f32x16 mean = sum / count;
+      for (int64_t i = first; i < first + L; ++i) {
+        const f32x16 off = load(k[i] + d) - mean;
+        squares += off * off;
+      }
+      const f32x16 deviation = sqrt(squares / count);
+      store(moments + d, mean - deviation);
+      store(moments + D + d, mean + deviation);
+    }
+}
+
 // K's codes on the grid of its group and channel: stats [P/L, 2, D].
 template <class T>
 LSERVE_CLONES void encode_channels(Rows<T> k, const T* stats, int64_t P, int64_t L, int64_t D, uint8_t* codes) {
@@ -132,6 +151,7 @@ void copy_page(Rows<T> rows, int64_t P, int64_t D, T* out) {
 // Explicit, as LSERVE_CLONES asks.
 #define INSTANTIATE(T)                                                                       \
   template void page_bounds<T>(Rows<T>, int64_t, int64_t, int64_t, T*);                      \
+  template void soft_bounds<T>(Rows<T>, int64_t, int64_t, int64_t, T*);                      \
   template void encode_channels<T>(Rows<T>, const T*, int64_t, int64_t, int64_t, uint8_t*);  \
   template void encode_tokens<T>(Rows<T>, int64_t, int64_t, uint8_t*, float*);               \
   template void decode_channels<T>(const uint8_t*, const T*, int64_t, int64_t, int64_t, T*); \
@@ -175,7 +195,7 @@ std::vector<Span> plan(const AppendArgs& a) {
         if (slot >= 0 && !taken.insert(slot).second)
           throw std::runtime_error("lserve_ext::append_kv: slot_table: expected a slot of its own for every page, got " +
                                    std::to_string(slot) + " for two that this call seals");
-        if (slot < 0 || !kv.stats) continue;
+        if (slot < 0 || !(kv.stats || a.moments)) continue;
         const int32_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + p];
         check_range("append_kv: block_table", block, 0, kv.blocks - 1, b, h, p);
       }
@@ -196,12 +216,10 @@ void seal_page(const AppendArgs& a, const Span& s, int64_t b, int64_t h, int64_t
                    static_cast<const T*>(x.data) + row * x.stride0 + h * x.stride1, x.stride0};
   };
   const Rows<T> k = rows(kv.residual_k, a.k), v = rows(kv.residual_v, a.v);
-  T* stats = nullptr;
-  if (kv.stats) {
-    const int64_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + p];
-    stats = static_cast<T*>(kv.stats) + block * kv.stats_stride;
-    page_bounds(k, kv.P, kv.L, kv.D, stats);
-  }
+  const int64_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + p];
+  T* const stats = kv.stats ? static_cast<T*>(kv.stats) + block * kv.stats_stride : nullptr;
+  if (stats) page_bounds(k, kv.P, kv.L, kv.D, stats);
+  if (a.moments) soft_bounds(k, kv.P, a.moments_group, kv.D, static_cast<T*>(a.moments) + block * a.moments_stride);
   if (kv.kv_dtype == Dtype::u8) {
     encode_page(k, v, stats, kv.P, kv.L, kv.D, static_cast<uint8_t*>(kv.k_pool) + slot * kv.k_stride,
                 static_cast<uint8_t*>(kv.v_pool) + slot * kv.v_stride, kv.scales + slot * kv.scales_stride);
@@ -268,6 +286,15 @@ void page_stats(const PageStatsArgs& a) {
     using T = decltype(zero);
     for_pages(a.pages, [&](int64_t page) {
       page_bounds(page_rows<T>(a.k, page), a.P, a.L, a.D, static_cast<T*>(a.stats) + page * (a.P / a.L) * 2 * a.D);
+    });
+  });
+}
+
+void page_moments(const PageStatsArgs& a) {
+  dispatch(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for_pages(a.pages, [&](int64_t page) {
+      soft_bounds(page_rows<T>(a.k, page), a.P, a.L, a.D, static_cast<T*>(a.stats) + page * (a.P / a.L) * 2 * a.D);
     });
   });
 }

@@ -29,19 +29,24 @@ bool on_host(const char* name, const void* pointer) {
   return attributes.type == cudaMemoryTypeHost;
 }
 
-}  // namespace
-
-void page_stats(const PageStatsArgs& a, void* stream) {
+template <bool kMoments>
+void stats_of_groups(const char* op, const PageStatsArgs& a, void* stream) {
   if (a.pages == 0) return;
-  with_dtype("page_stats", a.dtype, [&](auto zero) {
+  with_dtype(op, a.dtype, [&](auto zero) {
     using T = decltype(zero);
     with_vectors<T>(rows_aligned<T>(a.k) && rows_aligned(a.stats, sizeof(T), {}), [&](auto N) {
       const int64_t rows = a.pages * (a.P / a.L), parts = a.D / N;
       const int64_t rows_a_block = std::min(rows, std::max<int64_t>(256 / parts, 1));
-      launch("page_stats", page_stats_kernel<T, N>, ceil_div(rows, rows_a_block), dim3(parts, rows_a_block), stream, a);
+      launch(op, page_stats_kernel<T, N, kMoments>, ceil_div(rows, rows_a_block), dim3(parts, rows_a_block), stream, a);
     });
   });
 }
+
+}  // namespace
+
+void page_stats(const PageStatsArgs& a, void* stream) { stats_of_groups<false>("page_stats", a, stream); }
+
+void page_moments(const PageStatsArgs& a, void* stream) { stats_of_groups<true>("page_moments", a, stream); }
 
 void quantize_kv(const QuantizeArgs& a, void* stream) {
   if (a.pages == 0) return;
@@ -69,7 +74,9 @@ void append_kv(const AppendArgs& a, void* stream) {
   const int64_t blocks = append_blocks_before(a.kv.B, a.N, static_cast<int>(a.kv.P));
   with_dtype("append_kv", a.kv.dtype, [&](auto zero) {
     using T = decltype(zero);
-    with_vectors<T>(rows_aligned<T>(a.k) && rows_aligned<T>(a.v) && rows_aligned<T>(a.kv),
+    const bool aligned = rows_aligned<T>(a.k) && rows_aligned<T>(a.v) && rows_aligned<T>(a.kv) &&
+                         rows_aligned(a.moments, sizeof(T), {a.moments_stride});
+    with_vectors<T>(aligned,
                     [&](auto N) { launch("append_kv", append_kernel<T, N>, dim3(blocks, a.kv.H), kPageThreads, stream, a); });
   });
 }

@@ -48,6 +48,46 @@ __device__ __forceinline__ void channel_bounds(const PageRows<T>& rows, int firs
   }
 }
 
+// Stores least and greatest of N channels of a group, rounded to T, which holds them exactly.
+template <int N, typename T>
+__device__ __forceinline__ void store_bounds(const Bounds (&bounds)[N], T* low, T* high) {
+  Vector<T, N> least, most;
+#pragma unroll
+  for (int i = 0; i < N; ++i) least.value[i] = static_cast<T>(bounds[i].low), most.value[i] = static_cast<T>(bounds[i].high);
+  store_vector(low, least);
+  store_vector(high, most);
+}
+
+// The same of mean minus and plus a standard deviation.
+template <int N, typename T>
+__device__ __forceinline__ void store_moments(const PageRows<T>& rows, int first, int count, int d, T* low, T* high) {
+  float mean[N] = {}, squares[N] = {};
+#pragma unroll 8
+  for (int row = first; row < first + count; ++row) {
+    const auto x = load_vector<T, N>(rows[row] + d);
+#pragma unroll
+    for (int i = 0; i < N; ++i) mean[i] += static_cast<float>(x.value[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) mean[i] /= static_cast<float>(count);
+#pragma unroll 8
+  for (int row = first; row < first + count; ++row) {
+    const auto x = load_vector<T, N>(rows[row] + d);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float off = static_cast<float>(x.value[i]) - mean[i];
+      squares[i] = fmaf(off, off, squares[i]);
+    }
+  }
+  Bounds bounds[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float deviation = sqrtf(squares[i] / static_cast<float>(count));
+    bounds[i] = {mean[i] - deviation, mean[i] + deviation};
+  }
+  store_bounds<N>(bounds, low, high);
+}
+
 // Of a whole token, N channels at a time. 16 lanes take every 16th channel each, and the upper half of them is folded
 // onto the lower until one is left: the order of the CPU, so that of zeros with both signs the same one is kept.
 template <int N, typename T>
@@ -69,14 +109,15 @@ __device__ __forceinline__ Bounds token_bounds(const T* row, int D) {
   return lanes[0];
 }
 
-// Where a page goes. Either codes and scales, or k and v; stats or null.
+// Where a page goes. Either codes and scales, or k and v; stats and moments, or null.
 template <typename T>
 struct PageOut {
   T* stats;                    // [P/L, 2, D]
+  T* moments;                  // [P/moments_group, 2, D]
   uint8_t *k_codes, *v_codes;  // [P, D]
   float* scales;               // [C, P, 2]: V's (step, min), and K's behind them without statistics
   T *k, *v;                    // [P, D]
-  int P, L, D;
+  int P, L, D, moments_group;
 };
 
 // A token on a grid of its own. Codes are stored 16 at a time where vectors are.
@@ -109,11 +150,7 @@ __device__ __forceinline__ void encode_group(const PageRows<T>& k, const PageOut
     for (int i = 0; i < N; ++i) bounds[i] = {static_cast<float>(low.value[i]), static_cast<float>(high.value[i])};
   } else {
     channel_bounds<N>(k, group * out.L, out.L, d, bounds);
-    Vector<T, N> low, high;
-#pragma unroll
-    for (int i = 0; i < N; ++i) low.value[i] = static_cast<T>(bounds[i].low), high.value[i] = static_cast<T>(bounds[i].high);
-    store_vector(stats, low);
-    store_vector(stats + out.D, high);
+    store_bounds<N>(bounds, stats, stats + out.D);
   }
   if (!out.k_codes) return;
   float step[N];
@@ -151,27 +188,34 @@ __device__ void seal_page(const PageRows<T>& k, const PageRows<T>& v, const Page
       encode_token<N>(v[token], out.D, out.v_codes + token * out.D, out.scales + 2 * token);
     }
   }
+  if (out.moments) {
+    const int size = out.moments_group;
+    for (int i = threadIdx.x; i < out.P / size * parts; i += kPageThreads) {
+      T* const pair = out.moments + i / parts * 2 * out.D + i % parts * N;
+      store_moments<N>(k, i / parts * size, size, i % parts * N, pair, pair + out.D);
+    }
+  }
   if (out.k) copy_rows<N>(k, out.P, out.D, out.k);
   if (out.v) copy_rows<N>(v, out.P, out.D, out.v);
 }
 
 // A thread walks the L tokens of one group for N of its channels, so that neighbouring threads read neighbouring bytes of
 // a token. threadIdx.x counts the D/N parts of a row, and threadIdx.y the groups of a block.
-template <typename T, int N>
+template <typename T, int N, bool kMoments>
 __global__ void __launch_bounds__(256, 4) page_stats_kernel(const __grid_constant__ PageStatsArgs a) {
   const uint32_t row = blockIdx.x * blockDim.y + threadIdx.y, groups = static_cast<uint32_t>(a.P) / static_cast<uint32_t>(a.L);
   if (row >= a.pages * groups) return;
   const T* const k = static_cast<const T*>(a.k.data) + row / groups * a.k.stride0;
   const PageRows<T> page{k, k, a.k.stride1, 0, static_cast<int>(a.D)};
-  const int d = threadIdx.x * N, L = static_cast<int>(a.L);
-  Bounds bounds[N];
-  channel_bounds<N>(page, static_cast<int>(row % groups) * L, L, d, bounds);
-  Vector<T, N> low, high;
-#pragma unroll
-  for (int i = 0; i < N; ++i) low.value[i] = static_cast<T>(bounds[i].low), high.value[i] = static_cast<T>(bounds[i].high);
+  const int d = threadIdx.x * N, L = static_cast<int>(a.L), first = static_cast<int>(row % groups) * L;
   T* const out = static_cast<T*>(a.stats) + static_cast<int64_t>(row) * 2 * a.D + d;
-  store_vector(out, low);
-  store_vector(out + a.D, high);
+  if constexpr (kMoments) {
+    store_moments<N>(page, first, L, d, out, out + a.D);
+  } else {
+    Bounds bounds[N];
+    channel_bounds<N>(page, first, L, d, bounds);
+    store_bounds<N>(bounds, out, out + a.D);
+  }
 }
 
 // A block of threads for each page.
@@ -183,8 +227,9 @@ __global__ void __launch_bounds__(kPageThreads, 4) quantize_kernel(const __grid_
     const T* const first = static_cast<const T*>(x.data) + page * x.stride0;
     return PageRows<T>{first, first, x.stride1, 0, D};
   };
-  PageOut<T> out{nullptr, a.k_codes + codes, a.v_codes + codes, a.scales + page * (a.stats ? 2 : 4) * P, nullptr, nullptr, P, L,
-                 D};
+  PageOut<T> out{};
+  out.k_codes = a.k_codes + codes, out.v_codes = a.v_codes + codes, out.scales = a.scales + page * (a.stats ? 2 : 4) * P;
+  out.P = P, out.L = L, out.D = D;
   if (a.stats) out.stats = const_cast<T*>(static_cast<const T*>(a.stats)) + page * (P / L) * 2 * D;  // only read
   seal_page<N, true>(rows(a.k), rows(a.v), out);
 }
@@ -255,9 +300,11 @@ __global__ void __launch_bounds__(kPageThreads, 4) append_kernel(const __grid_co
     const PageRows<T> v{static_cast<const T*>(kv.residual_v) + half, new_v + first * a.v.stride0, a.v.stride0, split, D};
     PageOut<T> out{};
     out.P = P, out.L = static_cast<int>(kv.L), out.D = D;
-    if (kv.stats) {
+    if (kv.stats || a.moments) {
       const int64_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + page];
-      out.stats = static_cast<T*>(kv.stats) + block * kv.stats_stride;
+      if (kv.stats) out.stats = static_cast<T*>(kv.stats) + block * kv.stats_stride;
+      if (a.moments) out.moments = static_cast<T*>(a.moments) + block * a.moments_stride;
+      out.moments_group = static_cast<int>(a.moments_group);
     }
     if (kv.kv_dtype == Dtype::u8) {
       out.k_codes = static_cast<uint8_t*>(kv.k_pool) + slot * kv.k_stride;

@@ -10,6 +10,7 @@
 namespace lserve::cpu {
 
 void page_stats(const PageStatsArgs& a) { cuda::page_stats(a, nullptr); }
+void page_moments(const PageStatsArgs& a) { cuda::page_moments(a, nullptr); }
 void quantize_kv(const QuantizeArgs& a) { cuda::quantize_kv(a, nullptr); }
 void dequantize_kv(const DequantizeArgs& a) { cuda::dequantize_kv(a, nullptr); }
 void append_kv(const AppendArgs& a) { cuda::append_kv(a, nullptr); }
