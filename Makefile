@@ -30,6 +30,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/generate.py
 	$(BIN)/python bench/placement.py
 	$(BIN)/python bench/tiers.py
+	$(BIN)/python bench/speculate.py
 	$(BIN)/python bench/plan.py
 
 # WHEEL=1: with the wheel that is installed already, where a machine cannot build one.

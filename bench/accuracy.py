@@ -37,6 +37,15 @@ def configs(layers: int, kv_heads: int) -> dict[str, SparseConfig]:
             budget_tokens=2048, streaming_heads=calibrated
         ),
     }
+    for name, fields in {
+        "lserve": {},
+        "moments": {"scorer": "moments"},
+        "moments, pages of 32": {"scorer": "moments", "page_size": 32},
+        "moments, pages of 16": {"scorer": "moments", "page_size": 16},
+    }.items():
+        for reuse in (1, 4):
+            few = lserve | {"budget_tokens": 1024, "reuse_interval": reuse}
+            table[f"{name}, budget 1024, no streaming, reuse {reuse}"] = SparseConfig.lserve(**few | fields)
     for draw in range(3):
         scores = [[rng.random() for _ in range(kv_heads)] for _ in range(layers)]
         half = SparseConfig.lserve(budget_tokens=2048, streaming_heads=HeadPattern(scores))

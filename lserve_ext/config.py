@@ -26,7 +26,7 @@ _OPTIONAL = (
 )
 
 _FORMAT = 2  # of files
-PRESETS = ("dense", "streaming", "duo", "quest", "h2o", "lserve", "alisa")
+PRESETS = ("dense", "streaming", "duo", "quest", "h2o", "lserve", "alisa", "moments")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +121,12 @@ class SparseConfig:
     def alisa(cls, **overrides: Any) -> SparseConfig:
         """ALISA: sparse window attention over INT8 tokens, one set of tokens a layer."""
         fields = {"unit": "token", "scorer": "decayed_mass", "sink_tokens": 0, "kv_sparsity": 0.8, "kv_dtype": "int8"}
+        return cls(**_merge(overrides, **fields))
+
+    @classmethod
+    def moments(cls, **overrides: Any) -> SparseConfig:
+        """This project's own: every head on lists of small INT8 pages, picked by mean and deviation of their keys."""
+        fields = {"page_size": 32, "scorer": "moments", "budget_tokens": 4096, "reuse_interval": 4, "kv_dtype": "int8"}
         return cls(**_merge(overrides, **fields))
 
     @classmethod

@@ -58,6 +58,16 @@ def test_placement(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_speculate(tmp_path: Path) -> None:
+    results = results_of("speculate.py", tmp_path / "x.json", "--tokens", "700", "--new", "9", "--rounds", "1")
+    assert [r["run"] for r in results[:5]] == ["dense", "sparse", "drafts of 2", "drafts of 4", "drafts of 8"]
+    assert all(r["token_ms"] > 0 and r["over_dense"] > 0 for r in results)
+    drafted = [r for r in results if r["run"].startswith("drafts")]
+    assert all(0 <= r["accepted"] <= 1 for r in drafted)
+    assert all(r["same"] for r in drafted if r["kv_dtype"] == "auto")
+
+
+@pytest.mark.slow
 def test_tiers(tmp_path: Path) -> None:
     """Short contexts: what is checked is that it runs, and that bytes are those of the trace, and about those that
     follow from lengths."""

@@ -22,7 +22,7 @@ from lserve_ext.placement import Slots, TieredPool
 from lserve_ext.resident import Resident
 from lserve_ext.tiers import ALIGNMENT
 
-NAMES = ["dense", "dense-int8", "streaming", "pages", "half", "h2o", "alisa"]
+NAMES = ["dense", "dense-int8", "streaming", "pages", "moments", "half", "h2o", "alisa"]
 
 
 def make(name: str, batch: int, slots: int | None, frames: int | None = None, disk: Any = None) -> LayerCache:

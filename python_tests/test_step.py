@@ -32,6 +32,7 @@ PRESETS = {
     "streaming": SparseConfig.streaming(**SMALL),
     "lserve": SparseConfig.lserve(budget_tokens=6 * P, streaming_heads=HeadPattern([[0.0, 1.0]] * LAYERS), **SMALL),
     "quest": SparseConfig.quest(budget_tokens=6 * 16),
+    "moments": SparseConfig.moments(budget_tokens=6 * P, **SMALL),
     "h2o": SparseConfig.h2o(page_size=P, stats_group=4, budget_tokens=2 * P),
     "alisa": SparseConfig.alisa(page_size=P, stats_group=4, kv_sparsity=0.5),
 }

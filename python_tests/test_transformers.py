@@ -132,6 +132,10 @@ PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"local_tokens": 512, "budget_tokens": 1024},
     ),
     "alisa": ({}, {"kv_sparsity": 0.0}),
+    "moments": (
+        {"sink_tokens": 8, "local_tokens": 16, "budget_tokens": 32},
+        {"local_tokens": 512, "budget_tokens": 1024},
+    ),
 }
 
 

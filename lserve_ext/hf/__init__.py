@@ -21,6 +21,7 @@ from .interface import (
     register,
 )
 from .layers import PendingKV, SparseLayer
+from .speculate import speculate
 
 register()
 refuse_models_without_interface()
@@ -36,4 +37,5 @@ __all__ = [
     "cache_argument",
     "mask",
     "register",
+    "speculate",
 ]
