@@ -99,7 +99,6 @@ class Rule:
     """Whether kv heads of a layer share one budget, so that the largest shares win wherever they are."""
     reuse: int = 1
     dense_layers: int = 0
-    heads: int | None = None
 
 
 class Simulation:
@@ -118,7 +117,10 @@ class Simulation:
         t = torch.arange(T - N, T)[:, None]
         q = q[0].view(H, Hq // H, N, D) * D**-0.5
         weights = (q @ k[0][:, None].transpose(2, 3)).masked_fill_(torch.arange(T) > t, -math.inf)
-        if self.rule is not None and module.layer_idx >= self.rule.dense_layers:
+        if self.rule is not None and module.layer_idx < self.rule.dense_layers:
+            self.recall.append(1.0)
+            self.read.append(float((t + 1).float().mean()) * 2 * D * ELEMENT)
+        elif self.rule is not None:
             seen = self._seen(self.rule, q, k[0])
             total = weights.logsumexp(3)
             weights.masked_fill_(~seen[:, None], -math.inf)
@@ -179,6 +181,12 @@ RULES = [
     Rule("log mass, P 32, shared", log_mass(32), 2, 32, normalised=True, shared=True),
     Rule("log mass, P 16, shared", log_mass(16), 2, 16, normalised=True, shared=True),
     Rule("moments, normalised, P 16, shared", moments(16), 2, 16, normalised=True, shared=True),
+    Rule("moments, P 16, half a deviation", moments(16, 0.5), 2, 16),
+    Rule("moments, P 16, two deviations", moments(16, 2.0), 2, 16),
+    Rule("moments, P 16, 2 dense layers", moments(16), 2, 16, dense_layers=2),
+    Rule("minmax, L 16, reuse 4", minmax(16), 8, reuse=4),
+    Rule("moments, P 16, reuse 4", moments(16), 2, 16, reuse=4),
+    Rule("oracle, P 16, reuse 4", oracle, page_size=16, normalised=True, reuse=4),
 ]
 
 
