@@ -47,7 +47,7 @@ def test_generate_runs_every_preset(preset: str, folder: Path, capsys: pytest.Ca
     arguments = ["--preset", preset, "--compare", "dense"]
     if preset in ("duo", "lserve"):
         arguments += ["--streaming-heads", str(folder / "heads.json")]
-    if preset in ("quest", "h2o", "lserve"):
+    if preset in ("quest", "h2o", "lserve", "moments"):
         arguments += ["--budget-tokens", "512"]
     assert cli.main(generate(folder, *arguments)) == 0
     out, err = capsys.readouterr()
