@@ -16,6 +16,7 @@ from test_cache import CONFIGS
 from test_placement import slot_bytes
 
 from lserve_ext import SparseConfig, cli, schedule
+from lserve_ext.config import PRESETS
 from lserve_ext.hf import SparseCache
 from lserve_ext.machine import FIGURES, Figure, Profile
 from lserve_ext.plan import Model, Plan, known_models, locality
@@ -227,7 +228,7 @@ def test_locality_is_what_was_measured() -> None:
     assert curve.at(8) < curve.points[-1][1] and locality(4).at(1) > curve.at(1) and locality(5) == locality(4)
 
 
-@pytest.mark.parametrize("name", ["dense", "streaming", "duo", "quest", "h2o", "lserve", "alisa"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_longer_contexts_and_larger_batches_never_get_cheaper(name: str) -> None:
     options = {"streaming_heads": 0.5} if name == "duo" else {}
     plan = Plan(Model.load("llama-3-8b"), SparseConfig.preset(name, **options), H100)
