@@ -87,8 +87,8 @@ class Layer:
         self.k, self.v = (self.normal(batch, self.H, tokens, self.D) for _ in "kv")
         self.residual_k, self.residual_v = (self.normal(batch, self.H, 2 * P, self.D) for _ in "kv")
         self.k_pages, self.v_pages = self.k.view(-1, P, self.D), self.v.view(-1, P, self.D)
-        heads = torch.arange(batch * self.H).view(batch, self.H, 1)
-        self.table = self.ints(heads * self.M + torch.rand(batch, self.H, self.M).argsort(-1))
+        heads = torch.arange(batch * self.H, device=device).view(batch, self.H, 1)
+        self.table = self.ints(heads * self.M + torch.rand(batch, self.H, self.M, device=device).argsort(-1))
         self.sealed, self.lengths = self.ints([self.M - 1] * batch), self.ints([tokens] * batch)
         self.budget = min(BUDGET, tokens // 2) // P * P
 
@@ -98,8 +98,8 @@ class Layer:
     def normal(self, *shape: int) -> Tensor:
         """Random values; a stretch of odd length repeats, because drawing gigabytes would take longer than the rest."""
         count = math.prod(shape)
-        some = torch.randn(min(count, 2**20 - 3)).to(self.dtype)
-        return some.repeat(-(-count // len(some)))[:count].view(shape).to(self.device)
+        some = torch.randn(min(count, 2**20 - 3), device=self.device).to(self.dtype)
+        return some.repeat(-(-count // len(some)))[:count].view(shape)
 
     @cached_property
     def stats(self) -> Tensor:
@@ -127,7 +127,8 @@ class Layer:
 
     def draw(self, first: int, last: int, count: int) -> Tensor:
         """Lists [B, H, count] of distinct units between first and last, ascending."""
-        return self.ints(torch.rand(self.B, self.H, last - first).topk(count).indices.sort(-1).values + first)
+        drawn = torch.rand(self.B, self.H, last - first, device=self.device).topk(count).indices
+        return self.ints(drawn.sort(-1).values + first)
 
 
 CASES: dict[str, Callable[[Layer], Work]] = {}
@@ -221,7 +222,7 @@ def resolve_pages(layer: Layer, variant: str) -> Work:
 def gather_pages(layer: Layer, variant: str) -> Work:
     """A budget's worth of scattered pages or tokens of every head, into a pool of their own."""
     src = layer.k.view(-1, P if variant == "pages" else 1, layer.D)
-    ids = torch.randperm(len(src))[: layer.B * layer.H * layer.budget // src.shape[1]].to(layer.device)
+    ids = torch.randperm(len(src), device=layer.device)[: layer.B * layer.H * layer.budget // src.shape[1]]
     src_ids, dst_ids, dst = layer.ints(ids), layer.ints(torch.arange(len(ids))), src[: len(ids)].clone()
     peers = {"index_select": lambda: torch.index_select(src, 0, ids, out=dst)}
     call = partial(ops.gather_pages, src, src_ids, dst, dst_ids)
@@ -361,7 +362,7 @@ def measure(machine: Machine, work: Work, dtype: torch.dtype, rounds: int, limit
     while len(times["op"]) <= 3 or (len(times["op"]) <= rounds and time.perf_counter() - begin < limit):
         for name, call in calls.items():
             rates.append(machine.bandwidth(copy))
-            times[name].append(machine.seconds(call))
+            times[name].append(machine.kernel_seconds(call))
         if work.flops:
             matmuls.append(machine.matmul(*{dtype, torch.float32}))
     middle = {name: median(t[1:]) for name, t in times.items()}
@@ -472,9 +473,9 @@ def main() -> None:
                 continue
             where = {"shape": shape, "tokens": tokens, "batch": batch, "dtype": dtype, "kv_dtype": pools}
             results.append({"op": c.split()[0], "case": c, **where, **result})
-            peers = "  ".join(f"{name} {us:,.0f} ({us / result['us']:.2f}x)" for name, us in result["peers_us"].items())
+            peers = "  ".join(f"{name} {us:,.1f} ({us / result['us']:.2f}x)" for name, us in result["peers_us"].items())
             rate = f"{result['rate']:>9.3g} {result['unit']:8}{result['share']:>6.1%}"
-            print(f"{line:60}{result['us']:>11,.0f}{rate}  {peers}", flush=True)
+            print(f"{line:60}{result['us']:>11,.1f}{rate}  {peers}", flush=True)
     if options.save:
         options.out = options.out or Path(__file__).parent / "results" / f"kernels-{name}.json"
     if options.out:

@@ -22,6 +22,8 @@ import torch
 from . import files, ops
 from .tiers import DiskTier
 
+_AHEAD = 2_000_000  # cycles of a GPU, about a millisecond: longer than the CPU needs for an op's launches
+
 
 class Machine:
     """A clock, sums and copies of memory that no cache holds, and matmuls.
@@ -42,9 +44,18 @@ class Machine:
         self._side = 8192 if self._cuda else 1024
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        """What one call takes; on a GPU, from its first kernel to its last."""
+        """What one call takes whoever waits for it: on a GPU, with the time in which it waits for the CPU."""
+        return self._seconds(call, ahead=False)
+
+    def kernel_seconds(self, call: Callable[[], Any]) -> float:
+        """The same without that time, as in a model whose kernels queue up: the CPU is given a start."""
+        return self._seconds(call, ahead=True)
+
+    def _seconds(self, call: Callable[[], Any], ahead: bool) -> float:
         if self._cuda:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            if ahead:
+                torch.cuda._sleep(_AHEAD)
             begin.record()
             call()
             end.record()
@@ -57,7 +68,7 @@ class Machine:
     def bandwidth(self, copy: bool = False) -> float:
         """Bytes a second, of reading or of copying; afterwards no cache holds anything else."""
         part = next(self._parts)
-        return part.nbytes / self.seconds(lambda: part[0].copy_(part[1]) if copy else part.sum())
+        return part.nbytes / self.kernel_seconds(lambda: part[0].copy_(part[1]) if copy else part.sum())
 
     def matmul(self, *dtypes: torch.dtype) -> float:
         """Operations a second of torch's matmul of large squares, in the fastest of these dtypes."""
@@ -65,7 +76,7 @@ class Machine:
             if dtype not in self._squares:
                 self._squares[dtype] = torch.randn(self._side, self._side, device=self.device).to(dtype)
         squares = [self._squares[dtype] for dtype in dtypes]
-        times = [self.seconds(partial(torch.matmul, square, square)) for square in squares]
+        times = [self.kernel_seconds(partial(torch.matmul, square, square)) for square in squares]
         return 2 * self._side**3 / min(times)
 
 
@@ -294,7 +305,7 @@ def _linear(machine: Machine, row: int, dtype: torch.dtype) -> float:
     rows = size // row
     weights = torch.randn(count, rows, columns, device=machine.device).to(dtype)
     x = torch.randn(1, columns, device=machine.device).to(dtype)
-    times = [machine.seconds(lambda: [torch.nn.functional.linear(x, w) for w in weights]) for _ in range(4)]
+    times = [machine.kernel_seconds(lambda: [torch.nn.functional.linear(x, w) for w in weights]) for _ in range(4)]
     return count * size / median(times[1:])
 
 
@@ -336,7 +347,7 @@ def _attended(machine: Machine, kind: str) -> float:
     pages, times = cache.pool.memory.used, []
     for _ in range(15):
         machine.bandwidth()  # afterwards no cache holds the pages
-        times.append(machine.seconds(lambda: ops.decode(q[:1], mask, kv, lengths, scale=D**-0.5)))
+        times.append(machine.kernel_seconds(lambda: ops.decode(q[:1], mask, kv, lengths, scale=D**-0.5)))
     return pages / median(times)
 
 
@@ -353,7 +364,7 @@ def _copied(machine: Machine, unit: int, to_device: bool) -> float:
     for _ in range(7):
         machine.bandwidth()
         if machine.device == "cpu" or unit in TOKENS:
-            times.append(machine.seconds(lambda: ops.gather_pages(src, src_ids, dst, dst_ids)))
+            times.append(machine.kernel_seconds(lambda: ops.gather_pages(src, src_ids, dst, dst_ids)))
         else:
             times.append(machine.seconds(lambda: [dst[i].copy_(src[j], non_blocking=True)
                                                   for i, j in enumerate(order.tolist())]))  # fmt: skip

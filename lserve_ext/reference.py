@@ -73,7 +73,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
 
 
 def grid_step(low: Tensor, high: Tensor) -> Tensor:
-    return high / 255 - low / 255  # two quotients, because high - low may overflow
+    whole = high.new_tensor(255)  # by a number, torch multiplies with its rounded reciprocal on a GPU
+    return high / whole - low / whole  # two quotients, because high - low may overflow
 
 
 def grid_codes(x: Tensor, low: Tensor, step: Tensor) -> Tensor:

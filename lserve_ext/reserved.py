@@ -149,10 +149,13 @@ class ReservedResident:
         self, q: Tensor, mask: Mask, kv: PagedKV, seq_lens: Tensor, *, scale: float | None = None
     ) -> tuple[Tensor, Tensor]:
         """`ops.decode`."""
-        if self._ahead is None or self._ahead[0] is not seq_lens:
+        ahead, self._ahead = self._ahead, None
+        if (
+            ahead is not None
+        ):  # else nothing is under way: a graph that is being captured must not wait for what it is not
+            self._pool.stream.join()
+        if ahead is None or ahead[0] is not seq_lens:
             self._bring(mask, kv, seq_lens, beside=False)
-        self._pool.stream.join()
-        self._ahead = None
         return ops.decode(q, mask, over(kv, self._slots.tensors, self._slot_table), seq_lens, scale=scale)
 
     def bring_ahead(self, mask: Mask, kv: PagedKV, seq_lens: Tensor) -> None:

@@ -34,11 +34,10 @@ def new_token(case: Case, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def step(case: Case, q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> tuple[Tensor, ...]:
+def step(case: Case, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, windows: Tensor) -> tuple[Tensor, ...]:
     """All that a decode step of one layer does, over fixed tables. `sealed` is that from before the append."""
     kv, n = case.kv, case.lengths + 1
     ops.append_kv(k, v, cu, case.lengths, kv)
-    windows = case.windows(DENSE, 2, 0)
     scores = ops.page_scores(q, kv.stats, kv.block_table, kv.sealed, windows)
     lists, start = ops.select_pages(scores, n, kv.sealed, SHAPE.page_size, sink=1, local=2, count=4)
     out, lse = ops.decode(q, Mask(windows, lists, start, sink=1), kv, n)
@@ -50,10 +49,9 @@ def step(case: Case, q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> tuple[Tenso
 @pytest.mark.parametrize("preset", ["dense", "lserve", "h2o", "alisa"])
 def test_placement_changes_nothing(preset: str, limits: dict[str, int], tmp_path: Any) -> None:
     """Logits of a model whose pages live in host memory and on a disk, and of one that holds them all."""
-    fields: dict[str, Any] = {"page_size": 8, "local_tokens": 16}
-    fields |= {"lserve": {"streaming_heads": None, "budget_tokens": 48, "sink_tokens": 8, "stats_group": 4}}.get(
-        preset, {}
-    )
+    fields: dict[str, Any] = {"page_size": 8, "stats_group": 4, "local_tokens": 16}
+    if preset == "lserve":
+        fields |= {"streaming_heads": None, "budget_tokens": 48, "sink_tokens": 8}
     config = SparseConfig.preset(preset, **fields)
     model = llama(attn_implementation="lserve").cuda()
     tiers: dict[str, Any] = {"device_bytes": 60_000, **limits, **({"disk_dir": tmp_path} if limits else {})}
@@ -77,15 +75,15 @@ def test_a_captured_step_serves_other_lengths() -> None:
     """Grids depend on shapes alone, and nothing waits for the GPU."""
     case = cache([700, 65, 1])
     q, k, v = new_token(case, 50)
-    cu = ints(range(case.batch + 1), "cuda")
+    cu, windows = ints(range(case.batch + 1), "cuda"), case.windows(DENSE, 2, 0)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step(case, q, k, v, cu)  # whatever is loaded or asked for once
+        step(case, q, k, v, cu, windows)  # whatever is loaded or asked for once
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(case, q, k, v, cu)
+        captured = step(case, q, k, v, cu, windows)
 
     for seed, lengths in enumerate([[700, 65, 1], [63, 128, 590], [127, 0, 660]]):
         other, eager = cache(lengths), cache(lengths)
@@ -93,7 +91,7 @@ def test_a_captured_step_serves_other_lengths() -> None:
             static.copy_(new)
         copy_case(case, other)
         graph.replay()
-        want = step(eager, q, k, v, cu)
+        want = step(eager, q, k, v, cu, windows)
         assert all(same_bits(a, b) for a, b in zip(captured, want, strict=True))
         assert all(a is None or same_bits(a, b) for a, b in zip(case.kv, eager.kv, strict=True))
 
@@ -102,8 +100,8 @@ def test_ops_run_on_the_current_stream() -> None:
     """Peers' defect 8: a kernel on the default stream reads what a side stream has not written yet."""
     want_case, case = cache([700, 65, 1]), cache([700, 65, 1])
     arguments = new_token(case, 50)
-    cu = ints(range(case.batch + 1), "cuda")
-    want = step(want_case, *arguments, cu)
+    cu, windows = ints(range(case.batch + 1), "cuda"), case.windows(DENSE, 2, 0)
+    want = step(want_case, *arguments, cu, windows)
     late = [torch.full_like(x, float("nan")) for x in arguments]
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
@@ -111,7 +109,7 @@ def test_ops_run_on_the_current_stream() -> None:
         torch.cuda._sleep(200_000_000)  # cycles: a tenth of a second
         for static, new in zip(late, arguments, strict=True):
             static.copy_(new)
-        got = step(case, *late, cu)
+        got = step(case, *late, cu, windows)
     side.synchronize()
     assert all(same_bits(a, b) for a, b in zip(want, got, strict=True))
 
@@ -120,7 +118,10 @@ def test_ops_run_on_the_current_stream() -> None:
 def test_the_second_device() -> None:
     """Kernels run where the tensors lie, whatever device is current."""
     case, want_case = cache([300, 64], "cuda:1"), cache([300, 64], "cuda:0")
-    results = [step(c, *new_token(c, 50), ints(range(3), str(c.lengths.device))) for c in (case, want_case)]
+    results = [
+        step(c, *new_token(c, 50), ints(range(3), str(c.lengths.device)), c.windows(DENSE, 2, 0))
+        for c in (case, want_case)
+    ]
     assert torch.cuda.current_device() == 0
     assert all(same_bits(a.cpu(), b.cpu()) for a, b in zip(*results, strict=True))
 

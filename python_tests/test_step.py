@@ -481,6 +481,7 @@ def test_a_step_in_a_cuda_graph(name: str, tiers: bool, llama: Any, device: str)
         x = model(ids, attention_mask=mask, position_ids=positions, **cached(cache)).logits[:, -1:].argmax(-1)
         at, found, graphs = positions[:, -1:] + 1, [x.clone()], []
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(phases):  # eagerly, which also warms up
                 x.copy_(model(x, position_ids=at, use_cache=True, **cached(cache)).logits[:, -1:].argmax(-1))
