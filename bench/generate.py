@@ -3,12 +3,15 @@
     python bench/generate.py --quick                  256 and 1,024 tokens of context, eager, in a minute or two
     python bench/generate.py --full --save            bench/results/generate-<machine>.json and a plot beside it
     python bench/generate.py --tokens 4096 --only lserve --compile
+    python bench/generate.py --device cuda --random llama-3-8b --tokens 32768 --chunk 4096 --only graph
 
 Every run reads the same text: a prompt in chunks, whose time is that to the first token, then one token at a time.
 Runs take turns at each chunk and each step, so that what else the machine does meets all of them; medians count.
 `Dynamic` and `Static` are transformers' caches with SDPA. `reserved` is ours with `max_tokens`; `compiled` is
-torch.compile of the model's forward (inductor, fullgraph). The limit is the time in which a step's bytes can be read at
-all, by the bandwidth measured in the same run: all weights, and the keys and values that are attended.
+torch.compile of the model's forward (inductor, fullgraph), and `graph`, on a GPU, CUDA graphs of it as it is. With
+--random, weights and text are random, on which speed does not depend, and so is which half of the heads streams. The
+limit is the time in which a step's bytes can be read at all, by the bandwidth measured in the same run: all weights,
+and the keys and values that are attended.
 
 Where a step's time goes is measured in steps of their own: `ops` are the calls of kernels, `cache` what is around them
 in cache and attention function, `model` the rest.
@@ -17,12 +20,14 @@ in cache and attention function, `model` the rest.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,14 +35,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
-from lserve_ext import SparseCache, SparseConfig, __version__, models, ops
+from lserve_ext import HeadPattern, SparseCache, SparseConfig, __version__, models, ops
 from lserve_ext.eval import tasks
 from lserve_ext.hf import cache_argument, interface
 from lserve_ext.machine import Machine
 
-CHUNK, WARM_UP = 512, 5
+WARM_UP = 5
 PRESETS = {
     "dense": SparseConfig.dense(),
     "int8": SparseConfig.dense(kv_dtype="int8"),
@@ -52,6 +57,36 @@ FULL: dict[str, Any] = {
     "steps": 40,
     "compile": True,
 }
+
+
+class Graphed:
+    """A step of one token as CUDA graphs, one for each age of a selection; the first steps are made without, as a
+    warm-up."""
+
+    def __init__(self, model: Any, ages: int) -> None:
+        self.model, self.ages, self.steps, self.graphs = model, ages, 0, list[torch.cuda.CUDAGraph]()
+        self.stream = torch.cuda.Stream()
+        self.given: dict[str, Tensor] = {}
+        self.out: Any = None
+
+    def __call__(self, ids: Tensor, position_ids: Tensor, **options: Any) -> Any:
+        now = {"input_ids": ids, "position_ids": position_ids}
+        self.given = self.given or {name: x.clone() for name, x in now.items()}
+        for name, x in now.items():
+            self.given[name].copy_(x)
+        if self.steps < self.ages:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.out = self.model(**self.given, **options)
+            torch.cuda.current_stream().wait_stream(self.stream)
+        else:
+            while len(self.graphs) < self.ages:
+                self.graphs.append(torch.cuda.CUDAGraph())
+                with torch.cuda.graph(self.graphs[-1]):
+                    self.out = self.model(**self.given, **options)
+            self.graphs[self.steps % self.ages].replay()
+        self.steps += 1
+        return self.out
 
 
 @dataclass
@@ -73,7 +108,8 @@ class Run:
         return machine.seconds(lambda: (self.model if prefill else self.forward)(ids, **options, logits_to_keep=1))
 
 
-def runs(model: Any, sdpa: Any, tokens: int, compile_too: bool, only: list[str]) -> list[Run]:
+def runs(model: Any, sdpa: Any, presets: dict[str, SparseConfig], tokens: int, compile_too: bool,
+         only: list[str]) -> list[Run]:  # fmt: skip
     config, room = model.config, tokens + 128
 
     def compiled(which: Any) -> Callable[..., Any]:
@@ -86,12 +122,15 @@ def runs(model: Any, sdpa: Any, tokens: int, compile_too: bool, only: list[str])
     found = [Run("Dynamic", sdpa, DynamicCache(config=config), sdpa), Run("Static", sdpa, static(), sdpa)]
     if compile_too:
         found.append(Run("Static, compiled", sdpa, static(), compiled(sdpa)))
-    for name, preset in PRESETS.items():
+    for name, preset in presets.items():
         reserved = preset.replace(max_tokens=room)
         found.append(Run(name, model, SparseCache(config, preset), model))
         found.append(Run(f"{name}, reserved", model, SparseCache(config, reserved), model))
         if compile_too and name in COMPILED:
             found.append(Run(f"{name}, compiled", model, SparseCache(config, reserved), compiled(model)))
+        if model.device.type == "cuda":
+            ages = preset.reuse_interval if preset.selects else 1
+            found.append(Run(f"{name}, graph", model, SparseCache(config, reserved), Graphed(model, ages)))
     return [run for run in found if run.name == "Dynamic" or any(word in run.name for word in only)]
 
 
@@ -132,11 +171,12 @@ def attended_bytes(run: Run) -> int:
 
 
 @torch.inference_mode()
-def measure(model: Any, sdpa: Any, ids: Tensor, tokens: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    found = runs(model, sdpa, tokens, options.compile, options.only)
+def measure(model: Any, sdpa: Any, presets: dict[str, SparseConfig], ids: Tensor, tokens: int,
+            options: argparse.Namespace) -> list[dict[str, Any]]:  # fmt: skip
+    found = runs(model, sdpa, presets, tokens, options.compile, options.only)
     machine, rates = Machine(256 << 20, options.device), list[float]()
-    for first in tqdm(range(0, tokens, CHUNK), desc=f"{tokens} tokens: prefill"):
-        part = ids[:, first : min(first + CHUNK, tokens)]
+    for first in tqdm(range(0, tokens, options.chunk), desc=f"{tokens} tokens: prefill"):
+        part = ids[:, first : min(first + options.chunk, tokens)]
         for run in found:
             run.chunks.append(run.step(machine, part, first, prefill=True))
     for i in tqdm(range(options.steps), desc=f"{tokens} tokens: decode"):
@@ -194,6 +234,31 @@ def plot(head: dict[str, Any], results: list[dict[str, Any]], path: Path) -> Non
     plt.close()
 
 
+def random_model(shape: str, dtype: torch.dtype, device: str) -> tuple[Any, dict[str, SparseConfig]]:
+    """A model of one of the package's shapes, and presets with a random half of its heads streaming."""
+    fields = json.loads((resources.files("lserve_ext") / "data" / "models" / f"{shape}.json").read_text("utf-8"))
+    config = AutoConfig.for_model(**fields | {"max_position_embeddings": 2**20})
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="lserve").train(False)
+    heads = HeadPattern(torch.rand(config.num_hidden_layers, config.num_key_value_heads).tolist(), 0.5)
+    lserve, moments = SparseConfig.lserve(streaming_heads=heads), SparseConfig.preset("moments")
+    return model, {**PRESETS, "lserve": lserve, "moments": moments}
+
+
+def load(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Any, dict[str, SparseConfig], Tensor]:
+    """A model for our caches, the same for transformers', presets, and a text."""
+    if options.random:
+        model, presets = random_model(options.random, dtype, options.device)
+        ids = torch.randint(model.config.vocab_size, (1, max(options.tokens) + 128), device=options.device)
+    else:
+        model, tokenizer = models.load_model(options.model, dtype=dtype)
+        model, presets = model.to(options.device), PRESETS
+        ids = torch.tensor([tasks.encode(tokenizer, tasks.long_text())], device=options.device)
+    sdpa = copy.deepcopy(model, {id(x): x for x in model.parameters()})
+    sdpa.set_attn_implementation("sdpa")
+    return model, sdpa, presets, ids
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -205,11 +270,15 @@ def parse() -> argparse.Namespace:
     add("--only", nargs="+", default=[""], help="runs whose name contains one of these, beside Dynamic")
     add("--compile", action="store_true", help="also torch.compile, which takes minutes")
     add("--model", help="folder or hub name; by default SmolLM2-135M-Instruct")
+    add("--random", help="the name of a shape in lserve_ext/data/models: random weights")
+    add("--chunk", type=int, default=512, help="tokens of the prompt at a time")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--save", action="store_true", help="write bench/results/generate-<machine>.json")
     add("--out", type=Path, help="write this file")
     first = parser.parse_args()
     parser.set_defaults(**QUICK if first.quick else FULL if first.full else {})
+    if first.device == "cuda":
+        parser.set_defaults(dtypes=["bfloat16"])
     return parser.parse_args()
 
 
@@ -218,17 +287,15 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 256  # every run and length has graphs of its own
     name = torch.cuda.get_device_name().replace(" ", "-") if options.device == "cuda" else platform.machine()
     head = {"lserve_ext": __version__, "torch": torch.__version__, "machine": name, "threads": torch.get_num_threads()}
-    head |= {"cpu": torch.backends.cpu.get_cpu_capability(), "model": options.model or "SmolLM2-135M-Instruct"}
+    which = f"{options.random}, random weights" if options.random else options.model or "SmolLM2-135M-Instruct"
+    head |= {"cpu": torch.backends.cpu.get_cpu_capability(), "model": which, "chunk": options.chunk}
     print("  ".join(f"{key} {value}" for key, value in head.items()))
     results: list[dict[str, Any]] = []
     out = options.out or (Path(__file__).parent / "results" / f"generate-{name}.json" if options.save else None)
     for dtype in options.dtypes:
-        model, tokenizer = models.load_model(options.model, dtype=getattr(torch, dtype))
-        sdpa, _ = models.load_model(options.model, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-        model, sdpa = model.to(options.device), sdpa.to(options.device)
-        ids = torch.tensor([tasks.encode(tokenizer, tasks.long_text())], device=options.device)
+        model, sdpa, presets, ids = load(options, getattr(torch, dtype))
         for tokens in options.tokens:
-            results += (now := measure(model, sdpa, ids, tokens, options))
+            results += (now := measure(model, sdpa, presets, ids, tokens, options))
             show(now)
             if out:
                 out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,13 +5,27 @@
 
 namespace lserve {
 
-// The units of one query, ascending. Unsealed pages are local.
+// How many of n things something holds for, which holds for the first ones only.
+struct Bisection {
+  template <typename Holds>
+  LSERVE_HD int64_t operator()(int64_t n, Holds holds) const {
+    int64_t first = 0;
+    for (int64_t end = n; first < end;) {
+      const int64_t middle = (first + end) / 2;
+      if (holds(middle)) first = middle + 1;
+      else end = middle;
+    }
+    return first;
+  }
+};
+
+// The units of one query, ascending. Unsealed pages are local. Positions, and so units, fit in 32 bits.
 struct Entries {
-  int64_t sink = 0, listed = 0, local = 0, end = 0;
+  int32_t sink = 0, listed = 0, local = 0, end = 0;
   const int32_t* list = nullptr;
 
-  LSERVE_HD int64_t count() const { return sink + listed + (end - local); }
-  LSERVE_HD int64_t operator[](int64_t i) const {
+  LSERVE_HD int32_t count() const { return sink + listed + (end - local); }
+  LSERVE_HD int32_t operator[](int32_t i) const {
     if (i < sink) return i;
     if (i < sink + listed) return list[i - sink];
     return local + (i - sink - listed);
@@ -20,10 +34,10 @@ struct Entries {
 
 // Entries of the query at position t of a head with this window. `list` and `list_local` serve window 0;
 // `unsealed` is the first unit that is always attended.
+template <typename Search = Bisection>
 LSERVE_HD Entries entries(const Rule& rule, int32_t window, const int32_t* list, int64_t list_local, int64_t t, int64_t P,
-                          int64_t unsealed) {
-  const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
-  // Positions fit in 32 bits, in which a GPU divides faster.
+                          int64_t unsealed, Search search = {}) {
+  const auto smaller = [](int64_t a, int64_t b) { return static_cast<int32_t>(a < b ? a : b); };
   const int32_t position = static_cast<int32_t>(t), page = static_cast<int32_t>(P), unit = static_cast<int32_t>(rule.unit);
   const int32_t units_per_page = page / unit, reach = position / page - window + 1;
   Entries e;
@@ -33,11 +47,7 @@ LSERVE_HD Entries entries(const Rule& rule, int32_t window, const int32_t* list,
   e.sink = smaller(rule.sink * units_per_page, e.local);
   if (window == 0 && list) {
     e.list = list;
-    for (int64_t end = rule.K; e.listed < end;) {  // the first -1
-      const int64_t middle = (e.listed + end) / 2;
-      if (list[middle] >= 0) e.listed = middle + 1;
-      else end = middle;
-    }
+    e.listed = static_cast<int32_t>(search(rule.K, [&](int64_t i) { return list[i] >= 0; }));
   }
   return e;
 }
@@ -46,12 +56,7 @@ LSERVE_HD Entries entries(const Rule& rule, int32_t window, const int32_t* list,
 LSERVE_HD bool wants_page(const Entries& e, int64_t page, int64_t units) {
   const int64_t first = page * units, end = first + units;
   if (first < e.sink || end > e.local) return true;
-  int64_t next = 0;  // entry of the list that is not before the page
-  for (int64_t last = e.listed; next < last;) {
-    const int64_t middle = (next + last) / 2;
-    if (e.list[middle] < first) next = middle + 1;
-    else last = middle;
-  }
+  const int64_t next = Bisection{}(e.listed, [&](int64_t i) { return e.list[i] < first; });
   return next < e.listed && e.list[next] < end;
 }
 

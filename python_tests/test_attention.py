@@ -446,6 +446,11 @@ def test_prefill_of_nothing(device: str) -> None:
 # ---------------------------------------------------------------------------------------------- mass
 
 
+def mass_tolerance(shape: Shape) -> float:
+    """Relative. Where tensor cores multiply, dequantised keys are rounded to the model's dtype."""
+    return 2 * torch.finfo(shape.dtype).eps if shape.kv_dtype == "int8" and shape.dtype != F32 else 5e-5
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 5])
 def test_attention_mass(shape: Shape, rows: int, device: str) -> None:
@@ -462,7 +467,7 @@ def test_attention_mass(shape: Shape, rows: int, device: str) -> None:
     got = ops.attention_mass(spread(q, 1), lse, *args)
     want = one_thread(reference.attention_mass)(q, lse, *args)
     assert got.dtype == F32 and torch.equal(got == 0, want == 0)
-    torch.testing.assert_close(got, want, rtol=5e-5, atol=1e-6)
+    torch.testing.assert_close(got, want, rtol=mass_tolerance(shape), atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SMALL, ids=str)
@@ -474,7 +479,7 @@ def test_attention_mass_of_tokens(shape: Shape, device: str) -> None:
     _, lse = ops.decode(q, *args)
     got = ops.attention_mass(q[:, None], lse[:, None], *args)
     want = reference.attention_mass(q[:, None], lse[:, None], *args)
-    torch.testing.assert_close(got, want, rtol=5e-5, atol=1e-6)
+    torch.testing.assert_close(got, want, rtol=mass_tolerance(shape), atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -485,7 +490,7 @@ def test_all_mass_sums_to_the_number_of_queries(shape: Shape, device: str) -> No
     _, lse = ops.decode(q, Mask(windows, lists, start, sink=SINK), case.kv, case.lengths)
     mass = ops.attention_mass(q[:, None], lse[:, None], Mask(windows, lists, start, sink=SINK), case.kv, case.lengths)
     want = torch.where(case.lengths > 0, float(shape.group), 0.0)[:, None].expand(-1, 3)
-    torch.testing.assert_close(mass.sum(-1), want, rtol=1e-4, atol=0)
+    torch.testing.assert_close(mass.sum(-1), want, rtol=max(1e-4, mass_tolerance(shape)), atol=0)
 
 
 def test_mass_after_prefill(device: str) -> None:

@@ -54,7 +54,7 @@ def test_placement_changes_nothing(preset: str, limits: dict[str, int], tmp_path
         fields |= {"streaming_heads": None, "budget_tokens": 48, "sink_tokens": 8}
     config = SparseConfig.preset(preset, **fields)
     model = llama(attn_implementation="lserve").cuda()
-    tiers: dict[str, Any] = {"device_bytes": 60_000, **limits, **({"disk_dir": tmp_path} if limits else {})}
+    tiers: dict[str, Any] = {"device_bytes": 100_000, **limits, **({"disk_dir": tmp_path} if limits else {})}
     caches = [SparseCache(model.config, config), SparseCache(model.config, config.replace(**tiers))]
     ids = torch.randint(0, 258, (2, 160), generator=torch.Generator().manual_seed(0)).cuda()
     with torch.no_grad():

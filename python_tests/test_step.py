@@ -146,7 +146,7 @@ def padded_prompt() -> tuple[Tensor, Tensor, Tensor]:
 
 def decoded(model: Any, cache: SparseCache, steps: int, forward: Callable[..., Any] | None = None) -> Tensor:
     """Greedy tokens [2, steps + 1] of the prompt, by positions that the caller counts."""
-    ids, mask, positions = padded_prompt()
+    ids, mask, positions = (x.to(model.device) for x in padded_prompt())
     with torch.no_grad():
         x = model(ids, attention_mask=mask, position_ids=positions, **cached(cache)).logits[:, -1:].argmax(-1)
         return torch.cat([x, continued(model, cache, x, mask, positions[:, -1:], steps, forward)], 1)
@@ -470,12 +470,13 @@ def test_streaming_heads_take_constant_memory(llama: Any) -> None:
 @pytest.mark.parametrize("tiers", [False, True])
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_step_in_a_cuda_graph(name: str, tiers: bool, llama: Any, device: str) -> None:
-    """200 replays, across page borders and all phases of the reuse interval: the tokens of the eager run."""
+    """200 replays, across page borders and all phases of the reuse interval: the tokens of eager steps that have
+    everything on the device and grow."""
     if device == "cpu":
         pytest.skip("CUDA graphs need a GPU")
     model, config = copy.deepcopy(llama).to(device), reserved(name, tiers)
     ids, mask, positions = (x.to(device) for x in padded_prompt())
-    want = decoded(llama, SparseCache(llama.config, config), 200)
+    want = decoded(model, SparseCache(model.config, PRESETS[name]), 200).cpu()
     cache, phases = SparseCache(model.config, config), config.reuse_interval if config.selects else 1
     with torch.no_grad():
         x = model(ids, attention_mask=mask, position_ids=positions, **cached(cache)).logits[:, -1:].argmax(-1)

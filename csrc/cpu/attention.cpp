@@ -348,7 +348,7 @@ void decode_typed(const DecodeArgs& a) {
     for (int64_t c = begin; c < end; ++c) {
       while (c >= first[i + 1]) ++i;
       const int64_t b = i / kv.H, h = i % kv.H, from = (c - first[i]) * per_chunk;
-      rows.load(kv, a.rule, all[i], b, h, from, std::min(from + per_chunk, all[i].count()), a.seq_lens[b] - 1);
+      rows.load(kv, a.rule, all[i], b, h, from, std::min<int64_t>(from + per_chunk, all[i].count()), a.seq_lens[b] - 1);
       decode_chunk<T>(a, rows, b, h, scratch, outs.get() + c * G * D, lses.get() + c * G);
     }
   });
@@ -418,8 +418,9 @@ void add_mass(const MassArgs& a, int64_t b, int64_t h, int64_t first, int64_t la
       load_query(q + r * a.q.stride1, a.q.stride2, G, D, a.scale, scratch.q.get() + (r - row) * G * kMaxD);
     scratch.G = (next - row) * G;
     const Entries e = mass_entries(a, b, h, start + next - 1);
-    for (int64_t from = first; from < std::min(last, e.count()); from += per_chunk) {
-      keys.load(kv, a.rule, e, b, h, from, std::min({from + per_chunk, last, e.count()}), start + next - 1);
+    const int64_t end = std::min<int64_t>(last, e.count());
+    for (int64_t from = first; from < end; from += per_chunk) {
+      keys.load(kv, a.rule, e, b, h, from, std::min(from + per_chunk, end), start + next - 1);
       sums.assign(keys.count(), 0.0f);
       const int64_t block = a.T == 1 ? scratch.chunk : kKeys;  // keys whose scores are made together
       for (int64_t i = 0; i < keys.count(); i += block) {

@@ -75,27 +75,37 @@ struct Sequence {
   }
 };
 
+// A warp's Bisection: 32 probes at a time, each of which would otherwise wait for the one before.
+struct WarpSearch {
+  template <typename Holds>
+  __device__ __forceinline__ int64_t operator()(int64_t n, Holds holds) const {
+    int first = 0;
+    for (int rest = static_cast<int>(n); rest > 0;) {
+      const int stride = (rest + 31) / 32, probe = (threadIdx.x % 32 + 1) * stride - 1;  // the last of the lane's stretch
+      const bool found = probe < rest && holds(first + probe);
+      const int whole = __popc(__ballot_sync(~0u, found)) * stride;
+      first += whole, rest = min(rest - whole, stride - 1);
+    }
+    return first;
+  }
+};
+
 // The tokens that a query attends, ascending and counted from 0: those of the pools, then those in the model's dtype.
 struct Tokens {
   Entries entries;
   int unit, last;     // tokens of an entry; the newest position that may be attended
   int count, sealed;  // tokens of all entries, of which the first `sealed` lie in sealed pages
 
-  __device__ Tokens(const Entries& e, const Rule& rule, int64_t P, int64_t sealed_pages, int64_t last)
+  template <typename Search = Bisection>
+  __device__ Tokens(const Entries& e, const Rule& rule, int64_t P, int64_t sealed_pages, int64_t last, Search search = {})
       : entries(e), unit(static_cast<int>(rule.unit)), last(static_cast<int>(last)) {
-    const int entries = static_cast<int>(e.count());
-    const int64_t end = sealed_pages * (static_cast<int>(P) / unit);  // of the sealed units
-    int before = 0;
-    for (int after = entries; before < after;) {
-      const int middle = (before + after) / 2;
-      if (e[middle] < end) before = middle + 1;
-      else after = middle;
-    }
+    const int entries = e.count();
+    const int end = static_cast<int>(sealed_pages) * (static_cast<int>(P) / unit);  // of the sealed units
     count = entries * unit;
-    sealed = before * unit;
+    sealed = static_cast<int>(search(entries, [&](int i) { return e[i] < end; })) * unit;
   }
 
-  __device__ int position(int i) const { return static_cast<int>(entries[i / unit]) * unit + i % unit; }
+  __device__ int position(int i) const { return entries[i / unit] * unit + i % unit; }
 };
 
 // ---- tiles
@@ -239,6 +249,37 @@ struct Plain {
       ldmatrix_x4_trans(b[block], v.at(key + lane % 16, 32 * pair + 16 * block + lane / 16 * 8));
   }
 };
+
+// ---- codes, dequantised for good: once for all warps
+
+// 8 neighbouring channels of a key. stats: those of its group, from the same channel on; null: its grid is (step, min).
+template <typename T>
+__device__ __forceinline__ Vector<uint32_t, 4> key_of_codes(const uint8_t* codes, const T* stats, int D, float2 grid) {
+  const auto words = load_vector<uint32_t, 2>(reinterpret_cast<const uint32_t*>(codes));
+  Vector<T, 8> low, high;
+  if (stats) low = load_global<T, 8>(stats), high = load_global<T, 8>(stats + D);
+  Vector<uint32_t, 4> out;
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) {
+    float x[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      if (stats) {
+        grid.y = static_cast<float>(low.value[i + e]);
+        grid.x = static_cast<float>(high.value[i + e]) * (1.0f / 255) - grid.y * (1.0f / 255);
+      }
+      x[e] = fmaf(grid.x, code_value(words.value[i / 4], i % 4 + e), grid.y);  // rounding to T brings what is past the
+    }  // maximum back to it
+    out.value[i / 2] = pack<T>(x[0], x[1]);
+  }
+  return out;
+}
+
+// 8 neighbouring channels of a value on its grid, (step, min).
+template <typename T>
+__device__ __forceinline__ Vector<uint32_t, 4> value_of_codes(const uint8_t* codes, float2 grid) {
+  return key_of_codes<T>(codes, nullptr, 0, grid);
+}
 
 // ---- queries
 

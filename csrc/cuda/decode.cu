@@ -13,16 +13,18 @@ int64_t max_splits(const DecodeArgs& a) {
   return std::min<int64_t>((tokens + chunk - 1) / chunk, kMaxSplits);
 }
 
+// Blocks that share the splits of one row: as many as the GPU holds four times over, so that it is evenly busy and yet
+// few of them find out that their sequence is too short.
+int blocks_a_row(const Partials& partials, int64_t rows) {
+  const int64_t wanted = 4 * 2 * device_attribute("decode", cudaDevAttrMultiProcessorCount);
+  return static_cast<int>(std::clamp<int64_t>((wanted + rows - 1) / rows, 1, partials.splits));
+}
+
 template <typename T, int kD, Storage kStorage>
 void launch_tiles(const DecodeArgs& a, const Partials& partials, void* stream) {
-  using Rings = DecodeRings<T, kD>;
-  const int64_t parts = (a.G + kGroup - 1) / kGroup;
-  const dim3 grid(partials.splits, a.kv.H * parts, a.kv.B);
-  const int warps = 4 * kGroup * sizeof(float);
-  const int shared = shared_bytes({kGroup * Rows<T, kD>::kStride * int(sizeof(T)), Rings::kTables * int(sizeof(KeyTable)),
-                                   Rings::template kData<kStorage>, warps, warps,
-                                   kStorage == Storage::codes_of_groups ? Rings::Codes::kGrids * int(sizeof(T)) : 0});
-  launch("decode", decode_kernel<T, kD, kStorage>, grid, kThreads, shared, stream, a, partials);
+  const int64_t rows = a.kv.H * ((a.G + kGroup - 1) / kGroup);
+  const dim3 grid(kGoesOn<kD> ? blocks_a_row(partials, rows * a.kv.B) : partials.splits, rows, a.kv.B);
+  launch("decode", decode_kernel<T, kD, kStorage>, grid, kThreads, DecodeMemory<T, kD, kStorage>::kBytes, stream, a, partials);
 }
 
 template <typename T>
@@ -39,8 +41,8 @@ void launch_splits(const DecodeArgs& a, const Partials& partials, void* stream) 
       });
     }
   }
-  const int64_t warps = kThreads / 32;
-  const dim3 grid(partials.splits, (a.kv.H * a.G + warps - 1) / warps, a.kv.B);
+  const int64_t warps = kThreads / 32, rows = (a.kv.H * a.G + warps - 1) / warps;
+  const dim3 grid(blocks_a_row(partials, rows * a.kv.B), rows, a.kv.B);
   launch("decode", general_decode_kernel<T>, grid, kThreads, shared_bytes({kQueryBytes}), stream, a, partials);
 }
 
@@ -55,7 +57,8 @@ void decode(const DecodeArgs& a, void* stream) {
   with_dtype("decode", a.kv.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (splits > 0) launch_splits<T>(a, partials, stream);
-    launch("decode", combine_kernel<T>, rows, kThreads, stream, a, partials);
+    const int shared = shared_bytes({kMaxSplits * int(sizeof(float))});
+    launch<Start::overlap>("decode", combine_kernel<T>, rows, kThreads, shared, stream, a, partials);
   });
 }
 

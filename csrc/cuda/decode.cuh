@@ -1,9 +1,10 @@
-// decode: one query a sequence. A block of threads takes a query group over one split of the tokens that its kv head
-// attends, and leaves (out, lse) in the workspace; combine_kernel folds the splits in order. Where a sequence is cut
+// decode: one query a sequence. A block of threads takes a query group over splits of the tokens that its kv head
+// attends, and leaves (out, lse) of each in the workspace; combine_kernel folds them in order. Where a sequence is cut
 // depends on its own tokens alone, so bits depend on neither the tables' width nor the rest of the batch.
 #pragma once
 #include "cuda/attention.cuh"
 #include "cuda/general.cuh"
+#include "cuda/launch.h"
 
 namespace lserve::cuda {
 
@@ -29,7 +30,7 @@ __host__ __device__ inline int split_tokens(const Rule& rule, int tokens) {
   return (chunks + kMaxSplits - 1) / kMaxSplits * chunk;
 }
 
-// What the query of (b, h) attends.
+// What the query of (b, h) attends. All lanes of a warp ask together.
 __device__ __forceinline__ Tokens decode_tokens(const DecodeArgs& a, int b, int h) {
   const Rule& rule = a.rule;
   const int64_t t = a.seq_lens[b] - 1, sealed = a.kv.sealed[b];
@@ -37,9 +38,9 @@ __device__ __forceinline__ Tokens decode_tokens(const DecodeArgs& a, int b, int 
   if (t >= 0) {
     e = entries(rule, rule.windows[h], rule.lists ? rule.lists + b * rule.list_stride0 + h * rule.list_stride1 : nullptr,
                 rule.local_start ? rule.local_start[b] : 0, t, a.kv.P,
-                sealed * (static_cast<int>(a.kv.P) / static_cast<int>(rule.unit)));
+                sealed * (static_cast<int>(a.kv.P) / static_cast<int>(rule.unit)), WarpSearch{});
   }
-  return Tokens(e, rule, a.kv.P, sealed, t);
+  return Tokens(e, rule, a.kv.P, sealed, t, WarpSearch{});
 }
 
 // Keys and values as INT8 codes, dequantised in registers. A lane gets four neighbouring channels of 16, so q lies in
@@ -133,35 +134,46 @@ struct DecodeRings {
   static constexpr int kData = kRing<kStorage> > kResults ? kRing<kStorage> : kResults;
 };
 
-// Two blocks share an SM: the rings leave no room for more.
+// Whether a block goes on to another split. With the most channels there are no registers for what a loop keeps.
+template <int kD>
+constexpr bool kGoesOn = kD <= 128;
+
+// What the threads of a block share while they go through their splits.
 template <typename T, int kD, Storage kStorage>
-__global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_constant__ DecodeArgs a, const Partials partials) {
+struct DecodeMemory {
   using Rings = DecodeRings<T, kD>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, split = blockIdx.x, b = blockIdx.z;
-  const int parts = static_cast<int>(a.G + kGroup - 1) / kGroup, h = blockIdx.y / parts;
-  const int head = static_cast<int>(h * a.G) + blockIdx.y % parts * kGroup;  // of the first query
-  const int heads = min(kGroup, static_cast<int>((h + 1) * a.G) - head), D = static_cast<int>(a.kv.D);
+  static constexpr int kGrids = kStorage == Storage::codes_of_groups ? Rings::Codes::kGrids : 0;
+  static constexpr int kWarps = 4 * kGroup;  // floats
+  static constexpr int kBytes = shared_bytes(
+      {kGroup * Rows<T, kD>::kStride * int(sizeof(T)), Rings::kTables * int(sizeof(KeyTable)), Rings::template kData<kStorage>,
+       kWarps * int(sizeof(float)), kWarps * int(sizeof(float)), kGrids * int(sizeof(T)), int(sizeof(Tokens))});
+  Rows<T, kD> q;
+  KeyTable* tables;
+  char* data;            // of the rings, and then results [4, kGroup, kRow]
+  float *maxima, *sums;  // [4, kGroup]
+  Tokens* tokens;        // there, and not in registers, of which the loops need all
+  T* grids;              // or null
 
-  const Tokens tokens = decode_tokens(a, b, h);
-  const int size = split_tokens(a.rule, tokens.count), first = split * size, last = min(first + size, tokens.count);
-  if (first >= last) return;
+  __device__ explicit DecodeMemory(SharedMemory shared)
+      : q{shared.take<T>(kGroup * Rows<T, kD>::kStride)},
+        tables(shared.take<KeyTable>(Rings::kTables)),
+        data(shared.take<char>(Rings::template kData<kStorage>)),
+        maxima(shared.take<float>(kWarps)),
+        sums(shared.take<float>(kWarps)),
+        tokens(shared.take<Tokens>(1)),
+        grids(kGrids > 0 ? shared.take<T>(kGrids) : nullptr) {}
+};
 
-  SharedMemory shared;
-  const Rows<T, kD> q{shared.take<T>(kGroup * Rows<T, kD>::kStride)};
-  KeyTable* const tables = shared.take<KeyTable>(Rings::kTables);
-  char* const data = shared.take<char>(Rings::template kData<kStorage>);
-  float* const results = reinterpret_cast<float*>(data);  // [4, kGroup, kRow]
-  float* const maxima = shared.take<float>(4 * kGroup);
-  float* const sums = shared.take<float>(4 * kGroup);
-
-  const T* const queries = static_cast<const T*>(a.q.data) + b * a.q.stride0 + head * a.q.stride1;
-  const auto query = [&](int row) { return row < heads ? queries + row * a.q.stride1 : nullptr; };
-  const Sequence<T> sequence{a.kv, b, h, a.seq_lens[b]};
-  const int boundary = kStorage == Storage::plain ? first : max(first, min(last, tokens.sealed));
-  const float scale = a.scale * kLog2e;
+// Attention over tokens [first, last): a warp takes 16 keys of every tile. query(row): the first channel, or null.
+template <typename T, int kD, Storage kStorage, typename Query>
+__device__ __forceinline__ State<T, kD> attend_split(const DecodeMemory<T, kD, kStorage>& memory, const Sequence<T>& sequence,
+                                                     const Tokens& tokens, int first, int last, int D, float scale,
+                                                     Query query) {
+  using Rings = DecodeRings<T, kD>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto& q = memory.q;
   State<T, kD> state;
 
-  // A warp takes 16 keys of every tile.
   const auto attend = [&](const auto& source, const KeyTable& table, auto logit) {
     float s[2][4] = {};
     state.template multiply<16>(s, q, 0, source, warp * 16);
@@ -186,14 +198,15 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     state.template add<16>(s, source, warp * 16);
   };
 
+  const int boundary = kStorage == Storage::plain ? first : max(first, min(last, tokens.sealed));
   if constexpr (kStorage != Storage::plain) {
     constexpr bool kGroups = kStorage == Storage::codes_of_groups;
     if (first < boundary) {
       load_queries<kGroup, true>(q, D, query);
-      typename Rings::Codes ring{reinterpret_cast<uint8_t*>(data), tables};
+      typename Rings::Codes ring{reinterpret_cast<uint8_t*>(memory.data), memory.tables};
       float total[2] = {};  // of q: k = min + step * code gives q · k = min * total + step * q · code
       if (kGroups) {
-        ring.grids = shared.take<T>(Rings::Codes::kGrids);
+        ring.grids = memory.grids;
       } else {
         __syncthreads();
         for (int d = lane % 4; d < kD; d += 4) {
@@ -212,12 +225,20 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   }
   if (boundary < last) {
     load_queries<kGroup, false>(q, D, query);
-    const typename Rings::Values ring{reinterpret_cast<T*>(data), tables};
+    const typename Rings::Values ring{reinterpret_cast<T*>(memory.data), memory.tables};
     ring.run(sequence, tokens, boundary, last, D,
              [&](const auto& tile) { attend(Plain<T, kD>{tile.k, tile.v}, tile.table, [](float s, int, int) { return s; }); });
   }
+  return state;
+}
 
-  // The four warps' states, of equal keys in equal order, become one.
+// The four warps' states, of equal keys in equal order, become one: out(row, d, value) and lse(row, value).
+template <typename T, int kD, Storage kStorage, typename Out, typename Lse>
+__device__ __forceinline__ void join_warps(const DecodeMemory<T, kD, kStorage>& memory, State<T, kD>& state, int rows, int D,
+                                           Out out, Lse lse) {
+  using Rings = DecodeRings<T, kD>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float *const maxima = memory.maxima, *const sums = memory.sums, *const results = reinterpret_cast<float*>(memory.data);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const auto add = [](float a, float b) { return a + b; };
@@ -248,18 +269,45 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
           make_float2((state.out[n][2 * r] + state.offset[r]) * share, (state.out[n][2 * r + 1] + state.offset[r]) * share);
   }
   __syncthreads();
-  const int64_t row_of_partials = b * (a.kv.H * a.G) + head;
-  for (int i = threadIdx.x; i < heads * D; i += kThreads) {
+  for (int i = threadIdx.x; i < rows * D; i += kThreads) {
     const int row = i / D, d = i % D;
     float x = 0;
     for (int w = 0; w < 4; ++w) x += results[(w * kGroup + row) * Rings::kRow + d];
-    partials.out[((row_of_partials + row) * partials.splits + split) * D + d] = x;
+    out(row, d, x);
   }
-  for (int row = threadIdx.x; row < heads; row += kThreads) {
+  for (int row = threadIdx.x; row < rows; row += kThreads) {
     float largest;
     const float total = total_of(row, largest);
-    partials.lse[(row_of_partials + row) * partials.splits + split] =
-        total == 0 ? -INFINITY : (largest + kHeadroom<T> + log2f(total)) * kLn2;
+    lse(row, total == 0 ? -INFINITY : (largest + kHeadroom<T> + log2f(total)) * kLn2);
+  }
+}
+
+// Two blocks share an SM: the rings leave no room for more.
+template <typename T, int kD, Storage kStorage>
+__global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_constant__ DecodeArgs a, const Partials partials) {
+  allow_next_kernel();
+  const int b = blockIdx.z, parts = static_cast<int>(a.G + kGroup - 1) / kGroup, h = blockIdx.y / parts;
+  const int head = static_cast<int>(h * a.G) + blockIdx.y % parts * kGroup;  // of the first query
+  const int heads = min(kGroup, static_cast<int>((h + 1) * a.G) - head), D = static_cast<int>(a.kv.D);
+
+  const DecodeMemory<T, kD, kStorage> memory{SharedMemory()};
+  const T* const queries = static_cast<const T*>(a.q.data) + b * a.q.stride0 + head * a.q.stride1;
+  const auto query = [&](int row) { return row < heads ? queries + row * a.q.stride1 : nullptr; };
+  const Sequence<T> sequence{a.kv, b, h, a.seq_lens[b]};
+  const Tokens found = decode_tokens(a, b, h), &tokens = *memory.tokens;
+  if (threadIdx.x == 0) *memory.tokens = found;
+  __syncthreads();
+
+  for (int split = blockIdx.x;; split += gridDim.x) {
+    const int size = split_tokens(a.rule, tokens.count), first = split * size, last = min(first + size, tokens.count);
+    if (first >= last) return;
+    State<T, kD> state = attend_split<T, kD, kStorage>(memory, sequence, tokens, first, last, D, a.scale * kLog2e, query);
+    const auto at = [&](int row) { return (b * (a.kv.H * a.G) + head + row) * partials.splits + split; };
+    join_warps<T, kD, kStorage>(
+        memory, state, heads, D, [&](int row, int d, float x) { partials.out[at(row) * D + d] = x; },
+        [&](int row, float x) { partials.lse[at(row)] = x; });
+    if (!kGoesOn<kD>) return;
+    __syncthreads();  // the next split needs the memory
   }
 }
 
@@ -267,17 +315,20 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     general_decode_kernel(const __grid_constant__ DecodeArgs a, const Partials partials) {
+  allow_next_kernel();
   const int heads = static_cast<int>(a.kv.H * a.G), head = blockIdx.y * (kThreads / 32) + threadIdx.x / 32;
-  const int b = blockIdx.z, h = head / static_cast<int>(a.G), split = blockIdx.x, D = static_cast<int>(a.kv.D);
+  const int b = blockIdx.z, h = head / static_cast<int>(a.G), D = static_cast<int>(a.kv.D);
   if (head >= heads) return;
   const Tokens tokens = decode_tokens(a, b, h);
-  const int size = split_tokens(a.rule, tokens.count), first = split * size, last = min(first + size, tokens.count);
-  if (first >= last) return;
+  const int size = split_tokens(a.rule, tokens.count);
   const float* const q = load_query(static_cast<const T*>(a.q.data) + b * a.q.stride0 + head * a.q.stride1, D);
-  const int64_t partial = (static_cast<int64_t>(b) * heads + head) * partials.splits + split;
-  const float lse = attend_warp(Sequence<T>{a.kv, b, h, a.seq_lens[b]}, tokens, first, last, q, D, a.scale,
-                                [&](int d, float x) { partials.out[partial * D + d] = x; });
-  if (threadIdx.x % 32 == 0) partials.lse[partial] = lse;
+  for (int split = blockIdx.x; split * size < tokens.count; split += gridDim.x) {
+    const int first = split * size, last = min(first + size, tokens.count);
+    const int64_t partial = (static_cast<int64_t>(b) * heads + head) * partials.splits + split;
+    const float lse = attend_warp(Sequence<T>{a.kv, b, h, a.seq_lens[b]}, tokens, first, last, q, D, a.scale,
+                                  [&](int d, float x) { partials.out[partial * D + d] = x; });
+    if (threadIdx.x % 32 == 0) partials.lse[partial] = lse;
+  }
 }
 
 // Joins a query head's splits, in order. One block of threads for each row of [B, Hq].
@@ -288,14 +339,22 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
   const int tokens = decode_tokens(a, b, h).count, size = split_tokens(a.rule, tokens);
   const int splits = tokens == 0 ? 0 : (tokens + size - 1) / size;  // kMaxSplits at most
   const float *outs = partials.out + row * partials.splits * D, *lses = partials.lse + row * partials.splits;
+  SharedMemory shared;
+  float* const weights = shared.take<float>(kMaxSplits);
 
-  float largest = -INFINITY, total = 0;
-  for (int i = 0; i < splits; ++i) largest = fmaxf(largest, lses[i]);
+  wait_for_last_kernel();
+  float largest = -INFINITY;
+  for (int i = threadIdx.x % 32; i < splits; i += 32) largest = fmaxf(largest, lses[i]);
+  largest = over_warp(largest, [](float a, float b) { return fmaxf(a, b); });
   if (largest == -INFINITY) largest = 0;
-  for (int i = 0; i < splits; ++i) total += exp2_approx((lses[i] - largest) * kLog2e);
+  for (int i = threadIdx.x; i < splits; i += kThreads) weights[i] = exp2_approx((lses[i] - largest) * kLog2e);
+  __syncthreads();
+  float total = 0;
   for (int64_t d = threadIdx.x; d < D; d += kThreads) {
     float x = 0;
-    for (int i = 0; i < splits; ++i) x += exp2_approx((lses[i] - largest) * kLog2e) * outs[i * D + d];
+    total = 0;
+#pragma unroll 16  // loads that do not wait for each other
+    for (int i = 0; i < splits; ++i) total += weights[i], x += weights[i] * outs[i * D + d];
     static_cast<T*>(a.out)[row * D + d] = static_cast<T>(total == 0 ? 0.0f : x / total);
   }
   if (threadIdx.x == 0) a.lse[row] = total == 0 ? -INFINITY : largest + logf(total);

@@ -25,8 +25,18 @@ constexpr int shared_bytes(std::initializer_list<int> arrays) {
   return bytes;
 }
 
+// Of the current device.
+inline int device_attribute(const char* op, cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(op, cudaGetDevice(&device));
+  check(op, cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+enum class Start { after, overlap };  // overlap: while the kernel before ends; see wait_for_last_kernel
+
 // A launch that fails throws with the op's name. Errors of a running kernel surface later, as with any CUDA op.
-template <typename... Params, typename... Args>
+template <Start kStart = Start::after, typename... Params, typename... Args>
 void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, int shared, void* stream, Args... args) {
   if (shared > 48 * 1024)  // beyond that a kernel has to ask
     check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
@@ -35,6 +45,12 @@ void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, in
   config.blockDim = block;
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute{};
+  if (kStart == Start::overlap && device_attribute(op, cudaDevAttrComputeCapabilityMajor) >= 9) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute, config.numAttrs = 1;
+  }
   check(op, cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
 }
 

@@ -24,17 +24,133 @@ struct Reach {
 __device__ __forceinline__ bool is_listed(const MassArgs& a, int b, int h, int64_t unit) {
   if (!a.rule.lists || a.rule.windows[h] != 0) return false;
   const int32_t* list = a.rule.lists + b * a.rule.list_stride0 + h * a.rule.list_stride1;
-  int64_t first = 0;  // of the entries that are at least `unit`; the -1 after the last one count as such
-  for (int64_t end = a.rule.K; first < end;) {
-    const int64_t middle = (first + end) / 2;
-    if (list[middle] >= 0 && list[middle] < unit) first = middle + 1;
-    else end = middle;
-  }
+  const int64_t first = Bisection{}(a.rule.K, [&](int64_t i) { return list[i] >= 0 && list[i] < unit; });
   return first < a.rule.K && list[first] == unit;
 }
 
+// Whether any of the queries attends a token.
+__device__ __forceinline__ bool is_attended(const MassArgs& a, int b, int h, int position, bool listed) {
+  const int length = a.seq_lens[b], unit = position / static_cast<int>(a.rule.unit);
+  if (position >= length) return false;
+  // Windows move on with the queries: the oldest has the first local unit.
+  const Reach oldest(a, b, a.rule.windows[h], max(0, length - static_cast<int>(a.T))),
+      newest(a, b, a.rule.windows[h], length - 1);
+  return unit < newest.sink || unit >= oldest.local || listed;
+}
+
+// The keys of a block.
+struct MassKeys {
+  const void *k[kKeys], *stats[kKeys];
+  float2 k_grid[kKeys];
+  int position[kKeys], unit[kKeys];  // kNever: nobody attends it, or it is not held any more
+  bool coded[kKeys], listed[kKeys];
+
+  template <typename T>
+  __device__ __forceinline__ void look_up(const Sequence<T>& sequence, const MassArgs& a, int key, int at) {
+    unit[key] = at / static_cast<int>(a.rule.unit);
+    listed[key] = is_listed(a, sequence.b, sequence.h, unit[key]);
+    Row row{};
+    if (is_attended(a, sequence.b, sequence.h, at, listed[key])) row = sequence.row(at);
+    position[key] = row.k ? at : kNever;
+    k[key] = row.k, stats[key] = row.stats, k_grid[key] = row.k_grid, coded[key] = row.coded;
+  }
+};
+
+constexpr int kMassRows = 16;  // queries of a kv head's group, and of several tokens: the rows of an MMA
+
+// One of them. lse is in units of log2, and infinite where nothing is to be added.
+struct MassRow {
+  int sink, local, position;
+  float lse;
+};
+
+// Puts the keys of a tile into shared memory; zeros where there is none, and beyond channel D.
+template <typename T, int kD, bool kInt8>
+__device__ __forceinline__ void load_keys(const MassKeys& table, int D, Rows<T, kD> to) {
+  constexpr int kN = 8;  // channels at a time
+  for (int j = threadIdx.x; j < kKeys * kD / kN; j += kThreads) {
+    const int key = j / (kD / kN), d = j % (kD / kN) * kN;
+    Vector<uint32_t, kN / 2> k{};
+    if (table.position[key] != kNever && d < D) {
+      const T* const stats = static_cast<const T*>(table.stats[key]);
+      if (kInt8 && table.coded[key])
+        k = key_of_codes<T>(static_cast<const uint8_t*>(table.k[key]) + d, stats ? stats + d : nullptr, D, table.k_grid[key]);
+      else k = load_vector<uint32_t, kN / 2>(reinterpret_cast<const uint32_t*>(static_cast<const T*>(table.k[key]) + d));
+    }
+    store_vector(reinterpret_cast<uint32_t*>(to.at(key, d)), k);
+  }
+}
+
+// A warp takes 16 keys of the block's, and 16 queries at a time.
+template <typename T, int kD, bool kInt8>
+__global__ void __launch_bounds__(kThreads, 6) mass_kernel(const __grid_constant__ MassArgs a) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z;
+  const int tokens = static_cast<int>(a.kv.M * a.kv.P), D = static_cast<int>(a.kv.D), G = static_cast<int>(a.G);
+  const int length = a.seq_lens[b], start = length - static_cast<int>(a.T);  // position of the first query
+  const int32_t window = a.rule.windows[h];
+
+  SharedMemory shared;
+  const Rows<T, kD> keys{shared.take<T>(kKeys * Rows<T, kD>::kStride)}, q{shared.take<T>(kMassRows * Rows<T, kD>::kStride)};
+  MassKeys& table = *shared.take<MassKeys>(1);
+  MassRow* const rows = shared.take<MassRow>(kMassRows);
+
+  bool wanted = false;
+  if (const int key = threadIdx.x, position = blockIdx.x * kKeys + key; key < kKeys) {
+    table.look_up(Sequence<T>{a.kv, b, h, length}, a, key, position);
+    wanted = table.position[key] != kNever;
+  }
+  float sums[2][2] = {};
+  if (__syncthreads_or(wanted)) {
+    load_keys<T, kD, kInt8>(table, D, keys);
+    const int count = static_cast<int>(a.T) * G;
+    for (int first = max(0, -start) * G; first < count; first += kMassRows) {
+      load_queries<kMassRows, false>(q, D, [&](int row) {
+        const int i = first + row;
+        const T* const from = static_cast<const T*>(a.q.data) + b * a.q.stride0 + i / G * a.q.stride1;
+        return i < count ? from + (h * G + i % G) * a.q.stride2 : nullptr;
+      });
+      if (const int i = first + threadIdx.x; threadIdx.x < kMassRows) {
+        MassRow row{0, 0, -1, INFINITY};
+        if (i < count) {
+          const Reach reach(a, b, window, start + i / G);
+          const float lse = a.lse[(b * a.T + i / G) * (a.kv.H * G) + h * G + i % G];
+          row = {static_cast<int>(reach.sink), static_cast<int>(reach.local), reach.position,
+                 lse == -INFINITY ? INFINITY : lse * kLog2e};
+        }
+        rows[threadIdx.x] = row;
+      }
+      __syncthreads();
+      float s[2][4] = {};
+      State<T, kD>::template multiply<16>(s, q, 0, Plain<T, kD>{keys, keys}, warp * 16);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const MassRow row = rows[lane / 4 + 8 * r];
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int key = warp * 16 + n * 8 + lane % 4 * 2 + e, unit = table.unit[key];
+            if (table.position[key] <= row.position && (unit < row.sink || unit >= row.local || table.listed[key]))
+              sums[n][e] += exp2_approx(s[n][2 * r + e] * (a.scale * kLog2e) - row.lse);
+          }
+      }
+      __syncthreads();
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float sum = sums[n][e];
+      for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+      const int position = blockIdx.x * kKeys + warp * 16 + n * 8 + lane % 4 * 2 + e;
+      if (lane < 4 && position < tokens) a.mass[(b * a.kv.H + h) * static_cast<int64_t>(tokens) + position] = sum;
+    }
+}
+
+// The same without tensor cores.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) mass_kernel(const __grid_constant__ MassArgs a) {
+__global__ void __launch_bounds__(kThreads) general_mass_kernel(const __grid_constant__ MassArgs a) {
   const int key = threadIdx.x % kKeys, half = threadIdx.x / kKeys, h = blockIdx.y, b = blockIdx.z;
   const int position = blockIdx.x * kKeys + key, tokens = static_cast<int>(a.kv.M * a.kv.P);
   const int D = static_cast<int>(a.kv.D), G = static_cast<int>(a.G), length = a.seq_lens[b];
@@ -46,11 +162,7 @@ __global__ void __launch_bounds__(kThreads) mass_kernel(const __grid_constant__ 
   const auto attends = [&](const Reach& reach) {
     return position <= reach.position && (unit < reach.sink || unit >= reach.local || listed);
   };
-  bool wanted = false;
-  if (position < length) {  // windows move on with the queries: the oldest has the first local unit
-    const Reach oldest(a, b, window, first), newest(a, b, window, length - 1);
-    wanted = unit < newest.sink || unit >= oldest.local || listed;
-  }
+  bool wanted = is_attended(a, b, h, position, listed);
 
   SharedMemory shared;
   const int stride = D + 1;  // every key in another bank

@@ -78,32 +78,12 @@ __device__ __forceinline__ void dequantize(Rows<uint8_t, kD> from_k, Rows<uint8_
   constexpr int kN = 8;  // channels at a time
   for (int j = threadIdx.x; j < kKeys * kD / kN; j += kThreads) {
     const int key = j / (kD / kN), d = j % (kD / kN) * kN;
-    const auto k = load_vector<uint32_t, 2>(reinterpret_cast<const uint32_t*>(from_k.at(key, d)));
-    const auto v = load_vector<uint32_t, 2>(reinterpret_cast<const uint32_t*>(from_v.at(key, d)));
-    Vector<T, kN> low{}, high{};
-    const T* stats = static_cast<const T*>(table.stats[key]);
-    if (stats && d < D) low = load_global<T, kN>(stats + d), high = load_global<T, kN>(stats + D + d);
-    Vector<uint32_t, kN / 2> k_out, v_out;
-#pragma unroll
-    for (int i = 0; i < kN; i += 2) {
-      float x[2], y[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float k_code = code_value(k.value[(i + e) / 4], (i + e) % 4),
-                    v_code = code_value(v.value[(i + e) / 4], (i + e) % 4);
-        float min = table.k_grid[key].y, step = table.k_grid[key].x;
-        if (stats) {
-          min = static_cast<float>(low.value[i + e]);
-          step = static_cast<float>(high.value[i + e]) * (1.0f / 255) - min * (1.0f / 255);
-        }
-        x[e] = fmaf(step, k_code, min);  // rounding to T brings what is past the maximum back to it
-        y[e] = fmaf(table.v_grid[key].x, v_code, table.v_grid[key].y);
-      }
-      k_out.value[i / 2] = pack<T>(x[0], x[1]);
-      v_out.value[i / 2] = pack<T>(y[0], y[1]);
-    }
-    store_vector(reinterpret_cast<uint32_t*>(to_k.at(key, d)), k_out);
-    store_vector(reinterpret_cast<uint32_t*>(to_v.at(key, d)), v_out);
+    const T* const stats = static_cast<const T*>(table.stats[key]);
+    const Vector<uint32_t, kN / 2> k =
+        key_of_codes<T>(from_k.at(key, d), stats && d < D ? stats + d : nullptr, D, table.k_grid[key]);
+    const Vector<uint32_t, kN / 2> v = value_of_codes<T>(from_v.at(key, d), table.v_grid[key]);
+    store_vector(reinterpret_cast<uint32_t*>(to_k.at(key, d)), k);
+    store_vector(reinterpret_cast<uint32_t*>(to_v.at(key, d)), v);
   }
 }
 
