@@ -23,7 +23,7 @@ demo: $(VENV)/.installed
 	$(BIN)/lserve demo
 
 test: $(VENV)/.installed
-	$(BIN)/pytest --installed $(PYTEST_ARGS)
+	$(BIN)/pytest --installed -n auto $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python bench/kernels.py
@@ -36,7 +36,7 @@ bench: $(VENV)/.installed
 # WHEEL=1: with the wheel that is installed already, where a machine cannot build one.
 PYTEST := $(if $(WHEEL),pytest,$(BIN)/pytest)
 gpu-check: $(if $(WHEEL),,$(VENV)/.installed)
-	$(PYTEST) --installed -m "gpu and not slow" --durations=10
+	$(PYTEST) --installed -n auto -m "gpu and not slow" -k "cuda or test_gpu" --durations=10
 	@which compute-sanitizer || echo "compute-sanitizer is not on PATH: its checks are skipped"
 	for tool in memcheck synccheck; do ! which compute-sanitizer > /dev/null || PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
 	  compute-sanitizer --error-exitcode 1 --tool $$tool $(PYTEST) --installed -m gpu python_tests/test_small.py || exit 1; done

@@ -29,6 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # of `-n`: they share the cores
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(workers)))
     if config.getoption("--installed") and Path(lserve_ext.__file__).parent == SOURCE:
         raise pytest.UsageError(f"--installed, but lserve_ext was imported from the source tree, {SOURCE}")
 
