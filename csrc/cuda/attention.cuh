@@ -23,72 +23,37 @@ constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
 
 // Key and value of one token. k is null if its page is not held any more.
 struct Row {
-  const void *k, *v;               // [D] T or codes
-  const void* stats;               // [2, D] T: minimum and maximum of the key's group, if its codes lie on that grid
-  const float *k_scale, *v_scale;  // (step, min) of codes on grids of their own
+  const void *k, *v;      // [D] T or codes
+  const void* stats;      // [2, D] T: minimum and maximum of the key's group, if its codes lie on that grid
+  float2 k_grid, v_grid;  // (step, min) of codes
   bool coded;
 };
 
-// (step, min); zeros where there is none.
-__device__ __forceinline__ float2 grid_at(const float* scale) {
-  return scale ? *reinterpret_cast<const float2*>(scale) : make_float2(0, 0);
-}
-
-// Of a token: its position, and its page's entries in the tables if that is sealed.
-struct Place {
-  int position = kNever, block = -1, slot = -1;
-};
-
-// What one (sequence, kv head) attends to: `held` tokens of the cache, of which the first `sealed` lie in pages; then new
-// ones.
+// What one (sequence, kv head) attends to: `held` tokens of the cache, then new ones.
 template <typename T>
 struct Sequence {
   const Paged& kv;
   int64_t b, h;
-  int held, sealed;
-  const T *new_k, *new_v;              // of the first new token
-  int64_t new_k_stride, new_v_stride;  // of a token
+  int held;
+  const T *new_k = nullptr, *new_v = nullptr;  // of the first new token
+  int64_t new_k_stride = 0, new_v_stride = 0;  // of a token
 
-  __device__ Sequence(const Paged& kv, int64_t b, int64_t h, int held, const T* new_k = nullptr, const T* new_v = nullptr,
-                      int64_t new_k_stride = 0, int64_t new_v_stride = 0)
-      : kv(kv),
-        b(b),
-        h(h),
-        held(held),
-        sealed(held > 0 ? kv.sealed[b] * static_cast<int>(kv.P) : 0),
-        new_k(new_k),
-        new_v(new_v),
-        new_k_stride(new_k_stride),
-        new_v_stride(new_v_stride) {}
-
-  __device__ Place place(int position) const {
-    Place place{position};
-    if (position < min(held, sealed)) {
-      const int page = position / static_cast<int>(kv.P);
-      place.block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + page];
-      place.slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + page];
-    }
-    return place;
-  }
-
-  __device__ Row row(int position) const { return row(place(position)); }
-
-  __device__ Row row(const Place& place) const {
+  __device__ Row row(int position) const {
     Row row{};
-    const int position = place.position;
     if (position >= held) {
       row.k = new_k + (position - held) * new_k_stride;
       row.v = new_v + (position - held) * new_v_stride;
       return row;
     }
-    const int P = static_cast<int>(kv.P), offset = position % P;
-    if (position >= sealed) {
+    const int P = static_cast<int>(kv.P), page = position / P, offset = position - page * P;
+    if (page >= kv.sealed[b]) {
       const int64_t at = b * kv.residual_stride0 + h * kv.residual_stride1 + position % (2 * P) * kv.D;
       row.k = static_cast<const T*>(kv.residual_k) + at;
       row.v = static_cast<const T*>(kv.residual_v) + at;
       return row;
     }
-    const int64_t block = place.block, slot = place.slot;
+    const int64_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + page];
+    const int64_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + page];
     if (block < 0) return row;
     const int64_t k_at = slot * kv.k_stride + offset * kv.D, v_at = slot * kv.v_stride + offset * kv.D;
     if (kv.kv_dtype != Dtype::u8) {
@@ -99,11 +64,12 @@ struct Sequence {
     row.coded = true;
     row.k = static_cast<const uint8_t*>(kv.k_pool) + k_at;
     row.v = static_cast<const uint8_t*>(kv.v_pool) + v_at;
-    row.v_scale = kv.scales + slot * kv.scales_stride + 2 * offset;
+    const float* grid = kv.scales + slot * kv.scales_stride + 2 * offset;
+    row.v_grid = make_float2(grid[0], grid[1]);
     if (kv.stats) {
       row.stats = static_cast<const T*>(kv.stats) + block * kv.stats_stride + offset / static_cast<int>(kv.L) * 2 * kv.D;
     } else {
-      row.k_scale = row.v_scale + 2 * P;
+      row.k_grid = make_float2(grid[2 * P], grid[2 * P + 1]);
     }
     return row;
   }
@@ -158,13 +124,12 @@ struct Rows {
 struct KeyTable {
   const void *k[kKeys], *v[kKeys];
   const void* stats[kKeys];
-  const float *k_scale[kKeys], *v_scale[kKeys];
+  float2 k_grid[kKeys], v_grid[kKeys];
   int position[kKeys];  // kNever: not attended
   int newest[2];        // position of each half: beyond a query's own, and the tile must be masked
 };
 
-// Copies tiles from wherever their rows lie into shared memory, kStages - 1 tiles ahead of their use. Tables are read a
-// tile before what they say is needed, so that nobody waits for them.
+// Copies tiles from wherever their rows lie into shared memory, kStages - 1 tiles ahead of their use.
 //
 //   ring.run(sequence, tokens, first, last, D, [&](const auto& tile) { ... });
 //
@@ -174,18 +139,14 @@ struct Ring {
   using Tile = Rows<X, kD>;
   static constexpr int kTile = kKeys * Tile::kStride;  // elements
   static constexpr int kBytes = 2 * kStages * kTile * sizeof(X);
-  static constexpr bool kCoded = std::is_same_v<X, uint8_t>;
   static constexpr int kGrids = kStages * kKeys / 16 * 2 * kD;  // elements
-  static constexpr int kScales = kStages * 2 * kKeys;
-  X* data;                   // [kStages, K and V, kTile]
-  KeyTable* table;           // [kStages + 1]
-  float2* scales = nullptr;  // [kStages, K and V, kKeys]: (step, min) of codes
-  T* grids = nullptr;        // [kStages, 4, 2, kD]: the grid of every 16 keys, if they have one; else null
+  X* data;                                                      // [kStages, K and V, kTile]
+  KeyTable* table;                                              // [kStages + 1]
+  T* grids = nullptr;  // [kStages, 4, 2, kD]: the grid of every 16 keys, if they have one; else null
 
   struct View {
     Tile k, v;
-    const float2 *k_grid, *v_grid;  // [kKeys]
-    const T* grids;                 // [4, 2, kD]
+    const T* grids;  // [4, 2, kD]
     const KeyTable& table;
   };
 
@@ -193,14 +154,7 @@ struct Ring {
   __device__ __forceinline__ void run(const Sequence<T>& sequence, const Tokens& tokens, int first, int last, int D,
                                       Body body) const {
     const int tiles = (last - first + kKeys - 1) / kKeys;
-    const auto place = [&](int i) { return this->place(sequence, tokens, first + i * kKeys, last); };
-    Place next[kStages];
-#pragma unroll
-    for (int i = 0; i < kStages; ++i) next[i] = place(i);
-#pragma unroll
-    for (int i = 0; i < kStages; ++i)
-      if (i < tiles) look_up(sequence, next[i], i);
-    next[0] = place(kStages);
+    for (int i = 0; i < kStages && i < tiles; ++i) look_up(sequence, tokens, first + i * kKeys, last, i);
     __syncthreads();
     for (int i = 0; i < kStages - 1; ++i) {
       if (i < tiles) copy(i, D);
@@ -211,11 +165,9 @@ struct Ring {
       __syncthreads();  // tile i has come, and nobody needs tile i - 1 any more
       if (i + kStages - 1 < tiles) copy(i + kStages - 1, D);
       cp_async_commit();
-      if (i + kStages < tiles) look_up(sequence, next[0], i + kStages);
-      next[0] = place(i + kStages + 1);
+      if (i + kStages < tiles) look_up(sequence, tokens, first + (i + kStages) * kKeys, last, i + kStages);
       X* const stage = data + i % kStages * 2 * kTile;
-      const float2* const scale = kCoded ? scales + i % kStages * 2 * kKeys : nullptr;
-      body(View{{stage}, {stage + kTile}, scale, scale + kKeys, grids + i % kStages * (kGrids / kStages), table_at(i)});
+      body(View{{stage}, {stage + kTile}, grids + i % kStages * (kGrids / kStages), table_at(i)});
     }
     cp_async_wait<0>();
     __syncthreads();
@@ -225,24 +177,23 @@ struct Ring {
   // A table more than stages: tile i + kStages is looked up while tile i is in use.
   __device__ __forceinline__ KeyTable& table_at(int i) const { return table[i % (kStages + 1)]; }
 
-  // Where this thread's key of the tile from token `first` on lies.
-  __device__ __forceinline__ Place place(const Sequence<T>& sequence, const Tokens& tokens, int first, int last) const {
-    const int token = first + threadIdx.x;
-    if (threadIdx.x >= kKeys || token >= last) return {};
-    const int position = tokens.position(token);
-    if (position > tokens.last) return {};
-    return sequence.place(position);
-  }
-
-  __device__ __forceinline__ void look_up(const Sequence<T>& sequence, const Place& place, int i) const {
+  __device__ __forceinline__ void look_up(const Sequence<T>& sequence, const Tokens& tokens, int first, int last, int i) const {
     if (threadIdx.x >= kKeys) return;
     KeyTable& t = table_at(i);
-    const int key = threadIdx.x;
-    Row row{};
-    if (place.position != kNever) row = sequence.row(place);
-    const int position = row.k ? place.position : kNever;
-    t.k[key] = row.k, t.v[key] = row.v;
-    if (kCoded) t.stats[key] = row.stats, t.k_scale[key] = row.k_scale, t.v_scale[key] = row.v_scale;
+    const int key = threadIdx.x, token = first + key;
+    int position = kNever;
+    if (token < last) {
+      position = tokens.position(token);
+      if (position > tokens.last) position = kNever;
+    }
+    t.k[key] = t.v[key] = t.stats[key] = nullptr;
+    if (position != kNever) {
+      const Row row = sequence.row(position);
+      t.k[key] = row.k, t.v[key] = row.v, t.stats[key] = row.stats;
+      t.k_grid[key] = row.k_grid, t.v_grid[key] = row.v_grid;
+      if (!row.k) position = kNever;
+    }
+    if (position == kNever) t.v_grid[key] = t.k_grid[key] = make_float2(0, 0);  // weights of 0 must meet no NaN
     t.position[key] = position;
     int newest = position;
     for (int lanes = 16; lanes > 0; lanes /= 2) newest = max(newest, __shfl_xor_sync(~0u, newest, lanes));
@@ -262,11 +213,6 @@ struct Ring {
       const bool read = from_k && element < D;
       cp_async_16(k.at(row, element), read ? from_k + element : from_k, read);
       cp_async_16(v.at(row, element), read ? from_v + element : from_v, read);
-    }
-    if (!kCoded) return;
-    if (const int key = threadIdx.x % kKeys; threadIdx.x < 2 * kKeys) {  // zeros, too: weights of 0 must meet no NaN
-      const float* const from = threadIdx.x < kKeys ? t.k_scale[key] : t.v_scale[key];
-      cp_async_8(scales + i % kStages * 2 * kKeys + threadIdx.x, from, from != nullptr);
     }
     if (!grids) return;
     for (int j = threadIdx.x; j < kGrids / kStages / 8; j += kThreads) {
@@ -414,10 +360,8 @@ struct State {
       const float base = largest == -INFINITY ? 0.0f : largest;  // nothing attended yet: weights of 0, not of NaN
       const float fade = exp2_approx(max[r] - base), shift = base + kHeadroom<T>;
       max[r] = largest, sum[r] *= fade, offset[r] *= fade;
-      if (__any_sync(~0u, fade != 1)) {  // seldom, once the maximum has been met
 #pragma unroll
-        for (int n = 0; n < kD / 8; ++n) out[n][2 * r] *= fade, out[n][2 * r + 1] *= fade;
-      }
+      for (int n = 0; n < kD / 8; ++n) out[n][2 * r] *= fade, out[n][2 * r + 1] *= fade;
 #pragma unroll
       for (int n = 0; n < Columns / 8; ++n)
 #pragma unroll

@@ -143,18 +143,15 @@ template <typename T, int kD, Storage kStorage>
 struct DecodeMemory {
   using Rings = DecodeRings<T, kD>;
   static constexpr int kGrids = kStorage == Storage::codes_of_groups ? Rings::Codes::kGrids : 0;
-  static constexpr int kScales = kStorage == Storage::plain ? 0 : Rings::Codes::kScales;
   static constexpr int kWarps = 4 * kGroup;  // floats
-  static constexpr int kBytes =
-      shared_bytes({kGroup * Rows<T, kD>::kStride * int(sizeof(T)), Rings::kTables * int(sizeof(KeyTable)),
-                    Rings::template kData<kStorage>, kWarps * int(sizeof(float)), kWarps * int(sizeof(float)),
-                    int(sizeof(Tokens)), kScales * int(sizeof(float2)), kGrids * int(sizeof(T))});
+  static constexpr int kBytes = shared_bytes(
+      {kGroup * Rows<T, kD>::kStride * int(sizeof(T)), Rings::kTables * int(sizeof(KeyTable)), Rings::template kData<kStorage>,
+       kWarps * int(sizeof(float)), kWarps * int(sizeof(float)), kGrids * int(sizeof(T)), int(sizeof(Tokens))});
   Rows<T, kD> q;
   KeyTable* tables;
   char* data;            // of the rings, and then results [4, kGroup, kRow]
   float *maxima, *sums;  // [4, kGroup]
   Tokens* tokens;        // there, and not in registers, of which the loops need all
-  float2* scales;        // of codes, or null
   T* grids;              // or null
 
   __device__ explicit DecodeMemory(SharedMemory shared)
@@ -164,7 +161,6 @@ struct DecodeMemory {
         maxima(shared.take<float>(kWarps)),
         sums(shared.take<float>(kWarps)),
         tokens(shared.take<Tokens>(1)),
-        scales(kScales > 0 ? shared.take<float2>(kScales) : nullptr),
         grids(kGrids > 0 ? shared.take<T>(kGrids) : nullptr) {}
 };
 
@@ -178,7 +174,7 @@ __device__ __forceinline__ State<T, kD> attend_split(const DecodeMemory<T, kD, k
   const auto& q = memory.q;
   State<T, kD> state;
 
-  const auto attend = [&](const auto& source, const KeyTable& table, const float2* v_grid, auto logit) {
+  const auto attend = [&](const auto& source, const KeyTable& table, auto logit) {
     float s[2][4] = {};
     state.template multiply<16>(s, q, 0, source, warp * 16);
 #pragma unroll
@@ -194,7 +190,7 @@ __device__ __forceinline__ State<T, kD> attend_split(const DecodeMemory<T, kD, k
       for (int n = 0; n < 2; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {  // v = min + step * code: the step goes into the weight
-          const float2 grid = v_grid[warp * 16 + n * 8 + lane % 4 * 2 + e % 2];
+          const float2 grid = table.v_grid[warp * 16 + n * 8 + lane % 4 * 2 + e % 2];
           state.offset[e / 2] += s[n][e] * grid.y;
           s[n][e] *= grid.x;
         }
@@ -207,7 +203,7 @@ __device__ __forceinline__ State<T, kD> attend_split(const DecodeMemory<T, kD, k
     constexpr bool kGroups = kStorage == Storage::codes_of_groups;
     if (first < boundary) {
       load_queries<kGroup, true>(q, D, query);
-      typename Rings::Codes ring{reinterpret_cast<uint8_t*>(memory.data), memory.tables, memory.scales};
+      typename Rings::Codes ring{reinterpret_cast<uint8_t*>(memory.data), memory.tables};
       float total[2] = {};  // of q: k = min + step * code gives q · k = min * total + step * q · code
       if (kGroups) {
         ring.grids = memory.grids;
@@ -220,9 +216,8 @@ __device__ __forceinline__ State<T, kD> attend_split(const DecodeMemory<T, kD, k
         for (float& x : total) x = over_quad(x, [](float a, float b) { return a + b; });
       }
       ring.run(sequence, tokens, first, boundary, D, [&](const auto& tile) {
-        const Coded<T, kD, kGroups> source{tile.k, tile.v, tile.grids + warp * 2 * kD};
-        attend(source, tile.table, tile.v_grid, [&](float s, int key, int r) {
-          return kGroups ? s : fmaf(tile.k_grid[key].x, s, tile.k_grid[key].y * total[r]);
+        attend(Coded<T, kD, kGroups>{tile.k, tile.v, tile.grids + warp * 2 * kD}, tile.table, [&](float s, int key, int r) {
+          return kGroups ? s : fmaf(tile.table.k_grid[key].x, s, tile.table.k_grid[key].y * total[r]);
         });
       });
       natural_order(state);
@@ -231,9 +226,8 @@ __device__ __forceinline__ State<T, kD> attend_split(const DecodeMemory<T, kD, k
   if (boundary < last) {
     load_queries<kGroup, false>(q, D, query);
     const typename Rings::Values ring{reinterpret_cast<T*>(memory.data), memory.tables};
-    ring.run(sequence, tokens, boundary, last, D, [&](const auto& tile) {
-      attend(Plain<T, kD>{tile.k, tile.v}, tile.table, nullptr, [](float s, int, int) { return s; });
-    });
+    ring.run(sequence, tokens, boundary, last, D,
+             [&](const auto& tile) { attend(Plain<T, kD>{tile.k, tile.v}, tile.table, [](float s, int, int) { return s; }); });
   }
   return state;
 }

@@ -15,7 +15,7 @@ template <typename T>
 __device__ __forceinline__ float key_value(const Row& row, int d, int D) {
   if (!row.coded) return static_cast<float>(static_cast<const T*>(row.k)[d]);
   const uint8_t code = static_cast<const uint8_t*>(row.k)[d];
-  if (!row.stats) return grid_value(code, row.k_scale[1], row.k_scale[0]);
+  if (!row.stats) return grid_value(code, row.k_grid.y, row.k_grid.x);
   const float min = static_cast<float>(static_cast<const T*>(row.stats)[d]);
   const float max = static_cast<float>(static_cast<const T*>(row.stats)[D + d]);
   return grid_value(code, min, grid_step(min, max), max);
@@ -48,8 +48,6 @@ __device__ float attend_warp(const Sequence<T>& sequence, const Tokens& tokens, 
     if (position <= tokens.last) row = sequence.row(position);
     const float s = row.k ? dot<T>(q, row, D) * scale : -INFINITY;
 
-    const float2 v_grid = grid_at(row.v_scale);
-
     const float before = largest;
     largest = fmaxf(largest, over_warp(s, [](float a, float b) { return fmaxf(a, b); }));
     const float shift = largest == -INFINITY ? 0.0f : largest, fade = expf(before - shift), w = expf(s - shift);
@@ -59,8 +57,8 @@ __device__ float attend_warp(const Sequence<T>& sequence, const Tokens& tokens, 
     for (int i = 0; i < 32 && base + i < last; ++i) {
       const uint64_t v = __shfl_sync(~0u, reinterpret_cast<uint64_t>(row.v), i);
       const int coded = __shfl_sync(~0u, static_cast<int>(row.coded), i);
-      const float weight = __shfl_sync(~0u, w, i), step = __shfl_sync(~0u, v_grid.x, i);
-      const float min = __shfl_sync(~0u, v_grid.y, i);
+      const float weight = __shfl_sync(~0u, w, i), step = __shfl_sync(~0u, row.v_grid.x, i);
+      const float min = __shfl_sync(~0u, row.v_grid.y, i);
       total += weight;  // in the order of the values, so that values of 1 give 1
       if (!v) continue;
 #pragma unroll

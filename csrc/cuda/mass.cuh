@@ -52,7 +52,7 @@ struct MassKeys {
     Row row{};
     if (is_attended(a, sequence.b, sequence.h, at, listed[key])) row = sequence.row(at);
     position[key] = row.k ? at : kNever;
-    k[key] = row.k, stats[key] = row.stats, k_grid[key] = grid_at(row.k_scale), coded[key] = row.coded;
+    k[key] = row.k, stats[key] = row.stats, k_grid[key] = row.k_grid, coded[key] = row.coded;
   }
 };
 

@@ -14,8 +14,8 @@ void launch_tiles(const PrefillArgs& a, void* stream) {
   const int64_t tiles =
       std::max(tiles_before(a.kv.B, a.Nq, tile_span(kDense, a.kv.P)), tiles_before(a.kv.B, a.Nq, tile_span(0, a.kv.P)));
   const dim3 grid(tiles, a.kv.H * a.G);
-  const int shared = shared_bytes({kQueries * Rows<T, kD>::kStride * int(sizeof(T)), Rings::kTables * int(sizeof(KeyTable)),
-                                   Rings::template kData<kInt8>, kInt8 ? Rings::Codes::kScales * int(sizeof(float2)) : 0});
+  const int shared = shared_bytes(
+      {kQueries * Rows<T, kD>::kStride * int(sizeof(T)), Rings::kTables * int(sizeof(KeyTable)), Rings::template kData<kInt8>});
   launch("prefill", prefill_kernel<T, kD, kInt8>, grid, kThreads, shared, stream, a);
 }
 

@@ -72,15 +72,16 @@ __device__ __forceinline__ Sequence<T> prefill_sequence(const PrefillArgs& a, in
 }
 
 // Dequantises a tile of codes, once for the four warps.
-template <typename T, int kD, typename Codes>
-__device__ __forceinline__ void dequantize(const Codes& codes, int D, Rows<T, kD> to_k, Rows<T, kD> to_v) {
+template <typename T, int kD>
+__device__ __forceinline__ void dequantize(Rows<uint8_t, kD> from_k, Rows<uint8_t, kD> from_v, const KeyTable& table, int D,
+                                           Rows<T, kD> to_k, Rows<T, kD> to_v) {
   constexpr int kN = 8;  // channels at a time
   for (int j = threadIdx.x; j < kKeys * kD / kN; j += kThreads) {
     const int key = j / (kD / kN), d = j % (kD / kN) * kN;
-    const T* const stats = static_cast<const T*>(codes.table.stats[key]);
+    const T* const stats = static_cast<const T*>(table.stats[key]);
     const Vector<uint32_t, kN / 2> k =
-        key_of_codes<T>(codes.k.at(key, d), stats && d < D ? stats + d : nullptr, D, codes.k_grid[key]);
-    const Vector<uint32_t, kN / 2> v = value_of_codes<T>(codes.v.at(key, d), codes.v_grid[key]);
+        key_of_codes<T>(from_k.at(key, d), stats && d < D ? stats + d : nullptr, D, table.k_grid[key]);
+    const Vector<uint32_t, kN / 2> v = value_of_codes<T>(from_v.at(key, d), table.v_grid[key]);
     store_vector(reinterpret_cast<uint32_t*>(to_k.at(key, d)), k);
     store_vector(reinterpret_cast<uint32_t*>(to_v.at(key, d)), v);
   }
@@ -144,7 +145,6 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
   const Rows<T, kD> q{shared.take<T>(kQueries * Rows<T, kD>::kStride)};
   KeyTable* const tables = shared.take<KeyTable>(Rings::kTables);
   char* const data = shared.take<char>(Rings::template kData<kInt8>);
-  float2* const scales = kInt8 ? shared.take<float2>(Rings::Codes::kScales) : nullptr;
 
   const int64_t first_row = a.cu_seqlens_q[tile.b] + tile.first;
   const T* const queries = static_cast<const T*>(a.q.data) + first_row * a.q.stride0 + head * a.q.stride1;
@@ -175,11 +175,11 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
 
   const int boundary = kInt8 ? tokens.sealed : 0;
   if constexpr (kInt8) {
-    const typename Rings::Codes ring{reinterpret_cast<uint8_t*>(data), tables, scales};
+    const typename Rings::Codes ring{reinterpret_cast<uint8_t*>(data), tables};
     const Rows<T, kD> k{reinterpret_cast<T*>(data + Rings::Codes::kBytes)};
     const Rows<T, kD> v{reinterpret_cast<T*>(data + Rings::Codes::kBytes + Rings::kTile)};
     ring.run(sequence, tokens, 0, boundary, D, [&](const auto& codes) {
-      dequantize(codes, D, k, v);
+      dequantize(codes.k, codes.v, codes.table, D, k, v);
       __syncthreads();
       attend({k, v}, codes.table, std::false_type{});  // sealed: older than all queries
     });

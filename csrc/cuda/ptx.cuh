@@ -30,11 +30,6 @@ __device__ __forceinline__ void cp_async_16(void* to, const void* from, bool rea
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)), "l"(from), "r"(read ? 16 : 0)
                : "memory");
 }
-// The same of 8 bytes.
-__device__ __forceinline__ void cp_async_8(void* to, const void* from, bool read = true) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared_address(to)), "l"(from), "r"(read ? 8 : 0)
-               : "memory");
-}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
 // Waits for all but the newest `keep` groups.

@@ -53,9 +53,7 @@ __global__ void __launch_bounds__(32) instructions_kernel(const Input* in, Outpu
 
   cp_async_16(rows[lane], in->rows[lane]);
   cp_async_commit();
-  if (lane < 16) cp_async_16(even[lane], in->rows[lane], lane % 2 == 0);
-  else
-    for (int i = 0; i < 8; i += 4) cp_async_8(even[lane] + i, in->rows[lane] + i, lane % 2 == 0);
+  cp_async_16(even[lane], in->rows[lane], lane % 2 == 0);
   cp_async_commit();
   cp_async_wait<1>();  // the first of the two
   __syncwarp();

@@ -17,35 +17,27 @@ class SharedMemory {
 };
 
 namespace simt {
-template <unsigned kBytes = 16>
-void touch(const void* p) {  // lets the sanitizers see a read
-  for (unsigned i = 0; i < kBytes / 4; ++i) (void)static_cast<const volatile uint32_t*>(p)[i];
+inline void touch(const void* p) {  // lets the sanitizers see a read of 16 bytes
+  for (int i = 0; i < 4; ++i) (void)static_cast<const volatile uint32_t*>(p)[i];
 }
 }  // namespace simt
 
-template <unsigned kBytes>
-void copy_async(void* to, const void* from, bool pred, simt::Site site) {
-  if ((uintptr_t)to % kBytes || (pred && (uintptr_t)from % kBytes)) simt::fail(site, "addresses must be aligned to the size");
-  if (pred && simt::is_shared(from, kBytes)) simt::fail(site, "the source lies in shared memory");
-  if (!simt::is_shared(to, kBytes)) simt::fail(site, "the destination is not one shared array");
-  memset(to, 0xff, kBytes);  // until the wait: NaN; also the sanitizers' check of `to`
-  if (pred) simt::touch<kBytes>(from);
-  simt::async_issue({to, from, kBytes, pred ? kBytes : 0u});
+inline void check_copy(const void* to, const void* from, bool pred, simt::Site site) {
+  if ((uintptr_t)to % 16 || (pred && (uintptr_t)from % 16)) simt::fail(site, "addresses must be 16-byte aligned");
+  if (pred && simt::is_shared(from, 16)) simt::fail(site, "the source lies in shared memory");
+  *(uint4*)to = make_uint4(~0u, ~0u, ~0u, ~0u);  // until the wait: NaN; also the sanitizers' check of `to`
+  if (pred) simt::touch(from);
 }
 inline void cp_async_16(void* to, const void* from, bool pred = true, SIMT_HERE) {
-  copy_async<16>(to, from, pred, SIMT_SITE("cp_async_16"));
-}
-inline void cp_async_8(void* to, const void* from, bool pred = true, SIMT_HERE) {
-  copy_async<8>(to, from, pred, SIMT_SITE("cp_async_8"));
+  check_copy(to, from, pred, SIMT_SITE("cp_async_16"));
+  if (!simt::is_shared(to, 16)) simt::fail(SIMT_SITE("cp_async_16"), "the destination is not one shared array");
+  simt::async_issue({to, from, 16, pred ? 16u : 0u});
 }
 inline void cp_async_commit() { simt::async_commit(); }
 template <int kKeep>
 void cp_async_wait() {
   simt::Copy copy;
-  while (simt::async_complete(kKeep, &copy)) {
-    if (copy.read) memcpy(copy.to, copy.from, copy.bytes);
-    else memset(copy.to, 0, copy.bytes);
-  }
+  while (simt::async_complete(kKeep, &copy)) *(uint4*)copy.to = copy.read ? *(const uint4*)copy.from : uint4{0, 0, 0, 0};
 }
 
 namespace simt {
