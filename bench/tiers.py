@@ -240,6 +240,9 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="tokens that each of them generates")
     parser.add_argument("--disk", type=Path, help="a folder on the disk to use; by default where temporary files lie")
     parser.add_argument("--model", help="folder or hub name; by default SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--machine", help="a profile from before, as of `lserve plan`; by default the machine is measured"
+    )
     parser.add_argument("--save", action="store_true", help="write bench/results/tiers-<machine>.json")
     parser.add_argument("--out", type=Path, help="write this file")
     options = parser.parse_args()
@@ -250,7 +253,10 @@ def main() -> None:
             "model": options.model or "SmolLM2-135M-Instruct"}  # fmt: skip
     print("  ".join(f"{key} {value}" for key, value in head.items()))
     with tempfile.TemporaryDirectory(dir=options.disk) as folder:
-        profile = measure(platform.machine(), folder, lambda what: print(f"measuring {what}", flush=True))
+        if options.machine:
+            profile = Profile.load(options.machine)
+        else:
+            profile = measure(platform.machine(), folder, lambda what: print(f"measuring {what}", flush=True))
         results = one_sequence(model, ids, profile, folder, options)
         again = recomputation(profile, folder, options)
     show(results)

@@ -301,7 +301,8 @@ def _host_bytes() -> int:
 
 def _linear(machine: Machine, row: int, dtype: torch.dtype) -> float:
     """Bytes a second of weights in rows of so many bytes that one token is multiplied with, and that no cache holds."""
-    size, count, columns = 4 << 20, 64, row // dtype.itemsize
+    size, columns = (64 << 20 if machine.device == "cuda" else 4 << 20), row // dtype.itemsize  # of one matrix
+    count = (256 << 20) // size
     rows = size // row
     weights = torch.randn(count, rows, columns, device=machine.device).to(dtype)
     x = torch.randn(1, columns, device=machine.device).to(dtype)
@@ -333,14 +334,17 @@ def _recomputed(machine: Machine, dtype: torch.dtype) -> float:
 
 
 def _attended(machine: Machine, kind: str) -> float:
-    """Bytes a second of the pages that a decode step reads, of a layer with 8 heads of 64 channels."""
+    """Bytes a second of the pages that a decode step reads, of a layer with 8 heads of 64 channels: as many as a step
+    with little to read would not show, and in the dtype that a GPU is used with."""
     from . import LayerCache, SparseConfig
 
-    H, G, D, tokens = 8, 3, 64, 4096
+    on_gpu = machine.device == "cuda"
+    H, G, D, tokens = 8, 3, 64, 65536 if on_gpu else 4096
     config = SparseConfig.dense(kv_dtype=kind)
-    cache = LayerCache(config, [False] * H, True, torch.empty(1, H, 0, D, device=machine.device))
-    k, v = torch.randn(2, tokens, H, D, device=machine.device)
-    q = torch.randn(tokens, H * G, D, device=machine.device)
+    options: dict[str, Any] = {"dtype": torch.bfloat16 if on_gpu else torch.float32, "device": machine.device}
+    cache = LayerCache(config, [False] * H, True, torch.empty(1, H, 0, D, **options))
+    k, v = torch.randn(2, tokens, H, D, **options)
+    q = torch.randn(tokens, H * G, D, **options)
     cache.attend(q, k, v, [tokens], D**-0.5)
     kv, lengths = cache.kv, torch.tensor([tokens], dtype=torch.int32, device=machine.device)
     mask = ops.Mask(torch.full((H,), ops.DENSE, dtype=torch.int32, device=machine.device))
@@ -363,11 +367,7 @@ def _copied(machine: Machine, unit: int, to_device: bool) -> float:
     times = []
     for _ in range(7):
         machine.bandwidth()
-        if machine.device == "cpu" or unit in TOKENS:
-            times.append(machine.kernel_seconds(lambda: ops.gather_pages(src, src_ids, dst, dst_ids)))
-        else:
-            times.append(machine.seconds(lambda: [dst[i].copy_(src[j], non_blocking=True)
-                                                  for i, j in enumerate(order.tolist())]))  # fmt: skip
+        times.append(machine.kernel_seconds(lambda: ops.gather_pages(src, src_ids, dst, dst_ids)))
     return count * unit / median(times)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +24,36 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options: dict[str, Any] = {}
-    if source is None:
-        weights = smollm2_path()
-        source, options = str(weights.parent), {"gguf_file": weights.name}
-        dtype = dtype or torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype or "auto", attn_implementation=attn_implementation, **options
-    )
+    source = source or str(converted(smollm2_path()))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", attn_implementation=attn_implementation)
     return model.train(False), tokenizer
+
+
+def converted(weights: Path) -> Path:
+    """A GGUF file as transformers' own folder, in float32. It is made once, in the user's cache (`$XDG_CACHE_HOME` or
+    `~/.cache`): to read the file itself takes half a minute each time."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lserve_ext"
+    folder = caches / f"{weights.stem}-{weights.stat().st_size}"
+    if not folder.exists():
+        caches.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=caches))
+        try:
+            given = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
+            AutoTokenizer.from_pretrained(**given).save_pretrained(part)
+            # The model that was read calls itself quantised, and is not to be saved.
+            read = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**given), dtype=torch.float32)
+            model.load_state_dict(read.state_dict())
+            model.generation_config = read.generation_config
+            model.save_pretrained(part)
+            if not folder.exists():  # nobody else was faster
+                part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return folder
 
 
 def smollm2_path() -> Path:

@@ -6,6 +6,7 @@ Whatever nobody should read is poisoned: free blocks, stale raw rows and everyth
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -228,10 +229,16 @@ def pack(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(list(sequences)), ints(sizes, str(sequences[0].device)).cumsum(0, dtype=torch.int32)
 
 
+def build(shape: Shape, lengths: Sequence[int], **options: Any) -> Case:
+    """See `_build`, whose results are kept: many tests begin with the same cache. Guards are copied with the rest."""
+    return copy.deepcopy(_build(shape, tuple(lengths), **options))
+
+
+@functools.lru_cache(maxsize=32)
 @one_thread
-def build(
+def _build(
     shape: Shape,
-    lengths: Sequence[int],
+    lengths: tuple[int, ...],
     *,
     heads: int = 3,
     device: str = "cpu",

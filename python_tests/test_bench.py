@@ -18,14 +18,14 @@ KERNELS = Path(__file__).parents[1] / "bench" / "kernels.py"
 @pytest.mark.slow
 def test_kernels(tmp_path: Path) -> None:
     out = tmp_path / "kernels.json"
-    command = [sys.executable, str(KERNELS), "--quick", "--threads", "1", "--out", str(out)]
+    command = [sys.executable, str(KERNELS), "--quick", "--threads", "1", "--limit", "0.05", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())["results"]
     assert {result["op"] for result in results} == {name for name in ops.__all__ if name.islower()}
     for result in results:
         assert 0 < result["share"] < 1.5, result
-        assert f"{result['us']:,.0f}" in done.stdout
+        assert f"{result['us']:,.1f}" in done.stdout
     assert {result["kv_dtype"] for result in results if result["op"] == "decode"} == {"auto", "int8"}
     assert {"SDPA", "SDPA grouped"} <= {name for result in results for name in result["peers_us"]}
 
@@ -72,6 +72,7 @@ def test_tiers(tmp_path: Path) -> None:
     """Short contexts: what is checked is that it runs, and that bytes are those of the trace, and about those that
     follow from lengths."""
     options = ["--tokens", "720", "--steps", "4", "--batch", "2", "--prompt", "200", "--new", "80"]
+    options += ["--machine", "epyc-9005-2cores"]
     results = results_of("tiers.py", tmp_path / "x.json", *options)
     assert [(r["run"], r["where"]) for r in results] == [
         (run, where) for run in ("dense", "lserve", "alisa") for where in ("all", "tenth", "disk")

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lserve_ext import HeadPattern, SparseCache, SparseConfig
+from lserve_ext import HeadPattern, SparseCache, SparseConfig, models
 from lserve_ext.hf import cache_argument
 
 MARGIN = 1e-4  # of the two best logits: below it, either token is right
@@ -381,3 +381,16 @@ if __name__ == "__main__":
     print(HEAD)
     for name in sys.argv[1:] or [*EQUAL, *REFUSED]:
         print(f"| {name} | {' | '.join(outcome(name))} |", flush=True)
+
+
+def test_a_model_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be read leaves nothing behind."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    weights = tmp_path / "tiny.gguf"
+    weights.write_bytes(b"no model")
+    with pytest.raises(Exception):  # noqa: B017, PT011 - transformers' own
+        models.converted(weights)
+    assert list((tmp_path / "caches" / "lserve_ext").iterdir()) == []
+    made = tmp_path / "caches" / "lserve_ext" / "tiny-8"
+    made.mkdir()
+    assert models.converted(weights) == made

@@ -63,8 +63,8 @@ BUGS = [
     Bug(
         "warps' results in use while written",
         "decode",
-        "  __syncthreads();\n  const int64_t row_of_partials",
-        "  const int64_t row_of_partials",
+        "  __syncthreads();\n  for (int i = threadIdx.x; i < rows * D",
+        "  for (int i = threadIdx.x; i < rows * D",
     ),
     Bug(
         "the last split is not joined",
@@ -146,6 +146,15 @@ BUGS = [
         "mma_m16n8k16<T>(scores, query.minus[2",
         "mma_m16n8k16<T>(scores, query.plus[2",
     ),
+    Bug(
+        "a probe too few",
+        "attention",
+        "min(rest - whole, stride - 1)",
+        "min(rest - whole, stride - 2)",
+        "python_tests/test_attention.py -k over_many_chunks",
+    ),
+    Bug("a quarter of the queries", "mass", "lanes = 4; lanes < 32", "lanes = 16; lanes < 32"),
+    Bug("a query that attends nothing", "mass", "lse == -INFINITY ? INFINITY : lse", "lse == -INFINITY ? lse : lse"),
     Bug("half of the queries is lost", "mass", "sums[key] + sums[kKeys + key]", "sums[key]"),
     Bug("the first local token is not attended", "mass", "unit >= reach.local", "unit > reach.local"),
     Bug(
