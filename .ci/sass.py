@@ -22,8 +22,8 @@ from pathlib import Path
 # prefill leaves two blocks, to which all 255 belong.
 RULES: list[tuple[str, int, list[str]]] = [
     (r"^(decode|prefill)_kernel<", 255, ["HMMA", "LDSM", "LDGSTS.128"]),
-    (r"^general_(decode|prefill)_kernel", 128, []),
-    (r"^mass_kernel", 128, []),
+    (r"^general_(decode|prefill|mass)_kernel", 128, []),
+    (r"^mass_kernel", 80, ["HMMA", "LDSM"]),
     (r"^page_scores_kernel<.*, 256>", 176, ["HMMA", "LDGSTS.128"]),
     (r"^page_scores_kernel", 128, ["HMMA", "LDGSTS.128"]),
     (r"^select_kernel", 128, ["ATOMS"]),
