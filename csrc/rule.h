@@ -27,7 +27,11 @@ struct Entries {
   LSERVE_HD int32_t count() const { return sink + listed + (end - local); }
   LSERVE_HD int32_t operator[](int32_t i) const {
     if (i < sink) return i;
+#ifdef __CUDA_ARCH__  // entries may lie in shared memory, but what they point to does not
+    if (i < sink + listed) return __ldg(list + i - sink);
+#else
     if (i < sink + listed) return list[i - sink];
+#endif
     return local + (i - sink - listed);
   }
 };

@@ -10,8 +10,8 @@ constexpr int kMassQueries = 8;  // in shared memory at a time: each half of the
 
 // Which tokens a query attends, apart from the list.
 struct Reach {
-  int64_t sink, local;  // units: below the one, or from the other on
-  int position;         // and none after the query's own
+  int sink, local;  // units: below the one, or from the other on
+  int position;     // and none after the query's own
 
   __device__ Reach(const MassArgs& a, int b, int32_t window, int position) : position(position) {
     const int units_per_page = static_cast<int>(a.kv.P) / static_cast<int>(a.rule.unit);
@@ -21,7 +21,7 @@ struct Reach {
   }
 };
 
-__device__ __forceinline__ bool is_listed(const MassArgs& a, int b, int h, int64_t unit) {
+__device__ __forceinline__ bool is_listed(const MassArgs& a, int b, int h, int unit) {
   if (!a.rule.lists || a.rule.windows[h] != 0) return false;
   const int32_t* list = a.rule.lists + b * a.rule.list_stride0 + h * a.rule.list_stride1;
   const int64_t first = Bisection{}(a.rule.K, [&](int64_t i) { return list[i] >= 0 && list[i] < unit; });
@@ -114,8 +114,7 @@ __global__ void __launch_bounds__(kThreads, 6) mass_kernel(const __grid_constant
         if (i < count) {
           const Reach reach(a, b, window, start + i / G);
           const float lse = a.lse[(b * a.T + i / G) * (a.kv.H * G) + h * G + i % G];
-          row = {static_cast<int>(reach.sink), static_cast<int>(reach.local), reach.position,
-                 lse == -INFINITY ? INFINITY : lse * kLog2e};
+          row = {reach.sink, reach.local, reach.position, lse == -INFINITY ? INFINITY : lse * kLog2e};
         }
         rows[threadIdx.x] = row;
       }
@@ -150,14 +149,14 @@ __global__ void __launch_bounds__(kThreads, 6) mass_kernel(const __grid_constant
 
 // The same without tensor cores.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) general_mass_kernel(const __grid_constant__ MassArgs a) {
+__global__ void __launch_bounds__(kThreads, 4) general_mass_kernel(const __grid_constant__ MassArgs a) {
   const int key = threadIdx.x % kKeys, half = threadIdx.x / kKeys, h = blockIdx.y, b = blockIdx.z;
   const int position = blockIdx.x * kKeys + key, tokens = static_cast<int>(a.kv.M * a.kv.P);
   const int D = static_cast<int>(a.kv.D), G = static_cast<int>(a.G), length = a.seq_lens[b];
   const int first = max(0, length - static_cast<int>(a.T));  // the oldest query
   const int32_t window = a.rule.windows[h];
 
-  const int64_t unit = position / static_cast<int>(a.rule.unit);
+  const int unit = position / static_cast<int>(a.rule.unit);
   const bool listed = is_listed(a, b, h, unit);
   const auto attends = [&](const Reach& reach) {
     return position <= reach.position && (unit < reach.sink || unit >= reach.local || listed);
