@@ -150,9 +150,7 @@ class ReservedResident:
     ) -> tuple[Tensor, Tensor]:
         """`ops.decode`."""
         ahead, self._ahead = self._ahead, None
-        if (
-            ahead is not None
-        ):  # else nothing is under way: a graph that is being captured must not wait for what it is not
+        if ahead is not None:  # a graph that is captured must not wait for a stream in which nothing has begun
             self._pool.stream.join()
         if ahead is None or ahead[0] is not seq_lens:
             self._bring(mask, kv, seq_lens, beside=False)

@@ -375,14 +375,6 @@ name behind a hyphen is a change of the family's config. Made by `python python_
 |---|---|---|"""
 
 
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    print(HEAD)
-    for name in sys.argv[1:] or [*EQUAL, *REFUSED]:
-        print(f"| {name} | {' | '.join(outcome(name))} |", flush=True)
-
-
 def test_a_model_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be read leaves nothing behind."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
@@ -394,3 +386,11 @@ def test_a_model_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     made = tmp_path / "caches" / "lserve_ext" / "tiny-8"
     made.mkdir()
     assert models.converted(weights) == made
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    print(HEAD)
+    for name in sys.argv[1:] or [*EQUAL, *REFUSED]:
+        print(f"| {name} | {' | '.join(outcome(name))} |", flush=True)

@@ -268,8 +268,9 @@ __device__ __forceinline__ Vector<uint32_t, 4> key_of_codes(const uint8_t* codes
         grid.y = static_cast<float>(low.value[i + e]);
         grid.x = static_cast<float>(high.value[i + e]) * (1.0f / 255) - grid.y * (1.0f / 255);
       }
-      x[e] = fmaf(grid.x, code_value(words.value[i / 4], i % 4 + e), grid.y);  // rounding to T brings what is past the
-    }  // maximum back to it
+      // Rounding to T brings what is past the maximum back to it.
+      x[e] = fmaf(grid.x, code_value(words.value[i / 4], i % 4 + e), grid.y);
+    }
     out.value[i / 2] = pack<T>(x[0], x[1]);
   }
   return out;
