@@ -200,14 +200,14 @@ class Pool:
         self.allocator.unsettle()
         old = self.allocator.capacity
         for name, tensor in self.tensors.items():
-            grown = self._empty(tensor, capacity)
+            grown = tensor.new_empty((capacity, *tensor.shape[1:]))
             grown[:old] = tensor[:old]
             self.tensors[name] = grown
         self.allocator.grow(capacity)
 
-    def _empty(self, like: Tensor, count: int) -> Tensor:
-        """So many rows, where those of `like` lie."""
-        return like.new_empty((count, *like.shape[1:]))
+    def storage(self) -> list[Tensor]:
+        """All tensors of blocks."""
+        return list(self.tensors.values())
 
     def settle(self) -> None:
         """Mends what an interrupt has left of a change."""

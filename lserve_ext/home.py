@@ -75,7 +75,7 @@ class Home:
 
     Args:
         like: tensors [0, ...] of a page; frames are as these, pinned if these lie on a GPU.
-        size: the most bytes that frames take; None: as many as there are pages.
+        size: the most bytes that frames take.
         tier: makes the tier below for records of so many bytes; None: there is none.
         is_used: of blocks [N], [N] bool: whether anybody has them still.
         encode: keys and values [N, P, D] of these blocks [N] as pages, on the grids that they were first stored on.
@@ -93,7 +93,7 @@ class Home:
     def __init__(
         self,
         like: Mapping[str, Tensor],
-        size: int | None,
+        size: int,
         tier: Callable[[int], Tier] | None,
         is_used: Callable[[np.ndarray], np.ndarray],
         encode: Callable[[np.ndarray, Tensor, Tensor], dict[str, Tensor]] | None = None,
@@ -101,10 +101,10 @@ class Home:
     ) -> None:
         self._page_bytes = {name: x.element_size() * x.shape[1:].numel() for name, x in like.items()}
         self.page_bytes = sum(self._page_bytes.values())
-        count = 1 if size is None else size // self.page_bytes
+        count = size // self.page_bytes
         if count < 1:
             raise ValueError(f"host_bytes: expected at least the {self.page_bytes:,} bytes of one page, got {size:,}")
-        self._grows, self._pins = size is None, any(x.is_cuda for x in like.values())
+        self._pins = any(x.is_cuda for x in like.values())
         self.tensors = {name: self._empty(x, count) for name, x in like.items()}
         self._make_tier = tier
         self.tier = None if tier is None or recompute else tier(self.page_bytes)
@@ -159,14 +159,12 @@ class Home:
             TierFullError, TierTimeoutError, OSError: of the tier below.
         """
         self._reach(blocks)
-        if self._grows:
-            self._grow(len(blocks))
         if inputs is not None:
             self._write_inputs(blocks, inputs)
         for part in _chunks(len(blocks), min(CHUNK, len(self))):
             frames = self._room(len(blocks[part]), must=True)
             self._keep(blocks[part], frames, {name: x[part] for name, x in pages.items()})
-        if self._make_tier is not None and not self._grows:
+        if self._make_tier is not None:
             dirty = self._dirty()
             self._write_down(dirty[: max(0, len(dirty) - len(self) // 2)])
 
@@ -299,24 +297,6 @@ class Home:
         self._last_use[frames] = next(self._clock)
         self._blocks[frames] = blocks
         self._peak = max(self._peak, int((self._blocks >= 0).sum()))
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _grow(self, count: int) -> None:
-        """So that there are so many empty frames."""
-        short = count - int((self._blocks < 0).sum())
-        if short > 0:
-            self._drop_unused()
-            short = count - int((self._blocks < 0).sum())
-        if short > 0:
-            old, new = len(self), max(len(self) + short, len(self) * 3 // 2)
-            for name, tensor in self.tensors.items():
-                if len(tensor) < new:
-                    grown = self._empty(tensor, new)
-                    grown[:old] = tensor[:old]
-                    self.tensors[name] = grown
-            self._last_use = np.concatenate([self._last_use[:old], np.zeros(new - old, np.int64)])
-            self._blocks = np.concatenate([self._blocks, np.full(new - old, -1)])
 
     def _room(self, count: int, must: bool) -> np.ndarray:
         """Empty frames: so many, or, unless they `must` be, as many as can be had without waiting."""

@@ -20,6 +20,7 @@ from .ops import PagedKV
 from .packed import Packed
 from .reference import quantize_kv
 from .sequences import on_device
+from .slabs import Slabs, gather_rows
 
 MOVED = ("k", "v", "scales")
 """Tensors of a pool that lie in slots. Statistics stay on the device anyway."""
@@ -240,61 +241,61 @@ class Slots:
         return self._blocks, self._last_use, self._clock
 
 
-def gather_rows(src: Mapping[str, Tensor], src_ids: Tensor, dst: Mapping[str, Tensor], dst_ids: Tensor) -> None:
-    """`ops.gather_pages` of tokens, page * P + offset, in place of pages."""
-    for name, tensor in src.items():
-        ids, P, D = [src_ids, dst_ids], *tensor.shape[-2:]
-        if name == "scales":  # [pages, C, P, 2]
-            C = tensor.shape[1]
-            parts = torch.arange(C, dtype=torch.int32, device=src_ids.device)[:, None] * P
-            ids = [torch.where(x < 0, -1, x + x // P * ((C - 1) * P) + parts).view(-1) for x in ids]
-        ops.gather_pages(tensor.view(-1, D), ids[0], dst[name].view(-1, D), ids[1])
-
-
 class TieredPool(Pool):
     """Blocks whose home is host memory, and slots for some of them on the device.
 
-    Where the home is limited, or grows on a machine with a GPU, its tensors are not by block: what ops take of them is
-    to be had in slots alone. With `max_tokens` it does not grow, and is by block, pinned if there is a GPU.
+    The home is tensors of all blocks, to which ops write; on a machine with a GPU it is `slabs`, and where it is
+    limited `home`, to which pages are handed over.
     """
 
     home: Home | None = None
+    slabs: Slabs | None = None
     attending: Any = None
     """Which layer attends now, or did so last, as a weak reference."""
 
     def __init__(self, config: SparseConfig, like: Tensor, capacity: int, layers: int = 1) -> None:
         super().__init__(config, like, 0)
         assert config.device_bytes is not None
-        self.layers, self._is_far = layers, is_far(like)
-        if self._is_far and config.max_tokens is not None:
-            self.tensors |= {name: x.cpu() for name, x in self.tensors.items() if name in MOVED}
-        elif config.host_bytes is not None or self._is_far:
+        self.layers = layers
+        moved = {name: x for name, x in self.tensors.items() if name in MOVED}
+        if config.host_bytes is None and is_far(like):
+            self.slabs = Slabs(moved)
+        elif config.host_bytes is not None:
             self.home = Home(
-                {name: self.tensors.pop(name)[:0] for name in MOVED if name in self.tensors},
+                moved,
                 config.host_bytes,
                 None if config.disk_dir is None else partial(open_tier, config.disk_dir, config.disk_bytes),
                 self._is_used,
                 self._encode,
                 config.recompute,
             )
+        if self.is_apart:
+            self.tensors = {name: x for name, x in self.tensors.items() if name not in MOVED}
         self.slots = Slots(self, config.device_bytes, layers)
         self.stream = CopyStream(like.device)
         self.grow(capacity)
 
     def _wait(self) -> None:
         """Until kernels have written what the host is about to read, in memory that both see."""
-        if self._like.is_cuda and self.home is None:
+        if self._like.is_cuda and self.slabs is not None:
             torch.cuda.current_stream(self._like.device).synchronize()
 
-    def _empty(self, like: Tensor, count: int) -> Tensor:
-        self._wait()
-        pin = self._like.is_cuda and not like.is_cuda
-        return torch.empty((count, *like.shape[1:]), dtype=like.dtype, device=like.device, pin_memory=pin)
+    def grow(self, capacity: int) -> None:
+        if self.slabs is not None:
+            self.slabs.grow(capacity)
+        super().grow(capacity)
+
+    def storage(self) -> list[Tensor]:
+        return [*super().storage(), *([] if self.slabs is None else self.slabs.tensors())]
 
     @property
     def is_apart(self) -> bool:
         """Whether ops cannot write sealed pages to where they have their home."""
-        return self.home is not None or self._is_far
+        return self._apart is not None
+
+    @property
+    def _apart(self) -> Home | Slabs | None:
+        return self.slabs if self.home is None else self.home
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TieredPool:
         return TieredPool(self.config, self._like, 0, self.layers)
@@ -332,33 +333,36 @@ class TieredPool(Pool):
     def read(self, ids: np.ndarray) -> dict[str, Tensor]:
         self._wait()
         pages = super().read(ids)
-        if self.home is None:
+        if self._apart is None:
             return pages
-        return {name: x.to(self._like.device) for name, x in self.home.read(ids).items()} | pages
+        return {name: x.to(self._like.device) for name, x in self._apart.read(ids).items()} | pages
 
     def write(self, ids: np.ndarray, contents: dict[str, Tensor]) -> None:
         self._wait()
         super().write(ids, {name: x for name, x in contents.items() if name in self.tensors})
-        if self.home is not None:
-            self.home.write(ids, {name: x for name, x in contents.items() if name not in self.tensors})
+        if self._apart is not None:
+            self._apart.write(ids, {name: x for name, x in contents.items() if name not in self.tensors})
 
     def put(self, src: dict[str, Tensor], src_ids: Tensor, dst: Tensor) -> None:
-        """Rows src_ids [N] of pages on the device to blocks dst [N], by block; -1: none. Nothing waits."""
+        """Rows src_ids [N] of pages on the device to blocks dst [N]; -1: none. Nothing waits."""
+        if self.slabs is not None:
+            self.slabs.put(src, src_ids, dst)
+            return
         for name, x in src.items():
             ops.gather_pages(x, src_ids, self.tensors[name], dst)
 
     def copy(self, src: Tensor, into: dict[str, Tensor], dst: Tensor) -> None:
         """Pages of blocks src [N] to rows dst [N] of slots; -1: none."""
-        if self.home is not None:
-            self.home.copy(src, into, dst)
+        if self._apart is not None:
+            self._apart.copy(src, into, dst)
             return
         for name, tensor in into.items():
             ops.gather_pages(self.tensors[name], src, tensor, dst)
 
     def copy_rows(self, src: Tensor, into: dict[str, Tensor], dst: Tensor) -> None:
         """Tokens src [N] of blocks to tokens dst [N] of slots, block * P + offset; -1: none."""
-        if self.home is not None:
-            self.home.copy_rows(src, into, dst)
+        if self._apart is not None:
+            self._apart.copy_rows(src, into, dst)
             return
         gather_rows({name: self.tensors[name] for name in into}, src, into, dst)
 
@@ -388,7 +392,10 @@ class TieredPool(Pool):
         self.settle()
         counts, page = (blocks.used, blocks.capacity, blocks.peak), self.slots.slot_bytes
         tiers = {"device": self.slots.memory + Memory(*(n * (self.block_bytes - page) for n in counts))}
-        return tiers | ({"host": Memory(*(n * page for n in counts))} if self.home is None else self.home.tiers())
+        if self.home is not None:
+            return tiers | self.home.tiers()
+        used, reserved, peak = (n * page for n in counts)
+        return tiers | {"host": Memory(used, reserved if self.slabs is None else self.slabs.bytes, peak)}
 
 
 def is_far(like: Tensor) -> bool:

@@ -214,7 +214,7 @@ class ReservedLayer:
         self.blocks = self._assigned(blocks.ids, sequences)
         if self.resident is not None:
             self.resident.begin()
-        for tensor in self._pool.tensors.values():  # which have grown, maybe
+        for tensor in self._pool.storage():  # which have grown, maybe
             torch._dynamo.mark_static_address(tensor)
         self.table.copy_(torch.from_numpy(self.blocks.ids))
         self.residual_k.copy_(residual_k)
