@@ -166,6 +166,11 @@ class LayerCache:
         """Of its blocks."""
         return self._pool
 
+    @property
+    def listed_heads(self) -> int:
+        """Kv heads that follow lists in decode."""
+        return int((self._decode_mask.windows == LISTED).sum())
+
     def attended(self) -> tuple[int, int]:
         """Tokens that a decode step of this moment attends, and those of a dense one, over kv heads and sequences."""
         P, mask, batch = self.config.page_size, self._decode_mask, self.sequences
@@ -461,9 +466,14 @@ class LayerCache:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def fork(self) -> LayerCache:
-        """A copy that shares the sealed blocks."""
+    def fork(self, config: SparseConfig | None = None) -> LayerCache:
+        """A copy that shares the sealed blocks, maybe under another config that `SparseConfig.stores_as` this one."""
         twin, s = copy.copy(self), self._state
+        if config is not None:
+            twin.config, s = config, s._replace(selection=s.selection.without_lists())
+            twin._scorer = None if self._scorer is None else config.make_scorer()
+            if self._resident is not None:
+                twin._resident = self._resident.with_reuse(config.reuse_interval)
         twin._reserved = None
         slots = self._slot_table(s.block_table, s.slot_table)
         twin._state = s._replace(

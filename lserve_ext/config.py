@@ -25,6 +25,8 @@ _OPTIONAL = (
     "disk_bytes",
 )
 
+_OF_DECODE = ("budget_tokens", "kv_sparsity", "reuse_interval")
+"""Fields that what is stored does not depend on, so long as there is a selection at all."""
 _FORMAT = 2  # of files
 PRESETS = ("dense", "streaming", "duo", "quest", "h2o", "lserve", "alisa", "moments")
 
@@ -136,6 +138,13 @@ class SparseConfig:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
         make: Callable[..., SparseConfig] = getattr(cls, name)
         return make(**overrides)
+
+    def stores_as(self, other: SparseConfig) -> bool:
+        """Whether a cache under the one may go on under the other: they differ in how much decode attends, and how
+        often it selects, at most."""
+        fields = [f.name for f in dataclasses.fields(self) if f.name not in _OF_DECODE]
+        same = all(getattr(self, name) == getattr(other, name) for name in fields)
+        return same and self.selects == other.selects
 
     def replace(self, **overrides: Any) -> SparseConfig:
         """A copy with some fields changed. One of budget_tokens and kv_sparsity takes the other's place."""

@@ -120,6 +120,10 @@ class Resident:
         self._packed: _Packing | None = None  # of that step
         self._following: Callable[[], Resident | None] = lambda: None  # the layer that attended after this one
 
+    def with_reuse(self, interval: int) -> Resident:
+        """Of another cache over the same pool, whose lists serve so many steps."""
+        return Resident(self._pool, self._packs, interval)
+
     def append_kv(self, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None:
         """`ops.append_kv`; where ops cannot write to the home, sealed pages are made beside it and then handed over."""
         home, P, given = self._pool.home, kv.k_pool.shape[1], self.given

@@ -202,6 +202,36 @@ def test_reserved_memory_gives_the_same_tokens(
         assert 0 < moved.fetched < moved.wanted and (name == "streaming" or moved.fetched > 100)
 
 
+@PLACES
+@pytest.mark.parametrize("name", ["lserve", "quest", "moments", "h2o", "alisa"])
+def test_a_fork_under_another_budget(name: str, place: str, llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One prompt serves several: each goes on as if it had read the prompt itself, in reserved memory or not."""
+    tiers, (ids, mask, positions) = where(place, monkeypatch), padded_prompt()
+    few: dict[str, dict[str, Any]] = {"quest": {"budget_tokens": 80}, "h2o": {"budget_tokens": P}}
+    fewer = (few | {"alisa": {"kv_sparsity": 0.7}}).get(name, {"budget_tokens": 5 * P})
+
+    def read(config: SparseConfig) -> SparseCache:
+        cache = SparseCache(llama.config, config)
+        llama(ids, attention_mask=mask, position_ids=positions, **cached(cache))
+        return cache
+
+    for config in (PRESETS[name], reserved(name, tiers)):
+        other = config.replace(**fewer, reuse_interval=2)
+        with torch.no_grad():
+            first = read(config)
+            caches = first.fork(), read(config), first.fork(other), read(other)
+            a, b, c, d = (continued(llama, x, ids[:, -1:], mask, positions[:, -1:], 60) for x in caches)
+        assert torch.equal(a, b) and torch.equal(c, d) and not torch.equal(a, c)
+        assert caches[2].attended()[0] < caches[0].attended()[0]
+        for fields in (
+            {"stats_group": 2},
+            {"dense_layers": 1},
+            {"kv_sparsity": None, "budget_tokens": None},
+        ):
+            with pytest.raises(ValueError, match="config: expected the cache's own but for budget"):
+                first.fork(config.replace(**fields))
+
+
 @pytest.mark.parametrize("name", ["streaming", "lserve"])
 def test_a_block_that_a_streaming_head_writes_again(name: str, llama: Any) -> None:
     """A slot, which nothing else has taken, holds its old page still; with crops between."""

@@ -78,9 +78,7 @@ class SparseCache(Cache):
     def __init__(
         self, model_config: PretrainedConfig, config: SparseConfig | None = None, model: torch.nn.Module | None = None
     ) -> None:
-        self.config = config if config is not None else SparseConfig.dense()
-        if isinstance(self.config.streaming_heads, (str, os.PathLike)):  # a cache is whole without the file
-            self.config = self.config.replace(streaming_heads=HeadPattern.load(self.config.streaming_heads))
+        self.config = _whole(config) if config is not None else SparseConfig.dense()
         self.model_config = model_config.get_text_config(decoder=True)
         self._forward: Forward | None = None
         self._spare: ReservedBatch | None = None  # whose tensors the next one takes
@@ -431,21 +429,36 @@ class SparseCache(Cache):
             counts = [layer.kv.attended() for layer in self.ours if layer.kv is not None]
             return sum(some for some, _ in counts), sum(all_ for _, all_ in counts)
 
-    def fork(self) -> SparseCache:
-        """A second cache that goes on from here; sealed blocks are shared until either drops them."""
+    def fork(self, config: SparseConfig | None = None) -> SparseCache:
+        """A second cache that goes on from here; sealed blocks are shared until either drops them.
+
+        Args:
+            config: of the second one; it may have another budget_tokens, kv_sparsity and reuse_interval.
+
+        Raises:
+            ValueError: it differs in more, so that pages would be stored otherwise.
+        """
+        config = None if config is None else _whole(config)
+        if config is not None and not self.config.stores_as(config):
+            raise ValueError("config: expected the cache's own but for budget and reuse_interval, got another")
         with self._at_rest():
-            shared = {id(layer.kv): layer.kv.fork() for layer in self.ours if layer.kv is not None}
-            return self._with_layers(copy.deepcopy(self.layers, dict(shared)))  # which takes these for copies it made
+            shared = {id(layer.kv): layer.kv.fork(config) for layer in self.ours if layer.kv is not None}
+            layers = copy.deepcopy(self.layers, dict(shared))  # which takes these for copies it made
+            return self._with_layers(layers, config)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseCache:
         """A copy that shares nothing."""
         with self._at_rest():
             return self._with_layers(copy.deepcopy(self.layers, memo))
 
-    def _with_layers(self, layers: list[Any]) -> SparseCache:
+    def _with_layers(self, layers: list[Any], config: SparseConfig | None = None) -> SparseCache:
         """A second cache, of these layers."""
         twin = copy.copy(self)
         twin.layers, twin._spare, twin._given = layers, None, {}
+        if config is not None:
+            twin.config = config
+            for layer in twin.ours:
+                layer.config = config
         twin._enter_reserved()
         return twin
 
@@ -541,6 +554,13 @@ class SparseCache(Cache):
 
 
 _FORMAT = 3  # of files
+
+
+def _whole(config: SparseConfig) -> SparseConfig:
+    """With the pattern that it names: a cache is whole without the file."""
+    if isinstance(config.streaming_heads, (str, os.PathLike)):
+        return config.replace(streaming_heads=HeadPattern.load(config.streaming_heads))
+    return config
 
 
 def _head_dim(config: PretrainedConfig) -> int | None:
