@@ -1,106 +1,65 @@
-"""What sparsity and INT8 cost on a real text: KL divergence and top-1 agreement with dense attention.
+"""What each choice costs in accuracy: budgets, page sizes, scorers, reuse, INT8, and which heads stream.
 
-    python bench/accuracy.py                       SmolLM2, 2,048 positions after a prefix of 4,096
-    python bench/accuracy.py --positions 256       quicker
+    python bench/accuracy.py                       SmolLM2, 256 positions after 2,048, 4,096 and 7,900 tokens of a text
+    python bench/accuracy.py --only moments --lengths 4096
 
-Teacher-forced: every config reads the prefix once and then one token of the text at a time, so each position compares
-the logits of a decode step with those of dense attention over the same tokens. Writes bench/results/accuracy.json.
+`lserve eval` does the same for presets and models of yours. Goes on with bench/results/accuracy.json if that is there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import random
-import time
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from lserve_ext import HeadPattern, SparseCache, SparseConfig, __version__, models
-from lserve_ext.eval import generate, tasks
-from lserve_ext.eval.metrics import compare
+from lserve_ext import HeadPattern, SparseConfig, models
+from lserve_ext.doctor import table
+from lserve_ext.eval.evaluate import Evaluation, Settings, summary
 
 
 def configs(layers: int, kv_heads: int) -> dict[str, SparseConfig]:
-    calibrated = HeadPattern.load("smollm2-135m-instruct")
+    """By name, dense first. `lserve` and `moments` are without streaming heads where no half is named."""
+    found = {"dense": SparseConfig.dense(), "int8": SparseConfig.dense(kv_dtype="int8")}
+    for preset, sizes in {"lserve": (64, 32, 16), "moments": (64, 32, 16)}.items():
+        for size in sizes:
+            own = SparseConfig.preset(preset, page_size=size, streaming_heads=None)
+            is_main = size == {"lserve": 64, "moments": 32}[preset]
+            for budget in (512, 1024, 2048) if is_main else (1024,):
+                for reuse in (1, 2, 4, 8, 16) if is_main and budget == 1024 else (1, 4) if budget == 1024 else (1,):
+                    name = f"{preset}, pages of {size}, {budget}, reuse {reuse}"
+                    found[name] = own.replace(budget_tokens=budget, reuse_interval=reuse)
+    for budget in (128, 512, 1024, 2048):
+        found[f"quest, {budget}"] = SparseConfig.quest(budget_tokens=budget)
     rng = random.Random(0)
-    lserve = {"budget_tokens": 2048, "streaming_heads": None, "reuse_interval": 1}
-    table = {
-        "int8, all heads dense": SparseConfig.dense(kv_dtype="int8"),
-        "lserve, budget 2048, no streaming, reuse 1": SparseConfig.lserve(**lserve),
-        "lserve, budget 2048, no streaming, reuse 4": SparseConfig.lserve(**lserve | {"reuse_interval": 4}),
-        "lserve, budget 2048, calibrated half streaming": SparseConfig.lserve(
-            budget_tokens=2048, streaming_heads=calibrated
-        ),
-    }
-    for name, fields in {
-        "lserve": {},
-        "moments": {"scorer": "moments"},
-        "moments, pages of 32": {"scorer": "moments", "page_size": 32},
-        "moments, pages of 16": {"scorer": "moments", "page_size": 16},
-    }.items():
-        for reuse in (1, 4):
-            few = lserve | {"budget_tokens": 1024, "reuse_interval": reuse}
-            table[f"{name}, budget 1024, no streaming, reuse {reuse}"] = SparseConfig.lserve(**few | fields)
-    for draw in range(3):
-        scores = [[rng.random() for _ in range(kv_heads)] for _ in range(layers)]
-        half = SparseConfig.lserve(budget_tokens=2048, streaming_heads=HeadPattern(scores))
-        table[f"lserve, budget 2048, random half streaming {draw}"] = half
-    table["quest, budget 1024"] = SparseConfig.quest(budget_tokens=1024)
-    table["alisa, 80% sparsity"] = SparseConfig.alisa()
-    return table
-
-
-@torch.inference_mode()
-def read(
-    model: torch.nn.Module, ids: Tensor, prefix: int, sparse: SparseConfig, name: str
-) -> tuple[Tensor, dict[str, float]]:
-    """Logits [positions, vocabulary] of the tokens after the prefix, one decode step each."""
-    cache = SparseCache(model.config, sparse)
-    generate.prefill(model, ids[:, :prefix], cache)
-    start = time.perf_counter()
-    logits = generate.follow(model, tqdm(ids[0, prefix:].tolist(), desc=name, unit=" tokens"), cache)
-    cost = {"tokens_per_second": len(logits) / (time.perf_counter() - start)}
-    attended, held = cache.attended()
-    cost |= {"attended": attended / held, "kv_bytes": cache.memory()["device"].used}
-    return logits, cost
+    halves = {"calibrated": HeadPattern.load("smollm2-135m-instruct")}
+    for draw in range(2):
+        halves[f"random {draw}"] = HeadPattern([[rng.random() for _ in range(kv_heads)] for _ in range(layers)])
+    for half, pattern in halves.items():
+        found[f"lserve, {half} half streaming, 1024"] = SparseConfig.lserve(budget_tokens=1024, streaming_heads=pattern)
+        found[f"duo, {half} half streaming"] = SparseConfig.duo(streaming_heads=pattern)
+    found["streaming"] = SparseConfig.streaming()
+    for budget in (512, 1024, 2048):
+        found[f"h2o, {budget}"] = SparseConfig.h2o(budget_tokens=budget)
+    for sparsity in (0.5, 0.8):
+        found[f"alisa, sparsity {sparsity}"] = SparseConfig.alisa(kv_sparsity=sparsity)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start", type=int, default=0, help="first token of the text (%(default)s)")
-    parser.add_argument("--prefix", type=int, default=4096, help="tokens that are prefilled (%(default)s)")
-    parser.add_argument("--positions", type=int, default=2048, help="tokens that are decoded after it (%(default)s)")
-    parser.add_argument("--only", default="", help="configs whose name contains this")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 7900], help="tokens read before")
+    parser.add_argument("--positions", type=int, default=256, help="tokens that are decoded after them (%(default)s)")
+    parser.add_argument("--only", default="", help="configs whose name contains this, beside dense")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "accuracy.json")
     options = parser.parse_args()
 
     model, tokenizer = models.load_model()
-    end = options.start + options.prefix + options.positions
-    ids = torch.tensor([tasks.encode(tokenizer, tasks.long_text())[options.start : end]])
-    dense, cost = read(model, ids, options.prefix, SparseConfig.dense(), "dense")
-    results = {"dense": cost}
-    for name, sparse in configs(model.config.num_hidden_layers, model.config.num_key_value_heads).items():
-        if options.only in name:
-            logits, cost = read(model, ids, options.prefix, sparse, name)
-            results[name] = compare(dense, logits) | cost
-            figures = "  ".join(f"{key} {value:.4g}" for key, value in results[name].items())
-            print(f"{name:50} {figures}", flush=True)
-            write(options, results)
-
-
-def write(options: argparse.Namespace, results: dict[str, dict[str, float]]) -> None:
-    """After every config, so that a long run can be cut short."""
-    head = {"lserve_ext": __version__, "torch": torch.__version__, "model": "SmolLM2-135M-Instruct, float32"}
-    head |= {"machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
-    head |= {"threads": torch.get_num_threads(), "start": options.start}
-    head |= {"prefix": options.prefix, "positions": options.positions}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(head | {"results": results}, indent=2) + "\n", encoding="utf-8")
+    known = configs(model.config.num_hidden_layers, model.config.num_key_value_heads)
+    asked = {name: config for name, config in known.items() if name == "dense" or options.only in name}
+    settings = Settings(("text",), options.lengths, positions=options.positions)
+    results = Evaluation(model, tokenizer, asked, settings, options.out).run()
+    for length in options.lengths:
+        print(f"\n{length:,} tokens\n\n{table(summary(results, length))}")
 
 
 if __name__ == "__main__":

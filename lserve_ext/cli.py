@@ -1,4 +1,4 @@
-"""The command `lserve`: generate, calibrate, demo, profile, plan, doctor."""
+"""The command `lserve`: generate, eval, calibrate, demo, profile, plan, doctor."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import inspect
 import io
+import itertools
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ from torch import Tensor
 from . import __version__, doctor, files, heads, machine, models
 from .config import PRESETS, SparseConfig
 from .doctor import table
-from .eval import tasks
+from .eval import GENERATION, TEXT, ruler, tasks
 from .heads import HeadPattern
 from .machine import Profile
 
@@ -109,7 +110,8 @@ def _read(path: Path) -> str:
 def _checked(arguments: argparse.Namespace) -> None:
     """Refuses numbers that make no sense before a model is loaded. Flags that a command does not have are not asked."""
     least = {"sink_tokens": 0}
-    least |= dict.fromkeys(("chunk", "batch", "context", "new_tokens", "length", "samples", "local_tokens"), 1)
+    positive = "chunk batch context new_tokens length lengths samples texts positions budgets reuse local_tokens"
+    least |= dict.fromkeys(positive.split(), 1)
     for name, value in vars(arguments).items():
         flag = "--" + name.replace("_", "-")
         for number in value if isinstance(value, list) else [value]:
@@ -260,6 +262,37 @@ def _parser() -> argparse.ArgumentParser:
         "demo", parents=[common, prompt], help="dense, lserve and alisa side by side on a hidden pass key"
     ).set_defaults(call=_demo, text=None, question=None)
 
+    evaluate = commands.add_parser(
+        "eval", parents=[common], help="what presets cost in accuracy beside dense attention, and what they read"
+    )
+    known = ", ".join((TEXT, GENERATION, *ruler.TASKS))
+    for flag, default, text in (
+        ("--presets", ("lserve", "moments"), "beside dense, with commas between them (lserve,moments)"),
+        ("--tasks", (TEXT, "passkey"), f"of {known} (text,passkey)"),
+    ):
+        evaluate.add_argument(flag, type=_names, default=default, metavar="NAMES", help=text)
+    for flag, numbers, text in (
+        ("--lengths", [2048, 4096], "tokens of a prompt (2048 4096)"),
+        ("--budgets", [1024], "tokens that heads attend in presets with a budget (1024)"),
+        ("--reuse", None, "steps that a list serves; by default as a preset says"),
+    ):
+        evaluate.add_argument(flag, type=int, nargs="+", default=numbers, metavar="N", help=text)
+    for flag, number, text in (
+        ("--samples", 5, "prompts of each task and length"),
+        ("--texts", 1, "the same for text and generation"),
+        ("--positions", 256, "tokens of a text that are followed"),
+        ("--new-tokens", 512, "tokens of generation"),
+        ("--chunk", 512, "tokens of a prefill chunk"),
+    ):
+        evaluate.add_argument(flag, type=int, default=number, metavar="N", help=f"{text} (%(default)s)")
+    evaluate.add_argument(
+        "--configs", type=Path, nargs="+", default=[], help="files of SparseConfig.save, beside presets"
+    )
+    evaluate.add_argument("--text", type=Path, help="a file; by default the reference of the Python language")
+    evaluate.add_argument("--out", type=Path, default=Path("eval.json"), help="results, gone on with (%(default)s)")
+    evaluate.add_argument("--plots", type=Path, help="a folder for pictures")
+    evaluate.set_defaults(call=_eval)
+
     calibrate = commands.add_parser("calibrate", parents=[common], help="find out which heads may stream")
     calibrate.add_argument("--text", type=Path, help="a file; by default the reference of the Python language")
     calibrate.add_argument("--out", type=Path, default=Path("heads.json"), help="the pattern's file (%(default)s)")
@@ -355,11 +388,63 @@ def _show(runs: dict[str, Run], configs: dict[str, SparseConfig], ids: Tensor, k
     print(f"\n{ids.shape[1]:,} tokens of text{hidden}\n\n{report(runs, configs, key)}")
 
 
+def _eval(arguments: argparse.Namespace) -> int:
+    from .eval.evaluate import Evaluation, Settings, summary
+
+    _check_out(arguments.out)
+    if arguments.plots is not None and not arguments.plots.is_dir():
+        raise ValueError(f"--plots: expected a folder that exists, got {str(arguments.plots)!r}")
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: getattr(arguments, name) for name in names})
+    configs = _configs(arguments)
+    text = None if arguments.text is None else _read(arguments.text)
+    model, tokenizer = _load(arguments)
+    most, longest = _positions(model), max(settings.lengths)
+    if most is not None and settings.tokens > most:
+        fits = most - settings.tokens + longest
+        raise ValueError(f"--lengths: expected at most {fits} for this model and what comes after it, got {longest}")
+    evaluation = Evaluation(model, tokenizer, configs, settings, arguments.out, text)
+    found = [result for result in evaluation.run() if result["config"] in configs]
+    for length in arguments.lengths:
+        print(f"\n{length:,} tokens\n\n{table(summary(found, length))}")
+    print(f"\nwritten to {arguments.out}")
+    if arguments.plots is not None:
+        from .eval import plots
+
+        print("\n".join(f"written to {path}" for path in plots.save(found, arguments.plots)))
+    return 0
+
+
+def _configs(arguments: argparse.Namespace) -> dict[str, SparseConfig]:
+    """Dense first; then presets, those with a budget once for every budget and reuse interval; then files."""
+    configs = {"dense": SparseConfig.dense()}
+    for preset in arguments.presets:
+        config = _with_pattern(SparseConfig.preset(preset), arguments.model)
+        budgets = [None] if config.budget_tokens is None else arguments.budgets
+        intervals = arguments.reuse if arguments.reuse and config.selects else [config.reuse_interval]
+        for budget, reuse in itertools.product(budgets, intervals):
+            parts = [preset, *([] if budget is None else [str(budget)])]
+            parts += [f"reuse {reuse}"] if len(intervals) > 1 else []
+            fields = {} if budget is None else {"budget_tokens": budget}
+            configs[", ".join(parts)] = config.replace(**fields, reuse_interval=reuse)
+    for path in arguments.configs:
+        configs[path.stem] = _with_pattern(SparseConfig.load(path), arguments.model)
+    return configs
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ValueError(f"--out: expected a file in a folder that exists, got {str(out)!r}")
+
+
 def _calibrate(arguments: argparse.Namespace) -> int:
     from .calibrate import calibrate
 
-    if arguments.out.is_dir() or not arguments.out.absolute().parent.is_dir():
-        raise ValueError(f"--out: expected a file in a folder that exists, got {str(arguments.out)!r}")
+    _check_out(arguments.out)
     text = None if arguments.text is None else _read(arguments.text)
     model, tokenizer = _load(arguments)
     most = _positions(model)
@@ -386,8 +471,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
 
 def _profile(arguments: argparse.Namespace) -> int:
-    if arguments.out.is_dir() or not arguments.out.absolute().parent.is_dir():
-        raise ValueError(f"--out: expected a file in a folder that exists, got {str(arguments.out)!r}")
+    _check_out(arguments.out)
     found = machine.measure(arguments.name, arguments.disk, lambda what: print(f"measuring {what}", file=sys.stderr))
     found.save(arguments.out)
     print(f"{table(_figures(found))}\n\nwritten to {arguments.out}; use it with lserve plan --machine {arguments.out}")

@@ -39,7 +39,7 @@ def passkey_prompt(
     key = str(rng.randrange(10_000, 100_000))
     question = encode(tokenizer, "\n\n" + QUESTION.format(name="this document"))
     needle = encode(tokenizer, NEEDLE.format(name="this document", key=key))
-    return torch.tensor([_hide(tokenizer, length, [(depth, needle)], question, rng, text)]), key
+    return torch.tensor([hide(tokenizer, length, [(depth, needle)], question, rng, text)]), key
 
 
 def passkey_recital(
@@ -60,7 +60,7 @@ def passkey_recital(
         end += question + key
         predicts += [False] * (len(question) - 1) + [True] * len(key) + [False]
     depths = [(i + 0.5) / len(names) for i in range(len(names))]
-    ids = _hide(tokenizer, length, list(zip(depths, needles, strict=True)), end, rng, text)
+    ids = hide(tokenizer, length, list(zip(depths, needles, strict=True)), end, rng, text)
     return torch.tensor([ids]), torch.tensor([False] * (length - len(end)) + predicts)
 
 
@@ -70,16 +70,19 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _hide(
+def hide(
     tokenizer: Any,
     length: int,
     needles: Sequence[tuple[float, list[int]]],
     end: list[int],
     rng: random.Random,
     text: str | None,
+    *,
+    head: str = "",
 ) -> list[int]:
-    """The text from a paragraph on that rng chooses, with needles between paragraphs, and the end: `length` tokens."""
-    start: list[int] = list(tokenizer("").input_ids)
+    """The head, the text from a paragraph on that rng chooses, with needles (depth and ids, in order of depth) between
+    paragraphs, and the end: `length` tokens."""
+    start: list[int] = list(tokenizer(head).input_ids)
     room = length - len(start) - sum(len(needle) for _, needle in needles) - len(end)
     paragraphs = [f"{paragraph}\n\n" for paragraph in (text or long_text()).split("\n\n")]
     pieces: list[list[int]] = tokenizer(paragraphs, add_special_tokens=False).input_ids

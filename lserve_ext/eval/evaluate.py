@@ -1,0 +1,349 @@
+"""Several configs of a cache on the same prompts: what each costs in accuracy beside the first one, and what it reads.
+
+A prompt is read once for all configs that store it alike (`SparseConfig.stores_as`); each goes on in a fork. Every
+result is written at once, so that a run which was cut short goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from .. import __version__, files
+from ..config import SparseConfig
+from ..hf import SparseCache
+from . import GENERATION, TEXT, generate, metrics, ruler, tasks
+from .recall import Recall
+
+TASKS = (TEXT, GENERATION, *ruler.TASKS)
+QUARTERS = 4
+SAMPLED = 17
+"""Every so many steps the recall is measured: no multiple of a reuse interval, so that lists of all ages have their
+turn."""
+_FORMAT = 1  # of files
+
+Result = dict[str, Any]
+"""Fields `config`, `task`, `length`, `sample`; of tasks with answers `depth`, `output`, `score`; of text and generation
+the figures of `metrics.compare`, `divergence` (tokens until the best one is another), `kl_quarters`,
+`tokens_per_second`, and of text also `perplexity` (a quarter of the positions each), `recall` and `oracle` (a layer
+each; None: no lists), `calls` (of ops, a step), `read_bytes` (of KV and statistics, a step), `kv_bytes` (held)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is asked of every config.
+
+    Args:
+        tasks: of `TASKS`.
+        lengths: tokens of a prompt.
+        samples: prompts of each task and length; needles stand from the beginning to the end of them.
+        texts: the same for text and generation: parts of the text, one behind the other.
+        positions: tokens of a text that are followed after the prompt.
+        new_tokens: of generation.
+        chunk: tokens of a prompt that are read at a time.
+        seed: of prompts.
+
+    Raises:
+        ValueError: a task that there is not.
+    """
+
+    tasks: Sequence[str] = (TEXT, "passkey")
+    lengths: Sequence[int] = (2048, 4096)
+    samples: int = 5
+    texts: int = 1
+    positions: int = 256
+    new_tokens: int = 512
+    chunk: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            if task not in TASKS:
+                raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, got {task!r}")
+
+    @property
+    def tokens(self) -> int:
+        """The most that a cache will hold."""
+        more = {TEXT: self.positions, GENERATION: self.new_tokens}
+        return max(self.lengths) + max(more.get(task, ruler.MOST_NEW_TOKENS) for task in self.tasks)
+
+    def cells(self) -> list[tuple[str, int, int]]:
+        """Task, length and sample of every prompt, short ones first."""
+        return [
+            (task, length, sample)
+            for length in self.lengths
+            for task in self.tasks
+            for sample in range(self.texts if task in (TEXT, GENERATION) else self.samples)
+        ]
+
+
+class Evaluation:
+    """Configs by name, of which the first is what others are compared with.
+
+    Args:
+        model, tokenizer: a transformers model with attn_implementation="lserve".
+        configs: by name.
+        settings: what is asked.
+        out: a file of results, which is gone on with if it is there; None: none is written.
+        text: what is followed, and what needles lie in; by default `tasks.long_text`.
+
+    Raises:
+        ValueError: a file of other settings; a text that is too short.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        configs: Mapping[str, SparseConfig],
+        settings: Settings,
+        out: Path | None = None,
+        text: str | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.configs, self.settings = model, tokenizer, dict(configs), settings
+        self.results: list[Result] = []
+        self._out, self._text = out, text
+        self._ids = tasks.encode(tokenizer, text or tasks.long_text())
+        needed = settings.texts * (max(settings.lengths, default=0) + settings.positions)
+        if {TEXT, GENERATION} & {*settings.tasks} and len(self._ids) < needed:
+            raise ValueError(f"text: expected at least {needed} tokens, got {len(self._ids)}")
+        self._head = {
+            "format": _FORMAT,
+            "lserve_ext": __version__,
+            "model": Path(str(getattr(model.config, "_name_or_path", ""))).name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "text": "the reference of the Python language" if text is None else f"{len(text)} characters",
+            **{name: value for name, value in dataclasses.asdict(settings).items() if name in _FIXED},
+        }
+        if out is not None and out.exists():
+            self._resume(out)
+
+    def _resume(self, out: Path) -> None:
+        found = files.read_json(files.read_text(out, "--out"), "--out", out)
+        for name, value in self._head.items():
+            if found.get(name) != value:
+                raise ValueError(f"{out}: expected results with {name} {value!r}, got {found.get(name)!r}")
+        self.results = found["results"]
+        for result in self.results:
+            name = result["config"]
+            if name in self.configs and found["configs"][name] != self.configs[name].to_dict():
+                raise ValueError(f"{out}: expected results of {name!r} as it is now, got another config of that name")
+
+    @torch.inference_mode()
+    def run(self) -> list[Result]:
+        """All results, those of before included."""
+        done = {_key(result) for result in self.results}
+        cells = self.settings.cells()
+        with tqdm(total=len(cells) * len(self.configs), unit=" runs") as bar:
+            for cell in cells:
+                missing = [name for name in self.configs if (name, *cell) not in done]
+                bar.update(len(self.configs) - len(missing))
+                for result in self._results(cell, missing):
+                    bar.set_postfix_str(f"{result['task']}, {result['length']}, {result['config']}")
+                    bar.update()
+                    self.results.append(result)
+                    self._write()
+        return self.results
+
+    def _results(self, cell: tuple[str, int, int], names: list[str]) -> Iterator[Result]:
+        """Of one prompt under these configs."""
+        if not names:
+            return
+        task, length, sample = cell
+        first = next(iter(self.configs))
+        follows = task in (TEXT, GENERATION)
+        if follows and first not in names:
+            names = [first, *names]  # others need what it gives; its result is there already
+        prompt = None if follows else self._prompt(*cell)
+        start = sample * (length + self.settings.positions)
+        end = start + length
+        ids = torch.tensor([self._ids[start:end]]) if prompt is None else prompt.ids
+        followed = self._ids[end : end + self.settings.positions]
+        reference: Tensor | None = None
+        done = {_key(result) for result in self.results}
+        for group in _alike({name: self.configs[name] for name in names}):
+            cache = SparseCache(self.model.config, self.configs[group[0]])
+            last = generate.prefill(self.model, ids.to(self.model.device), cache, self.settings.chunk)
+            for name in group:
+                fork = cache.fork(self.configs[name])
+                head: Result = {"config": name, "task": task, "length": length, "sample": sample}
+                if prompt is not None:
+                    tokens, _ = self._greedy(fork, last, prompt.new_tokens)
+                    output = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                    yield head | {"depth": self._depth(sample), "output": output, "score": prompt.score(output)}
+                    continue
+                if reference is None and task == GENERATION:
+                    tokens, reference = self._greedy(cache.fork(), last, self.settings.new_tokens, to_the_end=True)
+                    followed = tokens[:-1]
+                elif reference is None:
+                    reference = torch.cat([last[None], generate.follow(self.model, followed, cache.fork())])
+                found = self._followed(fork, last, followed, reference, measures=task == TEXT)
+                if (name, *cell) not in done:
+                    yield head | found
+            del cache
+
+    def _prompt(self, task: str, length: int, sample: int) -> ruler.Prompt:
+        depth, seed = self._depth(sample), self.settings.seed + sample
+        return ruler.prompt(task, self.tokenizer, length, depth=depth, seed=seed, text=self._text)
+
+    def _depth(self, sample: int) -> float:
+        return sample / (self.settings.samples - 1) if self.settings.samples > 1 else 0.5
+
+    def _greedy(
+        self, cache: SparseCache, last: Tensor, new_tokens: int, to_the_end: bool = False
+    ) -> tuple[list[int], Tensor]:
+        """Tokens and the logits that they are the best of; until the end of a sequence, if not beyond."""
+        ends = self.model.generation_config.eos_token_id
+        stops = set() if to_the_end or ends is None else {ends} if isinstance(ends, int) else set(ends)
+        rows, tokens = [last], [int(last.argmax())]
+        while len(tokens) < new_tokens and tokens[-1] not in stops:
+            rows.append(generate.forward(self.model, torch.tensor([tokens[-1:]], device=last.device), cache))
+            tokens.append(int(rows[-1].argmax()))
+        return tokens, torch.stack(rows)
+
+    def _followed(
+        self, cache: SparseCache, last: Tensor, tokens: Sequence[int], reference: Tensor, measures: bool
+    ) -> Result:
+        """Figures of a config that reads these tokens one at a time."""
+        rows, seconds, recall = [last], [], Recall()
+        for i, token in enumerate(tokens):
+            x, start = torch.tensor([[token]], device=last.device), time.perf_counter()
+            if measures and i % SAMPLED == SAMPLED - 1:
+                with recall:
+                    rows.append(generate.forward(self.model, x, cache))
+                continue
+            rows.append(generate.forward(self.model, x, cache))
+            seconds.append(time.perf_counter() - start)
+        logits = torch.stack(rows)
+        kl = metrics.kl_divergence(reference, logits)
+        flips = (reference.argmax(-1) != logits.argmax(-1)).nonzero()
+        found: Result = metrics.compare(reference, logits)
+        found["divergence"] = int(flips[0]) if len(flips) else None
+        found["kl_quarters"] = [float(part.mean()) for part in kl.tensor_split(QUARTERS)]
+        found["tokens_per_second"] = 1 / float(torch.tensor(seconds).median())
+        if measures:
+            losses = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(tokens), reduction="none")
+            found["perplexity"] = [math.exp(float(part.mean())) for part in losses.tensor_split(QUARTERS)]
+            found |= _layers(recall, len(cache.layers)) | {"read_bytes": read_bytes(cache)}
+            found["kv_bytes"] = sum(memory.used for memory in cache.memory().values())
+        return found
+
+    def _write(self) -> None:
+        if self._out is None:
+            return
+        used = {result["config"] for result in self.results}
+        configs = {name: config.to_dict() for name, config in self.configs.items() if name in used}
+        if self._out.exists():
+            configs = files.read_json(files.read_text(self._out, "--out"), "--out", self._out)["configs"] | configs
+        content = self._head | {"configs": configs, "results": self.results}
+        files.write_text(self._out, json.dumps(content, indent=1) + "\n")
+
+
+_FIXED = ("samples", "texts", "positions", "new_tokens", "chunk", "seed")
+"""Settings that results of one file share; lengths and tasks may be added."""
+
+
+def read_bytes(cache: SparseCache) -> float:
+    """Bytes of keys, values, scales and statistics that a decode step of this moment reads, on average over the steps
+    that share a selection. Tokens in the residual buffer count as in the model's dtype."""
+    total = 0.0
+    for layer in cache.ours:
+        kv = layer.kv
+        if kv is None:
+            continue
+        config, pool = kv.config, kv.pool
+        sizes = {name: x.element_size() * x.shape[1:].numel() for name, x in pool.tensors.items()}
+        token = sum(sizes.get(name, 0) for name in ("k", "v", "scales")) / config.page_size
+        fresh = 2 * kv.head_dim * torch.finfo(kv.dtype).bits // 8
+        residual = int((kv.sequences.lengths - kv.sequences.sealed * config.page_size).sum()) * kv.heads
+        attended, listed = kv.attended()[0], kv.listed_heads
+        total += (attended - residual) * token + residual * fresh
+        if listed and config.unit == "page":
+            scored = sizes["moments" if config.needs_moments else "stats"]
+            total += int(kv.sequences.sealed.sum()) * listed * scored / config.reuse_interval
+        if kv.observes:  # keys once more
+            total += (attended - residual) * token / 2 + residual * fresh / 2
+    return total
+
+
+def summary(results: Iterable[Result], length: int) -> list[list[str]]:
+    """A table of what was found at one length: a row a config, a column a figure."""
+    by_config: dict[str, dict[str, list[Result]]] = {}
+    for result in results:
+        if result["length"] == length:
+            by_config.setdefault(result["config"], {}).setdefault(result["task"], []).append(result)
+    present = [task for task in TASKS if any(task in of for of in by_config.values())]
+    head = ["config"]
+    if TEXT in present:
+        head += ["read a step", "KL", "top-1", "perplexity", "recall", "oracle"]
+    if GENERATION in present:
+        head += ["first divergence", "KL, first and last quarter"]
+    scored = [task for task in present if task in ruler.TASKS]
+    rows = [head + scored]
+    most = next((of[TEXT][0]["read_bytes"] for of in by_config.values() if TEXT in of), 1.0)
+    for name, of in by_config.items():
+        row = [name]
+        if TEXT in present:
+            row += _text_cells(of[TEXT][0], most) if TEXT in of else [""] * 6
+        if GENERATION in present:
+            row += _generation_cells(of[GENERATION][0]) if GENERATION in of else [""] * 2
+        for task in scored:
+            scores = [result["score"] for result in of.get(task, [])]
+            row.append(f"{sum(scores) / len(scores):.0%}" if scores else "")
+        rows.append(row)
+    return rows
+
+
+def _text_cells(result: Result, most: float) -> list[str]:
+    read, perplexity = result["read_bytes"], result["perplexity"]
+    mean = math.exp(sum(map(math.log, perplexity)) / len(perplexity))
+    shares = [f"{_mean(result[name]):.3f}" if result[name] else "" for name in ("recall", "oracle")]
+    cells = [f"{read / 1e6:.1f} MB, {read / most:.0%}", f"{result['kl']:.1e}", f"{result['top1']:.1%}"]
+    return [*cells, f"{mean:.2f}", *shares]
+
+
+def _generation_cells(result: Result) -> list[str]:
+    quarters, first = result["kl_quarters"], result["divergence"]
+    return ["none" if first is None else f"after {first}", f"{quarters[0]:.1e}, {quarters[-1]:.1e}"]
+
+
+def _layers(recall: Recall, layers: int) -> Result:
+    """Means over the sampled steps, a layer each."""
+    steps = [recall.layers[i : i + layers] for i in range(0, len(recall.layers), layers)]
+    shares = [[share for share in of_layer if share is not None] for of_layer in zip(*steps, strict=True)]
+    found: Result = {
+        "recall": [_mean([share.attended for share in of]) for of in shares if of] or None,
+        "oracle": [_mean([share.oracle for share in of]) for of in shares if of] or None,
+    }
+    found["calls"] = {name: count / max(1, len(steps)) for name, count in sorted(recall.calls.items())}
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _key(result: Result) -> tuple[str, str, int, int]:
+    return result["config"], result["task"], result["length"], result["sample"]
+
+
+def _alike(configs: Mapping[str, SparseConfig]) -> list[list[str]]:
+    """Names of configs that one reading of a prompt serves, in their order."""
+    groups: list[list[str]] = []
+    for name, config in configs.items():
+        for group in groups:
+            if configs[group[0]].stores_as(config):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups

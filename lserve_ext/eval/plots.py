@@ -1,0 +1,93 @@
+"""Pictures of an evaluation's results. Needs matplotlib (`lserve_ext[demo]`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import GENERATION, TEXT
+from .evaluate import QUARTERS, Result
+
+
+def save(results: Sequence[Result], folder: Path) -> list[Path]:
+    """What the results have of: KL against bytes read, KL along a generation, and where pass keys are found.
+
+    Returns:
+        The files written.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    found = []
+    makers = {"pareto": _pareto, "generation": _generation, "passkey": _passkey}
+    for name, make in makers.items():
+        figure = make(results)
+        if figure is not None:
+            path = folder / f"{name}.png"
+            figure.savefig(path, dpi=120, metadata={"Software": None})
+            found.append(path)
+    return found
+
+
+def _pareto(results: Sequence[Result]) -> Any:
+    """KL against bytes read, a panel a length. The first config is what the others are compared with."""
+    of_text = [result for result in results if result["task"] == TEXT]
+    lengths = sorted({result["length"] for result in of_text})
+    if not lengths:
+        return None
+    figure, panels = _panels(len(lengths))
+    for panel, length in zip(panels, lengths, strict=True):
+        here = [result for result in of_text if result["length"] == length and result["sample"] == 0]
+        dense, others = here[0], here[1:]
+        for result in others:
+            share = result["read_bytes"] / dense["read_bytes"]
+            panel.loglog(share, max(result["kl"], 1e-7), "o")
+            panel.annotate(result["config"], (share, max(result["kl"], 1e-7)), fontsize=7, xytext=(4, 2),
+                           textcoords="offset points")  # fmt: skip
+        panel.set(title=f"{length:,} tokens", xlabel=f"KV bytes read a step, {dense['config']} = 1")
+    panels[0].set_ylabel(f"KL to {of_text[0]['config']}, nats")
+    return figure
+
+
+def _generation(results: Sequence[Result]) -> Any:
+    """KL along what the first config generates, a line a config."""
+    of = [result for result in results if result["task"] == GENERATION and result["sample"] == 0]
+    lengths = sorted({result["length"] for result in of})
+    if not lengths:
+        return None
+    figure, panels = _panels(len(lengths))
+    for panel, length in zip(panels, lengths, strict=True):
+        for result in [result for result in of if result["length"] == length][1:]:
+            panel.semilogy(range(1, QUARTERS + 1), result["kl_quarters"], "o-", label=result["config"])
+        panel.set(title=f"after {length:,} tokens", xlabel="quarter of what is generated")
+        panel.set_xticks(range(1, QUARTERS + 1))
+        panel.legend(fontsize=7)
+    panels[0].set_ylabel(f"KL to {of[0]['config']}, nats")
+    return figure
+
+
+def _passkey(results: Sequence[Result]) -> Any:
+    """Whether the key was found, by length and depth, a panel a config."""
+    of = [result for result in results if result["task"] == "passkey"]
+    names = list(dict.fromkeys(result["config"] for result in of))
+    if not names:
+        return None
+    lengths, depths = (sorted({result[field] for result in of}) for field in ("length", "depth"))
+    figure, panels = _panels(len(names), width=2.6)
+    for panel, name in zip(panels, names, strict=True):
+        scores = {(r["depth"], r["length"]): r["score"] for r in of if r["config"] == name}
+        grid = [[scores.get((depth, length), float("nan")) for length in lengths] for depth in depths]
+        panel.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)
+        panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
+        panel.set_title(name, fontsize=8)
+    panels[0].set_ylabel("depth of the pass key")
+    return figure
+
+
+def _panels(count: int, width: float = 4.5) -> tuple[Any, list[Any]]:
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, count, figsize=(width * count, 3.6), squeeze=False, layout="constrained")
+    return figure, list(panels[0])
