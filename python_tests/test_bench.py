@@ -58,6 +58,15 @@ def test_placement(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_accuracy(tmp_path: Path) -> None:
+    results = results_of(
+        "accuracy.py", tmp_path / "x.json", "--lengths", "600", "--positions", "18", "--only", "quest, 5"
+    )
+    assert [r["config"] for r in results] == ["dense", "quest, 512"] and 0 < results[1]["kl"] < 1
+    assert 0.5 < sum(results[1]["recall"]) / 28 < sum(results[1]["oracle"]) / 28 < 1  # all layers but the first two
+
+
+@pytest.mark.slow
 def test_speculate(tmp_path: Path) -> None:
     results = results_of("speculate.py", tmp_path / "x.json", "--tokens", "700", "--new", "9", "--rounds", "1")
     assert [r["run"] for r in results[:5]] == ["dense", "sparse", "drafts of 2", "drafts of 4", "drafts of 8"]
