@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ SAMPLED = 17
 turn."""
 _FORMAT = 1  # of files
 
+Choice = Callable[[int, Tensor], "int | None"]
+"""Of the number of a step and the logits before it, the token that is read; None: no more."""
 Result = dict[str, Any]
 """Fields `config`, `task`, `length`, `sample`; of tasks with answers `depth`, `output`, `score`; of text and generation
 the figures of `metrics.compare`, `divergence` (tokens until the best one is another), `kl_quarters`,
@@ -158,84 +160,74 @@ class Evaluation:
         """Of one prompt under these configs."""
         if not names:
             return
-        task, length, sample = cell
-        first = next(iter(self.configs))
-        follows = task in (TEXT, GENERATION)
-        if follows and first not in names:
-            names = [first, *names]  # others need what it gives; its result is there already
-        prompt = None if follows else self._prompt(*cell)
-        start = sample * (length + self.settings.positions)
-        end = start + length
-        ids = torch.tensor([self._ids[start:end]]) if prompt is None else prompt.ids
-        followed = self._ids[end : end + self.settings.positions]
+        find = self._followed if cell[0] in (TEXT, GENERATION) else self._answered
+        for name, figures in find(*cell, names):
+            yield {"config": name, "task": cell[0], "length": cell[1], "sample": cell[2]} | figures
+
+    def _answered(self, task: str, length: int, sample: int, names: list[str]) -> Iterator[tuple[str, Result]]:
+        """What each makes of a prompt that has an answer."""
+        depth, seed = self._depth(sample), self.settings.seed + sample
+        prompt = ruler.prompt(task, self.tokenizer, length, depth=depth, seed=seed, text=self._text)
+        for name, cache, last in self._caches(prompt.ids, names):
+            logits, _ = self._decode(cache, last, self._greedy(prompt.new_tokens))
+            output = self.tokenizer.decode(logits.argmax(-1), skip_special_tokens=True)
+            yield name, {"depth": depth, "output": output, "score": prompt.score(output)}
+
+    def _followed(self, task: str, length: int, sample: int, names: list[str]) -> Iterator[tuple[str, Result]]:
+        """How far each is from the first config on the tokens of a text, or on those that the first one generates."""
+        first, positions = next(iter(self.configs)), self.settings.positions
+        end = sample * (length + positions) + length
+        tokens: list[int] | None = self._ids[end : end + positions] if task == TEXT else None
         reference: Tensor | None = None
-        done = {_key(result) for result in self.results}
+        for name, cache, last in self._caches(torch.tensor([self._ids[end - length : end]]), [first, *names]):
+            recall = Recall() if task == TEXT else None
+            choose = self._greedy(self.settings.new_tokens, ends=()) if tokens is None else _listed(tokens)
+            logits, rate = self._decode(cache, last, choose, recall)
+            if reference is None:
+                reference, tokens = logits, logits.argmax(-1).tolist()[:-1] if tokens is None else tokens
+            found = _compared(reference, logits) | {"tokens_per_second": rate}
+            if recall is not None:
+                found |= _measured(cache, logits, tokens or [], recall)
+            if name in names:  # else its result is there already
+                yield name, found
+
+    def _caches(self, ids: Tensor, names: Iterable[str]) -> Iterator[tuple[str, SparseCache, Tensor]]:
+        """A cache of each config that holds the prompt [1, tokens], and the logits of its last token."""
         for group in _alike({name: self.configs[name] for name in names}):
             cache = SparseCache(self.model.config, self.configs[group[0]])
             last = generate.prefill(self.model, ids.to(self.model.device), cache, self.settings.chunk)
             for name in group:
-                fork = cache.fork(self.configs[name])
-                head: Result = {"config": name, "task": task, "length": length, "sample": sample}
-                if prompt is not None:
-                    tokens, _ = self._greedy(fork, last, prompt.new_tokens)
-                    output = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                    yield head | {"depth": self._depth(sample), "output": output, "score": prompt.score(output)}
-                    continue
-                if reference is None and task == GENERATION:
-                    tokens, reference = self._greedy(cache.fork(), last, self.settings.new_tokens, to_the_end=True)
-                    followed = tokens[:-1]
-                elif reference is None:
-                    reference = torch.cat([last[None], generate.follow(self.model, followed, cache.fork())])
-                found = self._followed(fork, last, followed, reference, measures=task == TEXT)
-                if (name, *cell) not in done:
-                    yield head | found
-            del cache
-
-    def _prompt(self, task: str, length: int, sample: int) -> ruler.Prompt:
-        depth, seed = self._depth(sample), self.settings.seed + sample
-        return ruler.prompt(task, self.tokenizer, length, depth=depth, seed=seed, text=self._text)
+                yield name, cache.fork(self.configs[name]), last
 
     def _depth(self, sample: int) -> float:
         return sample / (self.settings.samples - 1) if self.settings.samples > 1 else 0.5
 
-    def _greedy(
-        self, cache: SparseCache, last: Tensor, new_tokens: int, to_the_end: bool = False
-    ) -> tuple[list[int], Tensor]:
-        """Tokens and the logits that they are the best of; until the end of a sequence, if not beyond."""
-        ends = self.model.generation_config.eos_token_id
-        stops = set() if to_the_end or ends is None else {ends} if isinstance(ends, int) else set(ends)
-        rows, tokens = [last], [int(last.argmax())]
-        while len(tokens) < new_tokens and tokens[-1] not in stops:
-            rows.append(generate.forward(self.model, torch.tensor([tokens[-1:]], device=last.device), cache))
-            tokens.append(int(rows[-1].argmax()))
-        return tokens, torch.stack(rows)
+    def _greedy(self, new_tokens: int, ends: Collection[int] | None = None) -> Choice:
+        """The best token each time, so many or until the sequence ends (by default where the model says so)."""
+        if ends is None:
+            stop = self.model.generation_config.eos_token_id
+            ends = [] if stop is None else [stop] if isinstance(stop, int) else stop
 
-    def _followed(
-        self, cache: SparseCache, last: Tensor, tokens: Sequence[int], reference: Tensor, measures: bool
-    ) -> Result:
-        """Figures of a config that reads these tokens one at a time."""
-        rows, seconds, recall = [last], [], Recall()
-        for i, token in enumerate(tokens):
+        def choose(i: int, logits: Tensor) -> int | None:
+            best = int(logits.argmax())
+            return None if i + 1 >= new_tokens or best in ends else best
+
+        return choose
+
+    def _decode(
+        self, cache: SparseCache, last: Tensor, choose: Choice, recall: Recall | None = None
+    ) -> tuple[Tensor, float]:
+        """Logits [1 + steps, vocabulary] from the prompt's last one on, and steps a second."""
+        rows, seconds = [last], []
+        while (token := choose(len(rows) - 1, rows[-1])) is not None:
             x, start = torch.tensor([[token]], device=last.device), time.perf_counter()
-            if measures and i % SAMPLED == SAMPLED - 1:
+            if recall is not None and len(rows) % SAMPLED == 0:
                 with recall:
                     rows.append(generate.forward(self.model, x, cache))
                 continue
             rows.append(generate.forward(self.model, x, cache))
             seconds.append(time.perf_counter() - start)
-        logits = torch.stack(rows)
-        kl = metrics.kl_divergence(reference, logits)
-        flips = (reference.argmax(-1) != logits.argmax(-1)).nonzero()
-        found: Result = metrics.compare(reference, logits)
-        found["divergence"] = int(flips[0]) if len(flips) else None
-        found["kl_quarters"] = [float(part.mean()) for part in kl.tensor_split(QUARTERS)]
-        found["tokens_per_second"] = 1 / float(torch.tensor(seconds).median())
-        if measures:
-            losses = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(tokens), reduction="none")
-            found["perplexity"] = [math.exp(float(part.mean())) for part in losses.tensor_split(QUARTERS)]
-            found |= _layers(recall, len(cache.layers)) | {"read_bytes": read_bytes(cache)}
-            found["kv_bytes"] = sum(memory.used for memory in cache.memory().values())
-        return found
+        return torch.stack(rows), len(seconds) / sum(seconds) if seconds else 0.0
 
     def _write(self) -> None:
         if self._out is None:
@@ -250,6 +242,27 @@ class Evaluation:
 
 _FIXED = ("samples", "texts", "positions", "new_tokens", "chunk", "seed")
 """Settings that results of one file share; lengths and tasks may be added."""
+
+
+def _listed(tokens: Sequence[int]) -> Choice:
+    return lambda i, _: tokens[i] if i < len(tokens) else None
+
+
+def _compared(reference: Tensor, logits: Tensor) -> Result:
+    """Figures of logits [positions, vocabulary] beside those of the first config."""
+    kl, flips = metrics.kl_divergence(reference, logits), reference.argmax(-1) != logits.argmax(-1)
+    found: Result = metrics.compare(reference, logits)
+    found["divergence"] = int(flips.nonzero()[0]) if flips.any() else None
+    return found | {"kl_quarters": [float(part.mean()) for part in kl.tensor_split(QUARTERS)]}
+
+
+def _measured(cache: SparseCache, logits: Tensor, followed: Sequence[int], recall: Recall) -> Result:
+    """Figures of a config on a text that it has followed."""
+    losses = torch.nn.functional.cross_entropy(logits[:-1].cpu(), torch.tensor(followed), reduction="none")
+    found = _layers(recall, len(cache.layers))
+    found["perplexity"] = [math.exp(float(part.mean())) for part in losses.tensor_split(QUARTERS)]
+    found["kv_bytes"] = sum(memory.used for memory in cache.memory().values())
+    return found | {"read_bytes": read_bytes(cache)}
 
 
 def read_bytes(cache: SparseCache) -> float:
