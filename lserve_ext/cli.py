@@ -299,6 +299,14 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--fraction", type=float, default=0.5, help="of streaming heads (%(default)s)")
     calibrate.add_argument("--length", type=int, default=4096, help="tokens of a sample (%(default)s)")
     calibrate.add_argument("--samples", type=int, default=4, help="texts that are measured (%(default)s)")
+    calibrate.add_argument(
+        "--train",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        dest="steps",
+        help="train gates, for so many steps, in their place",
+    )
     calibrate.add_argument("--sink-tokens", type=int, default=128, help="of a streaming head (%(default)s)")
     calibrate.add_argument("--local-tokens", type=int, default=256, help="of a streaming head (%(default)s)")
     calibrate.set_defaults(call=_calibrate)
@@ -456,6 +464,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         text=text,
         length=arguments.length,
         samples=arguments.samples,
+        steps=arguments.steps,
         sink_tokens=arguments.sink_tokens,
         local_tokens=arguments.local_tokens,
         fraction=arguments.fraction,

@@ -149,8 +149,9 @@ def test_calibration_repeats_and_the_seed_matters() -> None:
     assert scores[0] == scores[1] != scores[2]
 
 
+@pytest.mark.parametrize("steps", [0, 12])
 @pytest.mark.parametrize("far", [0, 1, 2])
-def test_the_head_that_looks_far_back_has_the_highest_score(far: int) -> None:
+def test_the_head_that_looks_far_back_has_the_highest_score(far: int, steps: int) -> None:
     """Queries and keys are constants: 0 in one kv head, which so attends evenly to everything; in the others so large
     that after rotary embedding only the nearest tokens count."""
     model = _tiny.llama(layers=1, kv_heads=3, num_attention_heads=6, hidden_size=96, attention_bias=True)
@@ -159,12 +160,51 @@ def test_the_head_that_looks_far_back_has_the_highest_score(far: int) -> None:
         for projection in (attention.q_proj, attention.k_proj):
             projection.weight.zero_()
             projection.bias.view(3, -1).copy_(torch.full((3, 1), 10.0).index_fill(0, torch.tensor(far), 0.0))
-    pattern = calibrate(model, _tiny.tokenizer(), text=_tiny.text(), length=3000, samples=1, fraction=2 / 3)
+    given = {"text": _tiny.text(), "length": 3000, "samples": 1, "fraction": 2 / 3, "steps": steps}
+    pattern = calibrate(model, _tiny.tokenizer(), **given)
     assert max(range(3), key=pattern.scores[0].__getitem__) == far
     assert pattern.streaming(0) == tuple(head != far for head in range(3))
 
 
+def test_training_leaves_the_model_as_it_was_and_repeats() -> None:
+    model = _tiny.llama()
+    model.lm_head.weight.requires_grad_(False)
+    before = {name: (x.clone(), x.requires_grad) for name, x in model.named_parameters()}
+    given = {"text": _tiny.text(), "length": 2200, "steps": 3}
+    with torch.no_grad():
+        first, second = (calibrate(model, _tiny.tokenizer(), **given) for _ in range(2))
+    assert first == second and first.metadata["steps"] == 3 and "samples" not in first.metadata
+    for name, x in model.named_parameters():
+        assert torch.equal(x, before[name][0]) and x.requires_grad == before[name][1] and x.grad is None
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_gate_of_one_is_the_model_and_a_gate_of_zero_streams() -> None:
+    """Against the cache: with all gates at 0, hidden states are those of `SparseConfig.streaming`."""
+    from lserve_ext import SparseCache, SparseConfig
+    from lserve_ext import calibrate as module
+
+    model = _tiny.llama()
+    ids = torch.randint(0, 258, (1, 900), generator=torch.Generator().manual_seed(0))
+    gated = module._Gated(sink=2, window=4)
+    with torch.no_grad(), module._attention(model, gated):
+        whole = model.base_model(ids, use_cache=False).last_hidden_state
+        gated.streams = True
+        same = model.base_model(ids, use_cache=False).last_hidden_state
+        for gate in gated.gates.values():
+            gate.zero_()
+        streamed = model.base_model(ids, use_cache=False).last_hidden_state
+    model.set_attn_implementation("lserve")
+    with torch.no_grad():
+        cache = SparseCache(model.config, SparseConfig.streaming())
+        want = model.base_model(ids, use_cache=True, **_tiny.cached(cache)).last_hidden_state
+    assert torch.allclose(same, whole, atol=1e-5) and not torch.allclose(streamed, whole, atol=1e-2)
+    assert torch.allclose(streamed, want, atol=1e-4)
+
+
 def test_calibration_wants_a_text_of_that_length() -> None:
+    with pytest.raises(ValueError, match="steps: expected at least 0, got -1"):
+        calibrate(_tiny.llama(), _tiny.tokenizer(), steps=-1)
     with pytest.raises(ValueError, match="length: expected more than sink and local, 384, got 300"):
         calibrate(_tiny.llama(), _tiny.tokenizer(), length=300)
     with pytest.raises(ValueError, match="samples: expected at least 1, got 0"):
