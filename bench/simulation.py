@@ -99,6 +99,11 @@ class Rule:
     """Whether kv heads of a layer share one budget, so that the largest shares win wherever they are."""
     reuse: int = 1
     dense_layers: int = 0
+    top_p: float | None = None
+    """In place of the budget: as many pages as have this much of a head's estimated mass (Twilight), at most twice the
+    budget's."""
+    layers: int = 1
+    """That share a selection, of the first of them (Kascade)."""
 
 
 class Simulation:
@@ -111,6 +116,7 @@ class Simulation:
         self.read: list[float] = []
         """Bytes that a decode step reads of a kv head, in each layer of the last forward."""
         self.recall: list[float] = []
+        self._chosen = torch.empty(0)  # [H, N, M] by the last layer that selected
 
     def __call__(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, **_: Any) -> tuple[Tensor, None]:
         (_, Hq, N, D), (_, H, T, _) = q.shape, k.shape
@@ -121,16 +127,17 @@ class Simulation:
             self.recall.append(1.0)
             self.read.append(float((t + 1).float().mean()) * 2 * D * ELEMENT)
         elif self.rule is not None:
-            seen = self._seen(self.rule, q, k[0])
+            seen = self._seen(self.rule, q, k[0], module.layer_idx)
             total = weights.logsumexp(3)
             weights.masked_fill_(~seen[:, None], -math.inf)
             self.recall.append(float((weights.logsumexp(3) - total).exp().mean()))
-            stats = self.rule.vectors * D * ELEMENT * float((t // self.rule.page_size).float().mean()) / self.rule.reuse
+            stats = self.rule.vectors * D * ELEMENT * float((t // self.rule.page_size).float().mean())
+            stats /= self.rule.reuse * self.rule.layers
             self.read.append(stats + float(seen.sum(2).float().mean()) * 2 * D * ELEMENT)
         out = weights.softmax(3) @ v[0][:, None]
         return out.view(1, Hq, N, D).transpose(1, 2), None
 
-    def _seen(self, rule: Rule, q: Tensor, k: Tensor) -> Tensor:
+    def _seen(self, rule: Rule, q: Tensor, k: Tensor, layer: int) -> Tensor:
         """[H, N, T]: which positions the queries [H, G, N, D], the last N of T, attend."""
         P, N, T = rule.page_size, q.shape[2], k.shape[1]
         t = torch.arange(T - N, T)
@@ -138,8 +145,17 @@ class Simulation:
         pages, sink = torch.arange(T // P), SINK // P
         local = (selected_at // P - LOCAL // P + 1)[:, None]
         candidates = (pages >= sink) & (pages < local)  # [N, M]
-        queries = q[:, :, selected_at - (T - N)]
-        scores = rule.score(queries, k[:, : len(pages) * P].unflatten(1, (-1, P)))
+        if layer % rule.layers == 0 or layer == rule.dense_layers:
+            self._chosen = self._select(rule, q[:, :, selected_at - (T - N)], k, candidates)
+        position = torch.arange(T)
+        page = position // P
+        forced = (page < sink) | (page >= local)
+        return (forced | self._chosen[:, :, page.clamp_max(len(pages) - 1)]) & (position <= t[:, None])
+
+    def _select(self, rule: Rule, queries: Tensor, k: Tensor, candidates: Tensor) -> Tensor:
+        """[H, N, M]: which of the candidates [N, M] the queries [H, G, N, D] pick."""
+        P, M = rule.page_size, candidates.shape[1]
+        scores = rule.score(queries, k[:, : M * P].unflatten(1, (-1, P)))
         scores = scores.masked_fill(~candidates, -math.inf)
         shares = scores.softmax(3).sum(1) if rule.normalised else scores.amax(1)  # [H, N, M]
         count = (self.budget - SINK - LOCAL) // P
@@ -148,13 +164,14 @@ class Simulation:
             best = flat.topk(count * len(k), 1).indices
             chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, best, True).unflatten(1, (len(k), -1))
             chosen = chosen.transpose(0, 1)
+        elif rule.top_p is not None:
+            shares = shares / shares.sum(2, keepdim=True)
+            best = shares.topk(min(2 * count, M), 2)
+            enough = best.values.cumsum(2) - best.values < rule.top_p
+            chosen = torch.zeros_like(shares, dtype=torch.bool).scatter_(2, best.indices, enough)
         else:
             chosen = torch.zeros_like(shares, dtype=torch.bool).scatter_(2, shares.topk(count, 2).indices, True)
-        chosen &= candidates
-        position = torch.arange(T)
-        page = position // P
-        forced = (page < sink) | (page >= local)
-        return (forced | chosen[:, :, page.clamp_max(len(pages) - 1)]) & (position <= t[:, None])
+        return chosen & candidates
 
 
 RULES = [
@@ -184,6 +201,12 @@ RULES = [
     Rule("moments, P 16, half a deviation", moments(16, 0.5), 2, 16),
     Rule("moments, P 16, two deviations", moments(16, 2.0), 2, 16),
     Rule("moments, P 16, 2 dense layers", moments(16), 2, 16, dense_layers=2),
+    *(Rule(f"moments, P 16, top {p:.0%}", moments(16), 2, 16, normalised=True, top_p=p) for p in (0.7, 0.8, 0.9)),
+    *(Rule(f"log mass, P 16, top {p:.0%}", log_mass(16), 2, 16, normalised=True, top_p=p) for p in (0.7, 0.8, 0.9)),
+    *(Rule(f"oracle, P 16, top {p:.0%}", oracle, 0, 16, normalised=True, top_p=p) for p in (0.7, 0.8, 0.9)),
+    Rule("moments, P 16, 2 layers share", moments(16), 2, 16, layers=2),
+    Rule("moments, P 16, 3 layers share", moments(16), 2, 16, layers=3),
+    Rule("oracle, P 16, 2 layers share", oracle, 0, 16, normalised=True, layers=2),
     Rule("minmax, L 16, reuse 4", minmax(16), 8, reuse=4),
     Rule("moments, P 16, reuse 4", moments(16), 2, 16, reuse=4),
     Rule("oracle, P 16, reuse 4", oracle, page_size=16, normalised=True, reuse=4),
