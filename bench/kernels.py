@@ -11,8 +11,8 @@ no cache holds. That leaves the caches cold, as a model's other layers do, and i
 as what is compared with it. Share: the time that the op's bytes must take at that rate, or its operations at the rate
 of torch's matmul (in the op's dtype or in float32, whichever is faster), over the time that the op takes. Bytes are
 those that must be read and written once, with statistics, scales, raw pages and tables. Peers do the same work in torch
-on the same tensors (FlexAttention, flash-attn and flashinfer on a GPU, where installed); those of INT8 read the model's
-dtype. With --threads 1, CPU time is taken, which other processes on
+on the same tensors (where installed, ONNX Runtime on a CPU, FlexAttention, flash-attn, flashinfer on a GPU); those of
+INT8 read the model's dtype, but for ONNX Runtime's. With --threads 1, CPU time is taken, which other processes on
 a shared machine do not stretch.
 """
 
@@ -33,6 +33,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import onnx_peer
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -253,8 +254,12 @@ def select_tokens(layer: Layer) -> Work:
 
 
 def installed_peers(layer: Layer, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Call]:
-    """Dense attention of q [B, Hq, queries, D] over k, v [B, H, keys, D] by what else a GPU machine may have."""
+    """Dense attention of q [B, Hq, queries, D] over k, v [B, H, keys, D] by what else a machine may have."""
     peers: dict[str, Call] = {}
+    if layer.device == "cpu" and layer.dtype == torch.float32 and q.shape[2] == 1:
+        with suppress(ImportError):
+            name = "ONNX Runtime INT8" if layer.int8 else "ONNX Runtime"
+            peers[name], _ = onnx_peer.decode(q[:, :, 0], k, v, layer.int8)
     if layer.device != "cuda" or layer.dtype == torch.float32:
         return peers
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lserve_ext import ops
 
@@ -28,6 +29,22 @@ def test_kernels(tmp_path: Path) -> None:
         assert f"{result['us']:,.1f}" in done.stdout
     assert {result["kv_dtype"] for result in results if result["op"] == "decode"} == {"auto", "int8"}
     assert {"SDPA", "SDPA grouped"} <= {name for result in results for name in result["peers_us"]}
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_peer_of_onnx_runtime_does_the_same_work(int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    monkeypatch.syspath_prepend(str(KERNELS.parent))
+    import onnx_peer
+
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, *rows, 64, generator=rng) for heads, rows in ((8, ()), (2, (300,)), (2, (300,))))
+    call, out = onnx_peer.decode(q, k, v, int8)
+    for _ in range(2):  # the newest token is written each time
+        call()
+        want = torch.nn.functional.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
+        assert torch.allclose(out, want, atol=0.03 if int8 else 1e-5)
 
 
 def results_of(script: str, out: Path, *options: str) -> list[dict[str, Any]]:
