@@ -166,11 +166,6 @@ class LayerCache:
         """Of its blocks."""
         return self._pool
 
-    @property
-    def listed_heads(self) -> int:
-        """Kv heads that follow lists in decode."""
-        return int((self._decode_mask.windows == LISTED).sum())
-
     def attended(self) -> tuple[int, int]:
         """Tokens that a decode step of this moment attends, and those of a dense one, over kv heads and sequences."""
         P, mask, batch = self.config.page_size, self._decode_mask, self.sequences
@@ -188,6 +183,25 @@ class LayerCache:
                 local = min(local, batch.sealed[b] * P)
                 total += min(mask.sink * P, local) + listed + n - local
         return int(total), int(batch.lengths.sum()) * self.heads
+
+    def read_bytes(self) -> float:
+        """Bytes of keys, values, scales and statistics that a decode step of this moment reads, on average over the
+        steps that share a selection; of its lists nothing."""
+        config, batch = self.config, self.sequences
+        empty = self._pool.read(np.zeros(0, np.int32))
+        sizes = {name: x.element_size() * x.shape[1:].numel() for name, x in empty.items()}
+        grid = ("stats",) if config.kv_dtype == "int8" else ()  # of keys
+        residual = int((batch.lengths - batch.sealed * config.page_size).sum()) * self.heads
+        token = sum(sizes.get(name, 0) for name in ("k", "v", "scales", *grid)) / config.page_size
+        fresh = 2 * self.head_dim * self.dtype.itemsize
+        attention = (self.attended()[0] - residual) * token + residual * fresh
+        if self.observes:  # keys once more
+            attention *= 1.5
+        if self._scorer is None or config.unit != "page":
+            return attention
+        listed = int((self._decode_mask.windows == LISTED).sum())
+        scored = sizes["moments" if config.needs_moments else "stats"]
+        return attention + int(batch.sealed.sum()) * listed * scored / config.reuse_interval
 
     # ---- attention --------------------------------------------------------------------------------------------------
     def attend(

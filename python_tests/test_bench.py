@@ -65,6 +65,19 @@ def test_generate(tmp_path: Path) -> None:
     assert 0.3 < sum(ours[f"{part}_ms"] for part in ("model", "cache", "ops")) / ours["step_ms"] < 3
 
 
+def test_growth(tmp_path: Path) -> None:
+    """What is read: all by dense heads, as much as ever by streaming heads, statistics alone grow with lists."""
+    options = ["--tokens", "8192", "16384", "24576", "--rounds", "1", "--dtype", "float32"]
+    results = results_of("growth.py", tmp_path / "x.json", *options)
+    read = {(r["config"], r["tokens"]): r["bytes"] for r in results}
+    names = {name for name, _ in read}
+    steps = {name: [read[name, b] - read[name, a] for a, b in ((8192, 16384), (16384, 24576))] for name in names}
+    assert steps["dense"] == [8192 * 8 * 128 * 2 * 4] * 2 and steps["streaming (static)"] == [0, 0]
+    assert steps["lists (dynamic)"] == [128 * 8 * (4 * 2 * 128 * 4) / 4] * 2
+    assert [2 * grows for grows in steps["lserve, half of each"]] == steps["lists (dynamic)"]
+    assert all(r["step_us"] > 0 and r["limit_us"] > 0 for r in results)
+
+
 @pytest.mark.slow
 def test_placement(tmp_path: Path) -> None:
     results = results_of("placement.py", tmp_path / "x.json", "--tokens", "1500", "--steps", "8", "--reuse", "4")

@@ -18,7 +18,7 @@ from lserve_ext.ops import Mask
 pytest.importorskip("transformers")
 
 from lserve_ext.eval import generate, ruler
-from lserve_ext.eval.evaluate import Evaluation, Settings, read_bytes, summary
+from lserve_ext.eval.evaluate import Evaluation, Settings, summary
 from lserve_ext.eval.recall import Recall
 
 TEXT = _tiny.text()
@@ -244,13 +244,13 @@ def test_bytes_of_a_step(model: Any) -> None:
         with torch.inference_mode():
             generate.prefill(model, ids[:, :700], cache)
             generate.forward(model, ids[:, 700:], cache)
-        return read_bytes(cache)
+        return cache.read_bytes()
 
     row, layers = 2 * 16 * 4, 2
     assert read(CONFIGS["dense"]) == layers * 2 * tokens * row
     stats = sealed * 2 * 16 * 4 / 4  # a min and a max, every fourth step
     assert read(CONFIGS["few"]) == layers * 2 * ((listed + residual) * row + stats)
-    coded = 2 * 16 + 8  # INT8, and the scale of V
+    coded = 2 * 16 + 8 + 2 * 16 * 4 / 16  # INT8, the scale of V, and the grid of a group of keys
     assert read(CONFIGS["half"]) == layers * ((listed + 16) * coded + 2 * residual * row + stats)
     cache_of_h2o = 32 + max(32, residual)  # heavy tokens, and local ones; keys are read once more for their mass
     assert read(CONFIGS["h2o"]) == layers * 2 * cache_of_h2o * row * 1.5

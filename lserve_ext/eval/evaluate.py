@@ -262,30 +262,7 @@ def _measured(cache: SparseCache, logits: Tensor, followed: Sequence[int], recal
     found = _layers(recall, len(cache.layers))
     found["perplexity"] = [math.exp(float(part.mean())) for part in losses.tensor_split(QUARTERS)]
     found["kv_bytes"] = sum(memory.used for memory in cache.memory().values())
-    return found | {"read_bytes": read_bytes(cache)}
-
-
-def read_bytes(cache: SparseCache) -> float:
-    """Bytes of keys, values, scales and statistics that a decode step of this moment reads, on average over the steps
-    that share a selection. Tokens in the residual buffer count as in the model's dtype."""
-    total = 0.0
-    for layer in cache.ours:
-        kv = layer.kv
-        if kv is None:
-            continue
-        config, pool = kv.config, kv.pool
-        sizes = {name: x.element_size() * x.shape[1:].numel() for name, x in pool.tensors.items()}
-        token = sum(sizes.get(name, 0) for name in ("k", "v", "scales")) / config.page_size
-        fresh = 2 * kv.head_dim * torch.finfo(kv.dtype).bits // 8
-        residual = int((kv.sequences.lengths - kv.sequences.sealed * config.page_size).sum()) * kv.heads
-        attended, listed = kv.attended()[0], kv.listed_heads
-        total += (attended - residual) * token + residual * fresh
-        if listed and config.unit == "page":
-            scored = sizes["moments" if config.needs_moments else "stats"]
-            total += int(kv.sequences.sealed.sum()) * listed * scored / config.reuse_interval
-        if kv.observes:  # keys once more
-            total += (attended - residual) * token / 2 + residual * fresh / 2
-    return total
+    return found | {"read_bytes": cache.read_bytes()}
 
 
 def summary(results: Iterable[Result], length: int) -> list[list[str]]:

@@ -429,6 +429,11 @@ class SparseCache(Cache):
             counts = [layer.kv.attended() for layer in self.ours if layer.kv is not None]
             return sum(some for some, _ in counts), sum(all_ for _, all_ in counts)
 
+    def read_bytes(self) -> float:
+        """Bytes of keys, values, scales and statistics that a decode step of this moment reads."""
+        with self._at_rest():
+            return sum(layer.kv.read_bytes() for layer in self.ours if layer.kv is not None)
+
     def fork(self, config: SparseConfig | None = None) -> SparseCache:
         """A second cache that goes on from here; sealed blocks are shared until either drops them.
 
