@@ -279,13 +279,14 @@ def summary(results: Iterable[Result], length: int) -> list[list[str]]:
         head += ["first divergence", "KL, first and last quarter"]
     scored = [task for task in present if task in ruler.TASKS]
     rows = [head + scored]
-    most = next((of[TEXT][0]["read_bytes"] for of in by_config.values() if TEXT in of), 1.0)
+    texts = next((of[TEXT] for of in by_config.values() if TEXT in of), [])
+    most = _mean([result["read_bytes"] for result in texts]) if texts else 1.0
     for name, of in by_config.items():
         row = [name]
         if TEXT in present:
-            row += _text_cells(of[TEXT][0], most) if TEXT in of else [""] * 6
+            row += _text_cells(of[TEXT], most) if TEXT in of else [""] * 6
         if GENERATION in present:
-            row += _generation_cells(of[GENERATION][0]) if GENERATION in of else [""] * 2
+            row += _generation_cells(of[GENERATION]) if GENERATION in of else [""] * 2
         for task in scored:
             scores = [result["score"] for result in of.get(task, [])]
             row.append(f"{sum(scores) / len(scores):.0%}" if scores else "")
@@ -293,17 +294,20 @@ def summary(results: Iterable[Result], length: int) -> list[list[str]]:
     return rows
 
 
-def _text_cells(result: Result, most: float) -> list[str]:
-    read, perplexity = result["read_bytes"], result["perplexity"]
-    mean = math.exp(sum(map(math.log, perplexity)) / len(perplexity))
-    shares = [f"{_mean(result[name]):.3f}" if result[name] else "" for name in ("recall", "oracle")]
-    cells = [f"{read / 1e6:.1f} MB, {read / most:.0%}", f"{result['kl']:.1e}", f"{result['top1']:.1%}"]
-    return [*cells, f"{mean:.2f}", *shares]
+def _text_cells(of: Sequence[Result], most: float) -> list[str]:
+    read, kl, top1 = (_mean([result[name] for result in of]) for name in ("read_bytes", "kl", "top1"))
+    perplexity = math.exp(_mean([math.log(x) for result in of for x in result["perplexity"]]))
+    cells = [f"{read / 1e6:.1f} MB, {read / most:.0%}", f"{kl:.1e}", f"{top1:.1%}", f"{perplexity:.2f}"]
+    shares = ([x for result in of for x in result[name] or ()] for name in ("recall", "oracle"))
+    return [*cells, *(f"{_mean(values):.3f}" if values else "" for values in shares)]
 
 
-def _generation_cells(result: Result) -> list[str]:
-    quarters, first = result["kl_quarters"], result["divergence"]
-    return ["none" if first is None else f"after {first}", f"{quarters[0]:.1e}, {quarters[-1]:.1e}"]
+def _generation_cells(of: Sequence[Result]) -> list[str]:
+    """Of several texts the middle one, when ordered by where they diverge."""
+    places = sorted((result["divergence"] for result in of), key=lambda x: math.inf if x is None else x)
+    first, last = (_mean([result["kl_quarters"][i] for result in of]) for i in (0, -1))
+    middle = places[len(places) // 2]
+    return ["none" if middle is None else f"after {middle}", f"{first:.1e}, {last:.1e}"]
 
 
 def _layers(recall: Recall, layers: int) -> Result:
