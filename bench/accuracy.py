@@ -1,9 +1,10 @@
 """What each choice costs in accuracy: budgets, page sizes, scorers, reuse, INT8, and which heads stream.
 
-    python bench/accuracy.py                       SmolLM2, 256 positions after 2,048, 4,096 and 7,900 tokens of a text
+    python bench/accuracy.py --save                SmolLM2, 192 positions after 4,096 and 7,900 tokens of a text;
+                                                   goes on with bench/results/accuracy.json, if there is one
     python bench/accuracy.py --only moments --lengths 4096
 
-`lserve eval` does the same for presets and models of yours. Goes on with bench/results/accuracy.json if that is there.
+`lserve eval` does the same for presets and models of yours.
 """
 
 from __future__ import annotations
@@ -47,17 +48,19 @@ def configs(layers: int, kv_heads: int) -> dict[str, SparseConfig]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 7900], help="tokens read before")
-    parser.add_argument("--positions", type=int, default=256, help="tokens that are decoded after them (%(default)s)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 7900], help="tokens read before")
+    parser.add_argument("--positions", type=int, default=192, help="tokens that are decoded after them (%(default)s)")
     parser.add_argument("--only", default="", help="configs whose name contains this, beside dense")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "accuracy.json")
+    parser.add_argument("--out", type=Path, help="a file of results, which is gone on with")
+    parser.add_argument("--save", action="store_true", help="the same with bench/results/accuracy.json")
     options = parser.parse_args()
 
     model, tokenizer = models.load_model()
     known = configs(model.config.num_hidden_layers, model.config.num_key_value_heads)
     asked = {name: config for name, config in known.items() if name == "dense" or options.only in name}
     settings = Settings(("text",), options.lengths, positions=options.positions)
-    results = Evaluation(model, tokenizer, asked, settings, options.out).run()
+    out = Path(__file__).parent / "results" / "accuracy.json" if options.save else options.out
+    results = Evaluation(model, tokenizer, asked, settings, out).run()
     for length in options.lengths:
         print(f"\n{length:,} tokens\n\n{table(summary(results, length))}")
 

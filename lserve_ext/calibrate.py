@@ -103,10 +103,9 @@ def _measured(model: Any, samples: Samples, count: int, sink: int, window: int) 
 
 def _trained(model: Any, samples: Samples, count: int, sink: int, window: int) -> dict[int, Tensor]:
     """Of a layer, [kv heads] gates, each the mean over all steps, so that those which end at 0 or at 1 have an order
-    (DuoAttention, section 2.2: gate * full + (1 - gate) * streaming, the squared error of the last hidden states where
-    keys are recited + 0.05 * the mean gate, AdamW with rate 0.02, gates kept within 0 and 1).
-
-    The error is counted in the mean square of the hidden states, so that a model's scale does not matter.
+    (DuoAttention, section 2.2: gate * full + (1 - gate) * streaming; the loss is the squared error of the last hidden
+    states where keys are recited, summed over tokens and channels, and 0.05 of each gate; AdamW with rate 0.02, gates
+    kept within 0 and 1).
     """
     attention = _Gated(sink, window)
     trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -127,8 +126,8 @@ def _trained(model: Any, samples: Samples, count: int, sink: int, window: int) -
                     optimizer = torch.optim.AdamW(attention.gates.values(), lr=0.02, weight_decay=0.0)
                 attention.streams = True
                 hidden = model.base_model(ids, use_cache=False).last_hidden_state[0, rows].float()
-                error = (hidden - whole).square().mean() / whole.square().mean()
-                loss = error + 0.05 * torch.cat([*attention.gates.values()]).mean()
+                error = (hidden - whole).square().sum()
+                loss = error + 0.05 * torch.cat([*attention.gates.values()]).sum()
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
                 optimizer.step()

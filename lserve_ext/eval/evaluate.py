@@ -7,6 +7,7 @@ result is written at once, so that a run which was cut short goes on where it wa
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -29,6 +30,7 @@ QUARTERS = 4
 SAMPLED = 17
 """Every so many steps the recall is measured: no multiple of a reuse interval, so that lists of all ages have their
 turn."""
+_DEFAULT_TEXT = "the reference of the Python language"
 _FORMAT = 1  # of files
 
 Choice = Callable[[int, Tensor], "int | None"]
@@ -113,8 +115,8 @@ class Evaluation:
     ) -> None:
         self.model, self.tokenizer, self.configs, self.settings = model, tokenizer, dict(configs), settings
         self.results: list[Result] = []
-        self._out, self._text = out, text
-        self._ids = tasks.encode(tokenizer, text or tasks.long_text())
+        self._out, self._text = out, tasks.long_text() if text is None else text
+        self._ids = tasks.encode(tokenizer, self._text)
         needed = settings.texts * (max(settings.lengths, default=0) + settings.positions)
         if {TEXT, GENERATION} & {*settings.tasks} and len(self._ids) < needed:
             raise ValueError(f"text: expected at least {needed} tokens, got {len(self._ids)}")
@@ -123,7 +125,7 @@ class Evaluation:
             "lserve_ext": __version__,
             "model": Path(str(getattr(model.config, "_name_or_path", ""))).name,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "text": "the reference of the Python language" if text is None else f"{len(text)} characters",
+            "text": _DEFAULT_TEXT if text is None else hashlib.sha256(text.encode()).hexdigest()[:16],
             **{name: value for name, value in dataclasses.asdict(settings).items() if name in _FIXED},
         }
         if out is not None and out.exists():
