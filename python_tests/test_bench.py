@@ -65,6 +65,7 @@ def test_generate(tmp_path: Path) -> None:
     assert 0.3 < sum(ours[f"{part}_ms"] for part in ("model", "cache", "ops")) / ours["step_ms"] < 3
 
 
+@pytest.mark.slow
 def test_growth(tmp_path: Path) -> None:
     """What is read: all by dense heads, as much as ever by streaming heads, statistics alone grow with lists."""
     options = ["--tokens", "8192", "16384", "24576", "--rounds", "1", "--dtype", "float32"]

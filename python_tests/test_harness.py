@@ -64,6 +64,7 @@ def run(folder: Path, model: str, **arguments: Any) -> tuple[list[str], Recall]:
     return [sample["resps"][0][0] for sample in samples], recall
 
 
+@pytest.mark.slow
 def test_dense_gives_what_the_harness_gives_and_lists_are_followed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
