@@ -32,6 +32,8 @@ SAMPLED = 17
 turn."""
 _DEFAULT_TEXT = "the reference of the Python language"
 _FORMAT = 1  # of files
+_FIXED = ("samples", "texts", "positions", "new_tokens", "chunk", "seed")
+"""Settings that results of one file share; lengths and tasks may be added."""
 
 Choice = Callable[[int, Tensor], "int | None"]
 """Of the number of a step and the logits before it, the token that is read; None: no more."""
@@ -240,10 +242,6 @@ class Evaluation:
             configs = files.read_json(files.read_text(self._out, "--out"), "--out", self._out)["configs"] | configs
         content = self._head | {"configs": configs, "results": self.results}
         files.write_text(self._out, json.dumps(content, indent=1) + "\n")
-
-
-_FIXED = ("samples", "texts", "positions", "new_tokens", "chunk", "seed")
-"""Settings that results of one file share; lengths and tasks may be added."""
 
 
 def _listed(tokens: Sequence[int]) -> Choice:
