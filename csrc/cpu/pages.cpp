@@ -15,8 +15,6 @@
 namespace lserve::cpu {
 namespace {
 
-constexpr int64_t kMaxD = 256;
-
 // The rows of one page: the first `split` from one place, the rest from another. So a page is sealed straight from
 // where its tokens lie, the residual buffer and the new keys.
 template <class T>

@@ -184,6 +184,7 @@ struct Scratch {
   Buffer<E> weights;                // [kBlock, kKeys], rounded
   Buffer<float> out;                // [G, kQueries, D]
   Buffer<float> max, sum;           // [G, kQueries]
+  ChannelGrid grid;                 // of one group of keys
   int64_t position[kKeys];          // of every key in the tile
   std::vector<int64_t> apart;       // keys whose values are added one by one
   std::vector<float> apart_values;  // [apart, D]
@@ -332,6 +333,7 @@ class Prefill {
       run.v = static_cast<const T*>(a_.v.data) + token * a_.v.stride0 + tile.h * a_.v.stride1;
       run.k_stride = a_.k.stride0, run.v_stride = a_.v.stride0;
     }
+    int64_t group = -1;  // whose grid is unpacked
     for (int64_t i = 0; i < count; ++i) {
       E *k = scratch.k_row(at_key + i), *v = scratch.v_row(at_key + i);
       scratch.position[at_key + i] = position + i;
@@ -340,8 +342,15 @@ class Prefill {
         load_row(static_cast<const T*>(run.v) + i * run.v_stride, D_, kHeadroom, v);
       } else {
         const auto* codes = static_cast<const uint8_t*>(run.k) + i * run.k_stride;
-        if (run.k_scales) load_codes(codes, run.k_scales[2 * i], run.k_scales[2 * i + 1], D_, k);
-        else load_codes(codes, static_cast<const T*>(run.stats) + (run.offset + i) / kv_.L * 2 * D_, D_, k);
+        if (run.k_scales) {
+          load_codes(codes, run.k_scales[2 * i], run.k_scales[2 * i + 1], D_, k);
+        } else {
+          if ((run.offset + i) / kv_.L != group) {
+            group = (run.offset + i) / kv_.L;
+            load_grid(static_cast<const T*>(run.stats) + group * 2 * D_, D_, scratch.grid);
+          }
+          load_codes(codes, scratch.grid, D_, k);
+        }
         load_codes(static_cast<const uint8_t*>(run.v) + i * run.v_stride, run.v_scales[2 * i] * kHeadroom,
                    run.v_scales[2 * i + 1] * kHeadroom, D_, v);
       }

@@ -11,7 +11,6 @@ namespace lserve::cpu {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr int64_t kMaxD = 256;
 constexpr int64_t kUnit = 16;  // pages of a work unit: their statistics stay in the first two cache levels
 constexpr int64_t kHeads = 4;  // query heads that share a loaded group
 

@@ -28,6 +28,8 @@ struct f16 {
   uint16_t bits;
 };
 
+constexpr int64_t kMaxD = 256;  // channels of a head
+
 // A register. Compilers take wider vectors apart, and then compare lane by lane and spill accumulators.
 #ifdef __x86_64__
 constexpr int kLanes = 8;
@@ -156,6 +158,7 @@ LSERVE_INLINE void store_u16(T* p, f32x16 x, Narrow narrow) {
 }
 
 LSERVE_INLINE void store_part(float* p, floats x) { std::memcpy(p, &x, sizeof(x)); }
+LSERVE_INLINE void store_quad(float* p, quad x) { std::memcpy(p, &x, sizeof(x)); }
 LSERVE_INLINE void store(float* p, f32x16 x) {
   for (int i = 0; i < kParts; ++i) store_part(p + i * kLanes, x.part[i]);
 }
@@ -234,6 +237,19 @@ LSERVE_INLINE float sum(floats x) {
 }
 LSERVE_INLINE float sum(f32x16 x) {
   return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return a + b; });
+}
+// Four registers' sums, in the same order.
+LSERVE_INLINE quad sums(floats a, floats b, floats c, floats d) {
+  const auto half = [](floats x) LSERVE_LAMBDA {
+    quad q[kLanes / 4];
+    std::memcpy(q, &x, sizeof(q));
+    return kLanes == 8 ? q[0] + q[kLanes / 4 - 1] : q[0];
+  };
+  const auto pair = [](quad x, quad y) LSERVE_LAMBDA {  // x02, y02, x13, y13
+    return quad{x[0], y[0], x[1], y[1]} + quad{x[2], y[2], x[3], y[3]};
+  };
+  const quad ab = pair(half(a), half(b)), cd = pair(half(c), half(d));
+  return quad{ab[0], ab[1], cd[0], cd[1]} + quad{ab[2], ab[3], cd[2], cd[3]};
 }
 LSERVE_INLINE float max(f32x16 x) {
   return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return a > b ? a : b; });

@@ -1,0 +1,141 @@
+// Products of a few query heads with rows that are read once from memory: scores of keys, and sums of values.
+//
+// Scores stand row by row, s [rows, columns(heads)], so that one register holds those of several heads.
+#pragma once
+#include <algorithm>
+
+#include "unpack.h"
+
+namespace lserve::cpu {
+
+constexpr int64_t kHeads = 4;   // query heads that share a loaded row
+constexpr int64_t kAhead = 64;  // rows between asking for one and using it, at most
+
+constexpr int64_t columns(int64_t heads) { return heads == 3 ? 4 : heads; }
+
+// Rows that are asked for before they are used. A page's worth hides the latency of memory; the first cache holds them.
+template <class X>
+LSERVE_INLINE int64_t rows_ahead(int64_t D) {
+  return std::clamp<int64_t>((int64_t{1} << 14) / (D * sizeof(X)), 8, kAhead);
+}
+
+template <class X>
+LSERVE_INLINE void prefetch(const void* row, int64_t D) {
+  for (int64_t byte = 0; byte < D * static_cast<int64_t>(sizeof(X)); byte += 64)
+    __builtin_prefetch(static_cast<const char*>(row) + byte);
+}
+
+// ---- keys: how channels d, ... of row i are read
+
+template <class X>
+struct PlainKeys {
+  using Stored = X;
+  LSERVE_INLINE floats operator()(const X* row, int64_t, int64_t d) const { return load_part(row + d); }
+};
+
+// Codes on the grid of their group, as grid_value reads them.
+struct GroupKeys {
+  using Stored = uint8_t;
+  const ChannelGrid& grid;
+  LSERVE_INLINE floats operator()(const uint8_t* row, int64_t, int64_t d) const {
+    const floats x = load_part(row + d) * load_part(grid.step + d) + load_part(grid.low + d), high = load_part(grid.high + d);
+    return x > high ? high : x;
+  }
+};
+
+// Codes on a grid for each token. Step and min are not taken out of the sum: with one huge channel q·min and
+// step * (q·code) would cancel.
+struct TokenGrid {
+  float step, min;
+};
+struct TokenKeys {
+  using Stored = uint8_t;
+  const TokenGrid* grid;
+  LSERVE_INLINE floats operator()(const uint8_t* row, int64_t i, int64_t d) const {
+    return load_part(row + d) * grid[i].step + grid[i].min;
+  }
+};
+
+// Eight sums at a time: enough to hide the latency of an addition, few enough for 16 registers.
+template <int Heads, class Keys>
+LSERVE_INLINE void score_heads(const float* q, const Keys& keys, const void* const* rows, int64_t count, int64_t D, float* s) {
+  using X = typename Keys::Stored;
+  constexpr int C = columns(Heads), R = 8 / C;
+  const int64_t ahead = rows_ahead<X>(D);
+  for (int64_t i = 0; i < count; i += R) {
+    const X* row[R];
+    int64_t place[R];
+    for (int r = 0; r < R; ++r) place[r] = std::min(i + r, count - 1), row[r] = static_cast<const X*>(rows[place[r]]);
+    for (int r = 0; r < R; ++r) prefetch<X>(rows[place[r] + ahead], D);
+    floats acc[R][C] = {};
+    for (int64_t d = 0; d < D; d += kLanes) {
+      floats x[R];
+      for (int r = 0; r < R; ++r) x[r] = keys(row[r], place[r], d);
+      for (int g = 0; g < Heads; ++g) {
+        const floats y = load_part(q + g * kMaxD + d);
+        for (int r = 0; r < R; ++r) acc[r][g] += x[r] * y;
+      }
+    }
+    const floats* all = acc[0];
+    store_quad(s + i * C, sums(all[0], all[1], all[2], all[3]));
+    store_quad(s + i * C + 4, sums(all[4], all[5], all[6], all[7]));
+  }
+}
+
+// s [count, columns(heads)] = rows · q [heads, kMaxD], and up to 7 values more. rows [count], and kAhead to ask for.
+template <class Keys>
+LSERVE_CLONES static void score(int64_t heads, const float* q, Keys keys, const void* const* rows, int64_t count, int64_t D,
+                                float* s) {
+  switch (heads) {
+    case 1: return score_heads<1>(q, keys, rows, count, D, s);
+    case 2: return score_heads<2>(q, keys, rows, count, D, s);
+    case 3: return score_heads<3>(q, keys, rows, count, D, s);
+    default: return score_heads<4>(q, keys, rows, count, D, s);
+  }
+}
+
+// ---- values
+
+template <int Heads, int Parts, class X>
+LSERVE_INLINE void add_columns(const float* w, const void* const* rows, int64_t d, int64_t count, float* acc) {
+  constexpr int C = columns(Heads);
+  floats sums[Heads][Parts];
+  for (int g = 0; g < Heads; ++g)
+    for (int v = 0; v < Parts; ++v) sums[g][v] = load_part(acc + g * kMaxD + d + v * kLanes);
+  for (int64_t i = 0; i < count; ++i) {
+    const X* row = static_cast<const X*>(rows[i]) + d;
+    floats x[Parts];
+    for (int v = 0; v < Parts; ++v) x[v] = load_part(row + v * kLanes);
+    for (int g = 0; g < Heads; ++g)
+      for (int v = 0; v < Parts; ++v) sums[g][v] += x[v] * w[i * C + g];
+  }
+  for (int g = 0; g < Heads; ++g)
+    for (int v = 0; v < Parts; ++v) store_part(acc + g * kMaxD + d + v * kLanes, sums[g][v]);
+}
+
+template <int Heads, class X>
+LSERVE_INLINE void add_heads(const float* w, const void* const* rows, int64_t count, int64_t D, float* acc) {
+  constexpr int C = columns(Heads), Parts = Heads > 2 ? 2 : 4, kRows = 8;  // 16 channels or more: D is a multiple of 16
+  const int64_t ahead = rows_ahead<X>(D);
+  for (int64_t i = 0; i < count; i += kRows) {
+    const int64_t some = std::min<int64_t>(kRows, count - i);
+    for (int64_t r = 0; r < some; ++r) prefetch<X>(rows[i + r + ahead], D);
+    int64_t d = 0;
+    for (; d + Parts * kLanes <= D; d += Parts * kLanes) add_columns<Heads, Parts, X>(w + i * C, rows + i, d, some, acc);
+    for (; d < D; d += 2 * kLanes) add_columns<Heads, 2, X>(w + i * C, rows + i, d, some, acc);
+  }
+}
+
+// acc [heads, kMaxD] += w [count, columns(heads)] · rows, X each. rows [count], and kAhead to ask for.
+template <class X>
+LSERVE_CLONES static void add_rows(int64_t heads, const float* w, const void* const* rows, int64_t count, int64_t D,
+                                   float* acc) {
+  switch (heads) {
+    case 1: return add_heads<1, X>(w, rows, count, D, acc);
+    case 2: return add_heads<2, X>(w, rows, count, D, acc);
+    case 3: return add_heads<3, X>(w, rows, count, D, acc);
+    default: return add_heads<4, X>(w, rows, count, D, acc);
+  }
+}
+
+}  // namespace lserve::cpu
