@@ -35,13 +35,6 @@ struct Chunk {
     }
   }
 
-  // Rows of this chunk, its keys or values, are followed by `next` [n].
-  void follow(std::vector<const void*>& rows, const std::vector<const void*>& next, int64_t n) const {
-    const int64_t some = std::min(n, kAhead);
-    std::copy_n(next.begin(), some, rows.begin() + count);
-    if (count + some > 0) std::fill_n(rows.begin() + count + some, kAhead - some, rows[count + some - 1]);
-  }
-
  private:
   void add(const Paged& kv, const Run& run) {
     const int64_t size = width(run.floating ? kv.dtype : Dtype::u8);
@@ -64,13 +57,6 @@ struct Chunk {
     count += run.count;
   }
 };
-
-// Query heads [G, kMaxD] of a group, scaled.
-template <class T>
-LSERVE_CLONES static void load_query(const T* q, int64_t stride, int64_t G, int64_t D, float scale, float* out) {
-  for (int64_t g = 0; g < G; ++g)
-    for (int64_t d = 0; d < D; d += 16) store(out + g * kMaxD + d, load(q + g * stride + d) * scale);
-}
 
 // s [count, columns(heads)]: scores of a chunk's keys against `heads` query heads. `grid` is somewhere to unpack.
 template <class T>

@@ -155,8 +155,8 @@ void decode_typed(const DecodeArgs& a) {
       std::swap(now, next);
       next.count = 0;
       if (c + 1 < end) load(c + 1, next);
-      now.follow(now.k, now.v, now.count);
-      now.follow(now.v, next.k, next.count);
+      follow(now.k, now.count, now.v, now.count);
+      follow(now.v, now.count, next.k, next.count);
       const int64_t i = head_of(c);
       decode_chunk<T>(a, now, i / kv.H, i % kv.H, scratch, outs.get() + c * G * D, lses.get() + c * G);
     }

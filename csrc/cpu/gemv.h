@@ -3,6 +3,7 @@
 // Scores stand row by row, s [rows, columns(heads)], so that one register holds those of several heads.
 #pragma once
 #include <algorithm>
+#include <vector>
 
 #include "unpack.h"
 
@@ -25,17 +26,35 @@ LSERVE_INLINE void prefetch(const void* row, int64_t D) {
     __builtin_prefetch(static_cast<const char*>(row) + byte);
 }
 
-// ---- keys: how channels d, ... of row i are read
+// rows [count] are followed by `next` [n]: to be asked for while these are used.
+inline void follow(std::vector<const void*>& rows, int64_t count, const std::vector<const void*>& next, int64_t n) {
+  const int64_t some = std::min(n, kAhead);
+  std::copy_n(next.begin(), some, rows.begin() + count);
+  if (count + some > 0) std::fill_n(rows.begin() + count + some, kAhead - some, rows[count + some - 1]);
+}
+
+// Query heads [G, kMaxD], scaled.
+template <class T>
+LSERVE_CLONES static void load_query(const T* q, int64_t stride, int64_t G, int64_t D, float scale, float* out) {
+  for (int64_t g = 0; g < G; ++g)
+    for (int64_t d = 0; d < D; d += 16) store(out + g * kMaxD + d, load(q + g * stride + d) * scale);
+}
+
+// ---- keys: how channels d, ... of row i are read, and multiplied with a query's
+
+LSERVE_INLINE floats product(floats x, floats q) { return x * q; }
 
 template <class X>
 struct PlainKeys {
   using Stored = X;
+  static constexpr int64_t kVectors = 1;  // [D] a row
   LSERVE_INLINE floats operator()(const X* row, int64_t, int64_t d) const { return load_part(row + d); }
 };
 
 // Codes on the grid of their group, as grid_value reads them.
 struct GroupKeys {
   using Stored = uint8_t;
+  static constexpr int64_t kVectors = 1;
   const ChannelGrid& grid;
   LSERVE_INLINE floats operator()(const uint8_t* row, int64_t, int64_t d) const {
     const floats x = load_part(row + d) * load_part(grid.step + d) + load_part(grid.low + d), high = load_part(grid.high + d);
@@ -50,9 +69,26 @@ struct TokenGrid {
 };
 struct TokenKeys {
   using Stored = uint8_t;
+  static constexpr int64_t kVectors = 1;
   const TokenGrid* grid;
   LSERVE_INLINE floats operator()(const uint8_t* row, int64_t i, int64_t d) const {
     return load_part(row + d) * grid[i].step + grid[i].min;
+  }
+};
+
+// Statistics [2, D] of a group: what a query could find there at best.
+struct Bounds {
+  floats low, high;
+};
+LSERVE_INLINE floats product(Bounds x, floats q) { return q * (q > 0 ? x.high : x.low); }  // the greater of the two products
+
+template <class X>
+struct BoundKeys {
+  using Stored = X;
+  static constexpr int64_t kVectors = 2;
+  int64_t D;
+  LSERVE_INLINE Bounds operator()(const X* row, int64_t, int64_t d) const {
+    return {load_part(row + d), load_part(row + D + d)};
   }
 };
 
@@ -61,19 +97,19 @@ template <int Heads, class Keys>
 LSERVE_INLINE void score_heads(const float* q, const Keys& keys, const void* const* rows, int64_t count, int64_t D, float* s) {
   using X = typename Keys::Stored;
   constexpr int C = columns(Heads), R = 8 / C;
-  const int64_t ahead = rows_ahead<X>(D);
+  const int64_t width = Keys::kVectors * D, ahead = rows_ahead<X>(width);
   for (int64_t i = 0; i < count; i += R) {
     const X* row[R];
     int64_t place[R];
     for (int r = 0; r < R; ++r) place[r] = std::min(i + r, count - 1), row[r] = static_cast<const X*>(rows[place[r]]);
-    for (int r = 0; r < R; ++r) prefetch<X>(rows[place[r] + ahead], D);
+    for (int r = 0; r < R; ++r) prefetch<X>(rows[place[r] + ahead], width);
     floats acc[R][C] = {};
     for (int64_t d = 0; d < D; d += kLanes) {
-      floats x[R];
+      decltype(keys(row[0], 0, d)) x[R];
       for (int r = 0; r < R; ++r) x[r] = keys(row[r], place[r], d);
       for (int g = 0; g < Heads; ++g) {
         const floats y = load_part(q + g * kMaxD + d);
-        for (int r = 0; r < R; ++r) acc[r][g] += x[r] * y;
+        for (int r = 0; r < R; ++r) acc[r][g] += product(x[r], y);
       }
     }
     const floats* all = acc[0];

@@ -154,7 +154,7 @@ void mass_of_step(const MassArgs& a, const std::vector<Unit>& units) {
       std::swap(now, next);
       next.count = 0;
       if (i + 1 < end) load(units[i + 1], next);
-      now.follow(now.k, next.k, next.count);
+      follow(now.k, now.count, next.k, next.count);
       const Unit& u = units[i];
       load_query(static_cast<const T*>(a.q.data) + u.b * a.q.stride0 + u.h * G * a.q.stride2, a.q.stride2, G, D, a.scale,
                  q.data());

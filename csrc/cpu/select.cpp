@@ -1,95 +1,94 @@
 // Which pages or tokens a query attends: scores of pages, and exact top-k.
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <memory>
+#include <numeric>
 #include <utility>
+#include <vector>
 
 #include "check.h"
-#include "simd.h"
+#include "gemv.h"
 
 namespace lserve::cpu {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr int64_t kUnit = 16;  // pages of a work unit: their statistics stay in the first two cache levels
-constexpr int64_t kHeads = 4;  // query heads that share a loaded group
+constexpr int64_t kRows = 64;  // groups of a work unit, about
 
-// The best score of a page's groups over Heads query heads: stats [groups, 2, D]. A NaN stays.
-template <int Heads, class T>
-LSERVE_INLINE float score_page(const float* q, const T* stats, int64_t groups, int64_t D) {
-  float best = -kInf;
-  for (int64_t i = 0; i < groups; ++i, stats += 2 * D) {
-    f32x16 total[Heads] = {};
-    for (int64_t d = 0; d < D; d += 16) {
-      const f32x16 low = load(stats + d), high = load(stats + D + d);
-      for (int g = 0; g < Heads; ++g) {
-        const f32x16 x = load(q + g * kMaxD + d);  // x * (x > 0 ? high : low) is the greater of the two products
-        total[g] += x * map([](floats x, floats l, floats h) LSERVE_LAMBDA { return x > 0 ? h : l; }, x, low, high);
-      }
-    }
-    for (int g = 0; g < Heads; ++g) best = max_nan(best, sum(total[g]));
-  }
-  return best;
-}
+// Pages of one (sequence, kv head) that are scored together, and their groups' statistics.
+struct Unit {
+  int64_t b, h, count;             // count: groups
+  std::vector<int64_t> pages;      // those that are held
+  std::vector<const void*> stats;  // [count] rows [2, D], and kAhead that are read after them
+};
 
-// scores[p] for pages [begin, end) of one (sequence, kv head), all of them sealed.
+// Scores of a unit's pages: the best of their groups, over all query heads. A NaN stays. s: somewhere to work.
 template <class T>
-LSERVE_CLONES void score_pages(const PageScoresArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end) {
-  const T* queries = static_cast<const T*>(a.q.data) + b * a.q.stride0 + h * a.G * a.q.stride1;
-  const int32_t* blocks = a.block_table + b * a.block_stride0 + h * a.block_stride1;
-  float* scores = a.scores + (b * a.H + h) * a.M;
-  float q[kHeads * kMaxD];
-  for (int64_t g = 0; g < a.G;) {
-    const int64_t heads = std::min(kHeads, a.G - g);
-    for (int64_t i = 0; i < heads; ++i)
-      for (int64_t d = 0; d < a.D; d += 16) store(q + i * kMaxD + d, load(queries + (g + i) * a.q.stride1 + d));
-    for (int64_t p = begin; p < end; ++p) {
-      if (blocks[p] < 0) continue;
-      const T* stats = static_cast<const T*>(a.stats) + blocks[p] * a.stats_stride;
-      const float score = heads == 4   ? score_page<4>(q, stats, a.groups, a.D)
-                          : heads == 3 ? score_page<3>(q, stats, a.groups, a.D)
-                          : heads == 2 ? score_page<2>(q, stats, a.groups, a.D)
-                                       : score_page<1>(q, stats, a.groups, a.D);
-      scores[p] = max_nan(scores[p], score);
-    }
-    g += heads;
+void score_pages(const PageScoresArgs& a, const Unit& unit, float* q, float* s) {
+  const T* queries = static_cast<const T*>(a.q.data) + unit.b * a.q.stride0 + unit.h * a.G * a.q.stride1;
+  float* scores = a.scores + (unit.b * a.H + unit.h) * a.M;
+  for (int64_t first = 0; first < a.G; first += kHeads) {
+    const int64_t heads = std::min(kHeads, a.G - first), width = columns(heads);
+    load_query(queries + first * a.q.stride1, a.q.stride1, heads, a.D, 1.0f, q);
+    score(heads, q, BoundKeys<T>{a.D}, unit.stats.data(), unit.count, a.D, s);
+    const float* row = s;
+    for (const int64_t page : unit.pages)
+      for (int64_t i = 0; i < a.groups; ++i, row += width)
+        for (int64_t g = 0; g < heads; ++g) scores[page] = max_nan(scores[page], row[g]);
   }
 }
-template void score_pages<float>(const PageScoresArgs&, int64_t, int64_t, int64_t, int64_t);
-template void score_pages<bf16>(const PageScoresArgs&, int64_t, int64_t, int64_t, int64_t);
-template void score_pages<f16>(const PageScoresArgs&, int64_t, int64_t, int64_t, int64_t);
 
-// Unsigned keys in the order of floats. NaN counts as -inf, and -0 as 0.
-LSERVE_INLINE uint32_t key(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x != x ? -kInf : x + 0.0f);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
+// Unsigned keys in the order of floats. NaN counts as -inf, and -0 as 0. Returns the greatest.
+LSERVE_CLONES uint32_t order(const float* values, int64_t n, uint32_t* keys) {
+  uint32_t greatest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = bit_cast<uint32_t>(values[i] == values[i] ? values[i] + 0.0f : -kInf);
+    keys[i] = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+    greatest = std::max(greatest, keys[i]);
+  }
+  return greatest;
+}
+
+// Which of n keys something holds for, without a branch that would be guessed wrong: into out [n], and returns how many.
+template <class Holds>
+int64_t filter(const uint32_t* keys, int64_t n, Holds holds, uint32_t* out) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    out[found] = static_cast<uint32_t>(i);
+    found += holds(keys[i]);
+  }
+  return found;
 }
 
 // Writes the `count` indices in [begin, end) of the greatest values, ascending, ties to the lower index; -1 from there
-// on to `width`. A radix select: three passes settle 11, 11 and 10 bits of the least key that is taken.
+// on to `width`. Eleven bits of their keys leave few candidates for the least key that is taken.
 void top(const float* values, int64_t begin, int64_t end, int64_t count, int64_t width, int32_t* out) {
-  uint32_t least = 0, settled = 0;
-  int64_t ties = count;  // to take among the keys equal to `least` in the settled bits
-  if (end - begin > count) {
-    for (const auto& [shift, bins] : {std::pair{21, 2048u}, {10, 2048u}, {0, 1024u}}) {
-      int64_t histogram[2048] = {};
-      for (int64_t i = begin; i < end; ++i) {
-        const uint32_t k = key(values[i]);
-        if ((k & settled) == least) ++histogram[k >> shift & (bins - 1)];
-      }
-      uint32_t bin = bins - 1;
-      for (; bin > 0 && histogram[bin] < ties; --bin) ties -= histogram[bin];
-      least |= bin << shift;
-      settled |= (bins - 1) << shift;
-    }
-  }
-  int64_t n = 0;
-  for (int64_t i = begin; i < end && n < count; ++i) {
-    const uint32_t k = key(values[i]);
-    if (settled == 0 || k > least || (k == least && ties-- > 0)) out[n++] = static_cast<int32_t>(i);
-  }
-  std::fill(out + n, out + width, -1);
+  const int64_t n = std::max<int64_t>(end - begin, 0);
+  count = std::min(count, n);
+  std::fill(out + count, out + width, -1);
+  if (count == n) return std::iota(out, out + count, static_cast<int32_t>(begin));
+  if (count == 0) return;
+  constexpr int kShift = 21;
+  std::unique_ptr<uint32_t[]> keys(new uint32_t[n]), found(new uint32_t[n]);
+  uint32_t histogram[1 << (32 - kShift)] = {}, bin = order(values + begin, n, keys.get()) >> kShift;
+  for (int64_t i = 0; i < n; ++i) ++histogram[keys[i] >> kShift];
+  int64_t ties = count;  // to take of the bin, and then of the keys equal to the least that is taken
+  for (; histogram[bin] < ties; --bin) ties -= histogram[bin];
+  const int64_t candidates = filter(keys.get(), n, [&](uint32_t k) { return k >> kShift == bin; }, found.get());
+  for (int64_t i = 0; i < candidates; ++i) found[i] = keys[found[i]];
+  uint32_t* const last = found.get() + ties - 1;
+  std::nth_element(found.get(), last, found.get() + candidates, std::greater<>());
+  const uint32_t least = *last;
+  ties -= std::count_if(found.get(), last, [&](uint32_t k) { return k > least; });
+  const int64_t taken = filter(keys.get(), n, [&](uint32_t k) { return k >= least; }, found.get());
+  for (int64_t i = 0; i < taken; ++i)
+    if (keys[found[i]] > least || ties-- > 0) *out++ = static_cast<int32_t>(begin + found[i]);
 }
+
+// A thread that is woken for less costs more than it does.
+int64_t rows_worth_a_thread(int64_t values) { return 1 + (1 << 12) / std::max<int64_t>(values, 1); }
 
 }  // namespace
 
@@ -102,15 +101,33 @@ void page_scores(const PageScoresArgs& a) {
         check_range("page_scores: block_table", a.block_table[b * a.block_stride0 + h * a.block_stride1 + p], -1, a.blocks - 1,
                     b, h, p);
   }
-  const int64_t units = (a.M + kUnit - 1) / kUnit;  // of a row of scores
+  const int64_t pages = std::max<int64_t>(1, kRows / a.groups), units = (a.M + pages - 1) / pages;  // of a row of scores
+  std::fill_n(a.scores, a.B * a.H * a.M, -kInf);
   dispatch(a.dtype, [&](auto zero) {
     using T = decltype(zero);
+    const auto load = [&](int64_t index, Unit& unit) {
+      unit.b = index / units / a.H, unit.h = index / units % a.H, unit.count = 0;
+      unit.pages.clear();
+      const int32_t* blocks = a.block_table + unit.b * a.block_stride0 + unit.h * a.block_stride1;
+      const int64_t begin = index % units * pages, end = std::min<int64_t>(begin + pages, a.sealed[unit.b]);
+      for (int64_t p = begin; scored(unit.h) && p < end; ++p) {
+        if (blocks[p] < 0) continue;
+        unit.pages.push_back(p);
+        const T* stats = static_cast<const T*>(a.stats) + blocks[p] * a.stats_stride;
+        for (int64_t i = 0; i < a.groups; ++i) unit.stats[unit.count++] = stats + i * 2 * a.D;
+      }
+    };
     parallel_for(a.B * a.H * units, 1, [&](int64_t first, int64_t last) {
-      for (int64_t unit = first; unit < last; ++unit) {
-        const int64_t row = unit / units, b = row / a.H, h = row % a.H;
-        const int64_t begin = unit % units * kUnit, end = std::min(begin + kUnit, a.M);
-        std::fill(a.scores + row * a.M + begin, a.scores + row * a.M + end, -kInf);
-        if (scored(h)) score_pages<T>(a, b, h, begin, std::min<int64_t>(end, a.sealed[b]));
+      Unit now, next;
+      for (Unit* unit : {&now, &next}) unit->stats.resize(pages * a.groups + kAhead);
+      std::vector<float> q(kHeads * kMaxD), s((pages * a.groups + 8) * kHeads);
+      load(first, next);
+      for (int64_t i = first; i < last; ++i) {
+        std::swap(now, next);
+        next.count = 0;
+        if (i + 1 < last) load(i + 1, next);
+        follow(now.stats, now.count, next.stats, next.count);
+        score_pages<T>(a, now, q.data(), s.data());
       }
     });
   });
@@ -126,7 +143,7 @@ void select_pages(const SelectPagesArgs& a) {
     const int64_t window = std::min<int64_t>(page - a.local + 1, a.sealed[b]);
     a.local_start[b] = static_cast<int32_t>(std::max<int64_t>(window, 0));
   }
-  parallel_for(a.B * a.H, 1, [&](int64_t first, int64_t last) {
+  parallel_for(a.B * a.H, rows_worth_a_thread(a.M), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)
       top(a.scores + i / a.H * a.score_stride0 + i % a.H * a.score_stride1, a.sink, a.local_start[i / a.H], a.K, a.K,
           a.pages + i * a.K);
@@ -144,7 +161,7 @@ void select_tokens(const SelectTokensArgs& a) {
     const int64_t n = a.seq_lens[b], residual = n - a.sealed[b] * a.P;
     a.local_start[b] = static_cast<int32_t>(std::max<int64_t>(n - std::max(picks(b), residual), 0));
   }
-  parallel_for(a.B * a.H, 1, [&](int64_t first, int64_t last) {
+  parallel_for(a.B * a.H, rows_worth_a_thread(a.width), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)
       top(a.mass + i / a.H * a.mass_stride0 + i % a.H * a.mass_stride1, 0, a.local_start[i / a.H], picks(i / a.H), a.K,
           a.tokens + i * a.K);
