@@ -48,6 +48,7 @@ template <class X>
 struct PlainKeys {
   using Stored = X;
   static constexpr int64_t kVectors = 1;  // [D] a row
+  static constexpr int kSums = 8;         // at a time: enough to hide the latency of an addition
   LSERVE_INLINE floats operator()(const X* row, int64_t, int64_t d) const { return load_part(row + d); }
 };
 
@@ -55,6 +56,7 @@ struct PlainKeys {
 struct GroupKeys {
   using Stored = uint8_t;
   static constexpr int64_t kVectors = 1;
+  static constexpr int kSums = 8;
   const ChannelGrid& grid;
   LSERVE_INLINE floats operator()(const uint8_t* row, int64_t, int64_t d) const {
     const floats x = load_part(row + d) * load_part(grid.step + d) + load_part(grid.low + d), high = load_part(grid.high + d);
@@ -70,6 +72,7 @@ struct TokenGrid {
 struct TokenKeys {
   using Stored = uint8_t;
   static constexpr int64_t kVectors = 1;
+  static constexpr int kSums = 8;
   const TokenGrid* grid;
   LSERVE_INLINE floats operator()(const uint8_t* row, int64_t i, int64_t d) const {
     return load_part(row + d) * grid[i].step + grid[i].min;
@@ -80,23 +83,25 @@ struct TokenKeys {
 struct Bounds {
   floats low, high;
 };
-LSERVE_INLINE floats product(Bounds x, floats q) { return q * (q > 0 ? x.high : x.low); }  // the greater of the two products
+LSERVE_INLINE floats product(Bounds x, floats q) {
+  return q * (bit_cast<ints>(q) < 0 ? x.low : x.high);
+}  // the greater of the two
 
 template <class X>
 struct BoundKeys {
   using Stored = X;
   static constexpr int64_t kVectors = 2;
+  static constexpr int kSums = 4;  // eight, and what they are made of, are more than 16 registers
   int64_t D;
   LSERVE_INLINE Bounds operator()(const X* row, int64_t, int64_t d) const {
     return {load_part(row + d), load_part(row + D + d)};
   }
 };
 
-// Eight sums at a time: enough to hide the latency of an addition, few enough for 16 registers.
 template <int Heads, class Keys>
 LSERVE_INLINE void score_heads(const float* q, const Keys& keys, const void* const* rows, int64_t count, int64_t D, float* s) {
   using X = typename Keys::Stored;
-  constexpr int C = columns(Heads), R = 8 / C;
+  constexpr int C = columns(Heads), R = Keys::kSums / C;
   const int64_t width = Keys::kVectors * D, ahead = rows_ahead<X>(width);
   for (int64_t i = 0; i < count; i += R) {
     const X* row[R];
@@ -113,8 +118,7 @@ LSERVE_INLINE void score_heads(const float* q, const Keys& keys, const void* con
       }
     }
     const floats* all = acc[0];
-    store_quad(s + i * C, sums(all[0], all[1], all[2], all[3]));
-    store_quad(s + i * C + 4, sums(all[4], all[5], all[6], all[7]));
+    for (int j = 0; j < Keys::kSums; j += 4) store_quad(s + i * C + j, sums(all[j], all[j + 1], all[j + 2], all[j + 3]));
   }
 }
 
