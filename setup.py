@@ -29,8 +29,6 @@ STABLE_ABI = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000U
 CUDA_FROM_PYPI = "cuda-toolkit[nvcc,cccl,crt,nvvm]==13.0.2"
 # Contraction and the two "-fno" flags let selects and rintf vectorise; none of them reorders a sum.
 FLOAT_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-# GCC otherwise loads an operand anew for each use, and decode is bound by loads where memory does not bind it.
-SCHEDULE_FLAGS = ["-fschedule-insns", "-fsched-pressure"]
 
 
 def site_packages() -> list[Path]:
@@ -92,7 +90,7 @@ def sources(cuda: bool) -> list[Path]:
 def ninja_file(output: Path, torch: Path, cuda: Path | None) -> str:
     """Only csrc/*.cpp sees torch's headers, so a kernel cannot come to depend on them."""
     launcher = ["ccache"] if shutil.which("ccache") else []
-    host = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", *FLOAT_FLAGS, *SCHEDULE_FLAGS]
+    host = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", *FLOAT_FLAGS]
     # __FILE__ must not tell where the wheel was built.
     host += [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch}/=", f"-I{CSRC}"]
     compilers = {

@@ -11,8 +11,9 @@ no cache holds. That leaves the caches cold, as a model's other layers do, and i
 as what is compared with it. Share: the time that the op's bytes must take at that rate, or its operations at the rate
 of torch's matmul (in the op's dtype or in float32, whichever is faster), over the time that the op takes. Bytes are
 those that must be read and written once, with statistics, scales, raw pages and tables. Peers do the same work in torch
-on the same tensors (where installed, ONNX Runtime on a CPU, FlexAttention, flash-attn, flashinfer on a GPU); those of
-INT8 read the model's dtype, but for ONNX Runtime's. With --threads 1, CPU time is taken, which other processes on
+on the same tensors, or on as many contiguous ones where a name does not say that it gathers them (where installed, ONNX
+Runtime on a CPU, FlexAttention, flash-attn, flashinfer on a GPU); those of INT8 read the model's dtype, but for ONNX
+Runtime's. With --threads 1, CPU time is taken, which other processes on
 a shared machine do not stretch.
 """
 
@@ -303,16 +304,29 @@ def decode(layer: Layer, variant: str) -> Work:
     local_start = None if lists is None else layer.ints([start] * layer.B)
     mask = Mask(layer.ints([window] * layer.H), lists, local_start, sink, unit)
     k, v = layer.k[:, :, :read], layer.v[:, :, :read]
+    peers: dict[str, Call] = {
+        "SDPA": lambda: sdpa(q[:, :, None], k, v, enable_gqa=True),
+        "SDPA grouped": lambda: sdpa(q.unflatten(1, (layer.H, -1)), k, v),
+        **installed_peers(layer, q[:, :, None], k, v, causal=False),
+    }
+    if lists is not None:
+        held = layer.n // unit
+        sinks, local = layer.ints(torch.arange(sink)), layer.ints(torch.arange(start, held))
+        parts = [sinks.expand(layer.B, layer.H, -1), lists, local.expand(layer.B, layer.H, -1)]
+        heads = torch.arange(layer.B * layer.H, device=layer.device).view(layer.B, layer.H, 1)
+        rows = (torch.cat(parts, -1) + heads * held).flatten()
+
+        def gathered() -> None:
+            both = (x.view(-1, unit * layer.D).index_select(0, rows).view_as(k) for x in (layer.k, layer.v))
+            sdpa(q.unflatten(1, (layer.H, -1)), *both)
+
+        peers["gather, SDPA grouped"] = gathered
     return Work(
         partial(ops.decode, q, mask, kv, layer.lengths),
         reads=layer.read(kv, read) + size(q, lists),
         writes=size(q),
         flops=4 * read * q.numel(),
-        peers={
-            "SDPA": lambda: sdpa(q[:, :, None], k, v, enable_gqa=True),
-            "SDPA grouped": lambda: sdpa(q.unflatten(1, (layer.H, -1)), k, v),
-            **installed_peers(layer, q[:, :, None], k, v, causal=False),
-        },
+        peers=peers,
     )
 
 

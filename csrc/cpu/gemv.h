@@ -14,10 +14,10 @@ constexpr int64_t kAhead = 64;  // rows between asking for one and using it, at 
 
 constexpr int64_t columns(int64_t heads) { return heads == 3 ? 4 : heads; }
 
-// Rows that are asked for before they are used. A page's worth hides the latency of memory; the first cache holds them.
+// Rows that are asked for before they are used: 4 KiB hide the latency of memory.
 template <class X>
-LSERVE_INLINE int64_t rows_ahead(int64_t D) {
-  return std::clamp<int64_t>((int64_t{1} << 14) / (D * sizeof(X)), 8, kAhead);
+LSERVE_INLINE int64_t rows_ahead(int64_t width) {
+  return std::clamp<int64_t>((int64_t{1} << 12) / (width * sizeof(X)), 4, kAhead);
 }
 
 template <class X>
@@ -48,7 +48,7 @@ template <class X>
 struct PlainKeys {
   using Stored = X;
   static constexpr int64_t kVectors = 1;  // [D] a row
-  static constexpr int kSums = 8;         // at a time: enough to hide the latency of an addition
+  static constexpr int kTogether = 1;     // rows
   LSERVE_INLINE floats operator()(const X* row, int64_t, int64_t d) const { return load_part(row + d); }
 };
 
@@ -56,7 +56,7 @@ struct PlainKeys {
 struct GroupKeys {
   using Stored = uint8_t;
   static constexpr int64_t kVectors = 1;
-  static constexpr int kSums = 8;
+  static constexpr int kTogether = 2;
   const ChannelGrid& grid;
   LSERVE_INLINE floats operator()(const uint8_t* row, int64_t, int64_t d) const {
     const floats x = load_part(row + d) * load_part(grid.step + d) + load_part(grid.low + d), high = load_part(grid.high + d);
@@ -72,7 +72,7 @@ struct TokenGrid {
 struct TokenKeys {
   using Stored = uint8_t;
   static constexpr int64_t kVectors = 1;
-  static constexpr int kSums = 8;
+  static constexpr int kTogether = 2;
   const TokenGrid* grid;
   LSERVE_INLINE floats operator()(const uint8_t* row, int64_t i, int64_t d) const {
     return load_part(row + d) * grid[i].step + grid[i].min;
@@ -83,42 +83,52 @@ struct TokenKeys {
 struct Bounds {
   floats low, high;
 };
-LSERVE_INLINE floats product(Bounds x, floats q) {
-  return q * (bit_cast<ints>(q) < 0 ? x.low : x.high);
-}  // the greater of the two
+LSERVE_INLINE floats product(Bounds x, floats q) { return q * (q > 0 ? x.high : x.low); }  // the greater of the two
 
 template <class X>
 struct BoundKeys {
   using Stored = X;
   static constexpr int64_t kVectors = 2;
-  static constexpr int kSums = 4;  // eight, and what they are made of, are more than 16 registers
+  static constexpr int kTogether = 1;
   int64_t D;
   LSERVE_INLINE Bounds operator()(const X* row, int64_t, int64_t d) const {
     return {load_part(row + d), load_part(row + D + d)};
   }
 };
 
+// Row after row, because the CPU's own prefetchers follow one stream better than several; but two rows of codes, which are
+// short, because unpacking their grid binds. Two sums for each head hide the latency of an addition.
 template <int Heads, class Keys>
 LSERVE_INLINE void score_heads(const float* q, const Keys& keys, const void* const* rows, int64_t count, int64_t D, float* s) {
   using X = typename Keys::Stored;
-  constexpr int C = columns(Heads), R = Keys::kSums / C;
+  constexpr int C = columns(Heads), Together = Keys::kTogether, Parts = 2 / Together, R = std::max(4 / C, Together);
   const int64_t width = Keys::kVectors * D, ahead = rows_ahead<X>(width);
   for (int64_t i = 0; i < count; i += R) {
-    const X* row[R];
-    int64_t place[R];
-    for (int r = 0; r < R; ++r) place[r] = std::min(i + r, count - 1), row[r] = static_cast<const X*>(rows[place[r]]);
-    for (int r = 0; r < R; ++r) prefetch<X>(rows[place[r] + ahead], width);
-    floats acc[R][C] = {};
-    for (int64_t d = 0; d < D; d += kLanes) {
-      decltype(keys(row[0], 0, d)) x[R];
-      for (int r = 0; r < R; ++r) x[r] = keys(row[r], place[r], d);
-      for (int g = 0; g < Heads; ++g) {
-        const floats y = load_part(q + g * kMaxD + d);
-        for (int r = 0; r < R; ++r) acc[r][g] += product(x[r], y);
+    floats total[R * C] = {};
+    for (int first = 0; first < R; first += Together) {
+      const X* row[Together];
+      int64_t place[Together];
+      for (int r = 0; r < Together; ++r) {
+        place[r] = std::min(i + first + r, count - 1);
+        row[r] = static_cast<const X*>(rows[place[r]]);
+        prefetch<X>(rows[place[r] + ahead], width);
       }
+      floats acc[Together][Heads][Parts] = {};
+      for (int64_t d = 0; d < D; d += Parts * kLanes)
+        for (int part = 0; part < Parts; ++part) {
+          const int64_t channel = d + part * kLanes;
+          decltype(keys(row[0], 0, channel)) x[Together];
+          for (int r = 0; r < Together; ++r) x[r] = keys(row[r], place[r], channel);
+          for (int g = 0; g < Heads; ++g) {
+            const floats y = load_part(q + g * kMaxD + channel);
+            for (int r = 0; r < Together; ++r) acc[r][g][part] += product(x[r], y);
+          }
+        }
+      for (int r = 0; r < Together; ++r)
+        for (int g = 0; g < Heads; ++g)
+          total[(first + r) * C + g] = acc[r][g][0] + (Parts > 1 ? acc[r][g][Parts - 1] : floats{});
     }
-    const floats* all = acc[0];
-    for (int j = 0; j < Keys::kSums; j += 4) store_quad(s + i * C + j, sums(all[j], all[j + 1], all[j + 2], all[j + 3]));
+    for (int j = 0; j < R * C; j += 4) store_quad(s + i * C + j, sums(total[j], total[j + 1], total[j + 2], total[j + 3]));
   }
 }
 
@@ -153,12 +163,13 @@ LSERVE_INLINE void add_columns(const float* w, const void* const* rows, int64_t 
     for (int v = 0; v < Parts; ++v) store_part(acc + g * kMaxD + d + v * kLanes, sums[g][v]);
 }
 
+// A few rows at a time, 1 KiB: more of them are more streams, fewer are more loads and stores of the sums.
 template <int Heads, class X>
 LSERVE_INLINE void add_heads(const float* w, const void* const* rows, int64_t count, int64_t D, float* acc) {
-  constexpr int C = columns(Heads), Parts = Heads > 2 ? 2 : 4, kRows = 8;  // 16 channels or more: D is a multiple of 16
-  const int64_t ahead = rows_ahead<X>(D);
-  for (int64_t i = 0; i < count; i += kRows) {
-    const int64_t some = std::min<int64_t>(kRows, count - i);
+  constexpr int C = columns(Heads), Parts = Heads > 2 ? 2 : 4;  // 16 channels or more: D is a multiple of 16
+  const int64_t ahead = rows_ahead<X>(D), block = std::clamp<int64_t>((int64_t{1} << 10) / (D * sizeof(X)), 2, 8);
+  for (int64_t i = 0; i < count; i += block) {
+    const int64_t some = std::min(block, count - i);
     for (int64_t r = 0; r < some; ++r) prefetch<X>(rows[i + r + ahead], D);
     int64_t d = 0;
     for (; d + Parts * kLanes <= D; d += Parts * kLanes) add_columns<Heads, Parts, X>(w + i * C, rows + i, d, some, acc);
