@@ -115,7 +115,10 @@ class Slots:
         self.generation = 0
         """Changes when a slot is given to another page."""
         self.fetched = 0
-        """Pages that were copied into slots."""
+        """Pages that were copied into slots, as far as they have been counted, see `count_brought`."""
+        self._brought = torch.zeros((), dtype=torch.int64, device=device)
+        # The ids of copies beside, which must live until these are over.
+        self._ahead: tuple[Tensor, ...] | None = None
         self.wanted = 0
         """Pages that were wanted, of which those fetched had not been there."""
         self.rows = 0
@@ -176,6 +179,7 @@ class Slots:
             generation: when all of them were there. If it is still the same, nothing is to be done.
         """
         self.wanted += count
+        self.land()
         if self._is_settled and generation == self.generation:
             return
         src, dst = self._resolve(lists, block_table, slot_table, keep)
@@ -185,6 +189,26 @@ class Slots:
             self._pool.copy(src.view(-1), self.tensors, dst.view(-1))
             self.fetched += fetched
         self._is_settled = True
+
+    def bring_ahead(self, lists: Tensor, block_table: Tensor, slot_table: Tensor, keep: int) -> None:
+        """Begins a `fetch` beside what is computed from now on. The host asks nothing."""
+        self.land()
+        self.generation += 1
+        self._ahead = ()
+        src, dst = self.bring(lists, block_table, slot_table, keep, beside=True)
+        self._brought += (src >= 0).sum()
+        self._ahead = src, dst
+
+    def land(self) -> None:
+        """What is issued from now on begins after all that `bring_ahead` has begun."""
+        if self._ahead is not None:
+            self._pool.stream.join()
+            self._ahead = None
+
+    def count_brought(self) -> None:
+        """Counts what `bring_ahead` has copied. On a GPU this waits for the device."""
+        self.fetched += int(self._brought)
+        self._brought.zero_()
 
     def bring(
         self, lists: Tensor, block_table: Tensor, slot_table: Tensor, keep: int, beside: bool = False
@@ -215,6 +239,7 @@ class Slots:
     def copy_rows(self, packed: Packed, block_table: Tensor, slot_table: Tensor) -> None:
         """Copies tokens of pages [B, H, M] to slots for packed ones: from other slots, where many pages lie in some,
         the others from their home."""
+        self.land()
         P, found = self.tensors["k"].shape[1], packed.offset >= 0
         block = block_table.gather(2, packed.page)
         if self._pool.allocator.used < 4 * self.count:
@@ -384,6 +409,7 @@ class TieredPool(Pool):
 
     def traffic(self) -> Traffic:
         """Since the pool was made."""
+        self.slots.count_brought()
         home = (0, 0, 0) if self.home is None else (self.home.loaded, self.home.written, self.home.recomputed)
         return Traffic(self.slots.wanted, self.slots.fetched, *home, self.slots.rows)
 

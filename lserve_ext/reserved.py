@@ -129,6 +129,7 @@ class ReservedResident:
 
     def begin(self) -> None:
         """Decode is about to go on here; all slots are for pages."""
+        self._slots.land()
         self._slots.reserve(0)
         self._keep = self._slots.share(self._most)
 

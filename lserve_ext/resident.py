@@ -186,6 +186,7 @@ class Resident:
                 self._look_ahead()
             if whole:
                 out, lse = ops.decode(q, now, part, lens, scale=scale)
+                self._bring_ahead()
             else:
                 queries = slice(h.start * G, h.stop * G)
                 out[b, queries], lse[b, queries] = ops.decode(q[b, queries], now, part, lens, scale=scale)
@@ -217,21 +218,40 @@ class Resident:
     def _look_ahead(self) -> None:
         """Begins to read what the layer that comes next wanted in its last step, while this one computes. Which layer
         that is, the last step has shown."""
-        if self._pool.home is None or self._pool.home.tier is None:
-            return
         before, self._pool.attending = self._pool.attending, weakref.ref(self)
         last = None if before is None else before()
         if last is not None:
             last._following = weakref.ref(self)
-        following = self._following()
-        if following is not None and self._pool.phase == 3:
+        following, home = self._following(), self._pool.home
+        if following is not None and home is not None and home.tier is not None and self._pool.phase == 3:
             self._pool.read_ahead(following.likely())
+
+    def _bring_ahead(self) -> None:
+        """Where host memory is another one, begins to copy to the device what the layer that comes next wanted in its
+        last step: after this layer's attention, and while the rest of it computes."""
+        following = self._following()
+        if following is None or self._pool.slabs is None:
+            return
+        last, slots = following._last, self._slots
+        total = sum(map(sum, last.needs))
+        if following._selects_next or last.packs or total > slots.count or last.generation == slots.generation:
+            return
+        assert last.key is not None
+        table = last.key.block_table
+        slots.bring_ahead(last.pages, table, last.key.slot_table[..., : table.shape[2]], slots.share(total))
+        last.generation = slots.generation
+
+    @property
+    def _selects_next(self) -> bool:
+        """Whether the next step will want other pages than the last one, as far as that is known."""
+        key = self._last.key
+        return key is None or (key.lists is not None and self._served >= self._reuse_interval)
 
     def likely(self) -> np.ndarray:
         """Blocks [N] that the layer's next step will want, as far as that is known: those of the last one, unless it
         selects other pages. (Other tokens mostly lie in the same pages.)"""
         last, key = self._last, self._last.key
-        if key is None or (key.lists is not None and not self._packs and self._served >= self._reuse_interval):
+        if key is None or (self._selects_next and not self._packs):
             return np.zeros(0, np.int64)
         if last.blocks is None:
             found = [key.block_table.gather(2, last.pages.clamp(min=0).long())[last.pages >= 0]]
@@ -277,8 +297,8 @@ class Resident:
         keep = slots.share(total)
         if total <= slots.count and heads >= B * H:
             slots.fetch(wanted.pages, kv.block_table, slot_table, total, keep, wanted.generation)
-            yield slice(0, B), slice(0, H), over(kv, tensors, slot_table)
             wanted.generation = slots.generation
+            yield slice(0, B), slice(0, H), over(kv, tensors, slot_table)
             return
         for b, h in parts(wanted.needs, H, slots.count, heads):
             count = sum(sum(need[h]) for need in wanted.needs[b])

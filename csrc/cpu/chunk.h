@@ -50,8 +50,10 @@ struct Chunk {
       const int64_t group = grouped ? (run.offset + i) / kv.L : 0;
       next = grouped ? std::min(run.count, (group + 1) * kv.L - run.offset) : run.count;
       const void* grid = grouped ? at(run.stats, group * 2 * kv.D, width(kv.dtype)) : nullptr;
-      if (spans.empty() || spans.back().floating != run.floating || spans.back().grid != grid)
+      if (spans.empty() || spans.back().floating != run.floating || spans.back().grid != grid) {
         spans.push_back({count + i, 0, run.floating, grid});
+        if (grid) prefetch<char>(grid, 2 * kv.D * width(kv.dtype));
+      }
       spans.back().count += next - i;
     }
     count += run.count;
