@@ -145,21 +145,17 @@ void decode_typed(const DecodeArgs& a) {
   const auto head_of = [&](int64_t c) { return std::upper_bound(first.begin(), first.end(), c) - first.begin() - 1; };
   parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(G, chunk_tokens(a.rule));
-    Chunk now(chunk_tokens(a.rule)), next(chunk_tokens(a.rule));
+    const Chunk empty(chunk_tokens(a.rule));
     const auto load = [&](int64_t c, Chunk& chunk) {
       const int64_t i = head_of(c), b = i / kv.H, from = (c - first[i]) * per_chunk;
       chunk.load(kv, a.rule, all[i], b, i % kv.H, from, std::min<int64_t>(from + per_chunk, all[i].count()), a.seq_lens[b] - 1);
     };
-    load(begin, next);
-    for (int64_t c = begin; c < end; ++c) {
-      std::swap(now, next);
-      next.count = 0;
-      if (c + 1 < end) load(c + 1, next);
+    in_turn(begin, end, empty, empty, load, [&](int64_t c, Chunk& now, const Chunk& next) {
       follow(now.k, now.count, now.v, now.count);
       follow(now.v, now.count, next.k, next.count);
       const int64_t i = head_of(c);
       decode_chunk<T>(a, now, i / kv.H, i % kv.H, scratch, outs.get() + c * G * D, lses.get() + c * G);
-    }
+    });
   });
 
   const int64_t grain = 1 + (1 << 14) / (G * D);  // heads: a thread that is woken for less costs more than it does

@@ -3,6 +3,7 @@
 // Scores stand row by row, s [rows, columns(heads)], so that one register holds those of several heads.
 #pragma once
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "unpack.h"
@@ -31,6 +32,19 @@ inline void follow(std::vector<const void*>& rows, int64_t count, const std::vec
   const int64_t some = std::min(n, kAhead);
   std::copy_n(next.begin(), some, rows.begin() + count);
   if (count + some > 0) std::fill_n(rows.begin() + count + some, kAhead - some, rows[count + some - 1]);
+}
+
+// Units of work [first, last), each loaded while the one before it is about to be used: load(i, unit), and then
+// use(i, unit, the next one). X has a count of rows, 0: none.
+template <class X, class Load, class Use>
+void in_turn(int64_t first, int64_t last, X now, X next, Load load, Use use) {
+  load(first, next);
+  for (int64_t i = first; i < last; ++i) {
+    std::swap(now, next);
+    next.count = 0;
+    if (i + 1 < last) load(i + 1, next);
+    use(i, now, next);
+  }
 }
 
 // Query heads [G, kMaxD], scaled.

@@ -141,19 +141,16 @@ void mass_of_step(const MassArgs& a, const std::vector<Unit>& units) {
   const Paged& kv = a.kv;
   const int64_t D = kv.D, G = a.G, tokens = chunk_tokens(a.rule);
   parallel_for(static_cast<int64_t>(units.size()), 1, [&](int64_t begin, int64_t end) {
-    Chunk now(tokens), next(tokens);
+    const Chunk empty(tokens);
     ChannelGrid grid;
     std::vector<float> q(G * kMaxD), s((tokens + 16) * kHeads), sums(tokens + 16);
-    const auto load = [&](const Unit& u, Chunk& chunk) {
+    const auto load = [&](int64_t i, Chunk& chunk) {
+      const Unit& u = units[i];
       const int64_t t = a.seq_lens[u.b] - 1;
       const Entries e = mass_entries(a, u.b, u.h, t);
       chunk.load(kv, a.rule, e, u.b, u.h, u.first, std::min<int64_t>(u.last, e.count()), t);
     };
-    load(units[begin], next);
-    for (int64_t i = begin; i < end; ++i) {
-      std::swap(now, next);
-      next.count = 0;
-      if (i + 1 < end) load(units[i + 1], next);
+    in_turn(begin, end, empty, empty, load, [&](int64_t i, Chunk& now, const Chunk& next) {
       follow(now.k, now.count, next.k, next.count);
       const Unit& u = units[i];
       load_query(static_cast<const T*>(a.q.data) + u.b * a.q.stride0 + u.h * G * a.q.stride2, a.q.stride2, G, D, a.scale,
@@ -170,7 +167,7 @@ void mass_of_step(const MassArgs& a, const std::vector<Unit>& units) {
         sum_weights(heads, s.data(), now.count, lse, sums.data());
         for (int64_t j = 0; j < now.count; ++j) mass[now.position[j]] += sums[j];
       }
-    }
+    });
   });
 }
 

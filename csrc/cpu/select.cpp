@@ -118,17 +118,13 @@ void page_scores(const PageScoresArgs& a) {
       }
     };
     parallel_for(a.B * a.H * units, 1, [&](int64_t first, int64_t last) {
-      Unit now, next;
-      for (Unit* unit : {&now, &next}) unit->stats.resize(pages * a.groups + kAhead);
+      Unit empty{};
+      empty.stats.resize(pages * a.groups + kAhead);
       std::vector<float> q(kHeads * kMaxD), s((pages * a.groups + 8) * kHeads);
-      load(first, next);
-      for (int64_t i = first; i < last; ++i) {
-        std::swap(now, next);
-        next.count = 0;
-        if (i + 1 < last) load(i + 1, next);
+      in_turn(first, last, empty, empty, load, [&](int64_t, Unit& now, const Unit& next) {
         follow(now.stats, now.count, next.stats, next.count);
         score_pages<T>(a, now, q.data(), s.data());
-      }
+      });
     });
   });
 }

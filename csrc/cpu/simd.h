@@ -232,9 +232,6 @@ LSERVE_INLINE float fold(f32x16 x, Fold f) {
     for (int i = 0; i < n; ++i) x.part[i] = f(x.part[i], x.part[i + n]);
   return fold(x.part[0], f);
 }
-LSERVE_INLINE float sum(floats x) {
-  return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return a + b; });
-}
 LSERVE_INLINE float sum(f32x16 x) {
   return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return a + b; });
 }
