@@ -269,27 +269,34 @@ def test_a_step_that_wants_more_than_there_is_finds_some_of_it() -> None:
 
 @pytest.mark.parametrize("name", ["dense", "dense-int8"])
 def test_the_next_layer_is_brought_beside(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: while a layer computes, what the next one wanted is copied; then that one finds all of it."""
+    """As on a GPU: while a layer computes, what the next one wanted is copied. That one finds all of it, and mostly
+    does not look."""
     monkeypatch.setattr(placement, "is_far", lambda like: True)
     model = _tiny.llama(layers=4, attn_implementation="lserve")
     ids = torch.randint(0, 258, (1, 160), generator=torch.Generator().manual_seed(0))
     unlimited, cache = model_cache(model, name, None), model_cache(model, name, 0.6)
-    missed: list[int] = []  # of each fetch
-    fetch = placement.Slots.fetch
+    missed, looked = list[int](), list[int]()  # of each fetch
+    fetch, resolve, resolved = placement.Slots.fetch, placement.Slots._resolve, [0]
 
     def spy(self: placement.Slots, *args: Any) -> None:
-        before = self.fetched
+        before = self.fetched, resolved[0]
         fetch(self, *args)
-        missed.append(self.fetched - before)
+        missed.append(self.fetched - before[0])
+        looked.append(resolved[0] - before[1])
+
+    def count(self: placement.Slots, *args: Any) -> Any:
+        resolved[0] += 1
+        return resolve(self, *args)
 
     monkeypatch.setattr(placement.Slots, "fetch", spy)
+    monkeypatch.setattr(placement.Slots, "_resolve", count)
     with torch.no_grad():
         for i in range(100, 160):
             part = ids[:, :100] if i == 100 else ids[:, i : i + 1]
             found = [model(part, use_cache=True, **_tiny.cached(c)).logits for c in (unlimited, cache)]
             assert torch.equal(*found)
     fetched = cache.traffic().fetched
-    assert fetched > 60 and sum(missed[-160:]) < 0.2 * fetched
+    assert fetched > 60 and sum(missed[-160:]) < 0.2 * fetched and sum(looked[-160:]) < 60
 
 
 @pytest.mark.parametrize("far", [False, True])
