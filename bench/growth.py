@@ -7,6 +7,8 @@ A layer is filled with random keys and values, and decodes; what a step takes is
 selection, the calls of Python included, and medians of these are compared. Before each step the same threads sum
 memory that no cache holds, which leaves the caches cold and gives the rate that the limit is taken from: the time that
 keys, values, scales and statistics take at it, where lists are read that were selected once in `reuse_interval` steps.
+Beside them stands torch's SDPA over as many contiguous keys and values, and SDPA with the query heads of a group as
+rows of one, which is the best that torch does.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from lserve_ext import SparseConfig, __version__
 from lserve_ext.cache import LayerCache
@@ -71,18 +75,38 @@ def filled(config: SparseConfig, streaming: int, tokens: int, dtype: torch.dtype
     return layer
 
 
-def measure(layer: LayerCache, rounds: int, machine: Machine) -> dict[str, float]:
-    """Seconds of a step and at best."""
-    q, k, v = (torch.randn(1, heads, D).to(layer.dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
+def timed(step: Callable[[], Any], count: int, machine: Machine) -> tuple[list[float], float]:
+    """Seconds of each step, and bytes a second of sums in between."""
     steps, rates = [], []
-    for _ in range((rounds + 1) * layer.config.reuse_interval):
+    for _ in range(count):
         rates.append(machine.bandwidth())
-        steps.append(machine.seconds(lambda: layer.attend(q, k, v, [1], D**-0.5)))
+        steps.append(machine.seconds(step))
+    return steps, median(rates)
+
+
+def measure(layer: LayerCache, rounds: int, machine: Machine) -> dict[str, float]:
+    q, k, v = (torch.randn(1, heads, D).to(layer.dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
     size = layer.config.reuse_interval
+    steps, rate = timed(lambda: layer.attend(q, k, v, [1], D**-0.5), (rounds + 1) * size, machine)
     shared = [mean(steps[i : i + size]) for i in range(size, len(steps), size)]  # the first ones warm up
     attended, read = layer.attended()[0], layer.read_bytes()
-    found = {"step_us": median(shared) * 1e6, "limit_us": read / median(rates) * 1e6, "bytes": read}
+    found = {"step_us": median(shared) * 1e6, "limit_us": read / rate * 1e6, "bytes": read}
     return found | {"attended": attended, "selecting_us": median(steps[size::size]) * 1e6}
+
+
+def measure_peers(tokens: int, dtype: torch.dtype, rounds: int, machine: Machine) -> dict[str, dict[str, float]]:
+    q = torch.randn(1, HEADS, 1, D).to(dtype)
+    some = torch.randn(1, KV_HEADS, 1024, D).to(dtype)
+    k, v = (some.repeat(1, 1, -(-tokens // 1024), 1)[:, :, :tokens].contiguous() for _ in "kv")
+    found = {}
+    for name, step in {
+        "SDPA": lambda: sdpa(q, k, v, enable_gqa=True),
+        "SDPA grouped": lambda: sdpa(q.view(1, KV_HEADS, -1, D), k, v),
+    }.items():
+        steps, rate = timed(step, rounds + 1, machine)
+        read = k.nbytes + v.nbytes
+        found[name] = {"step_us": median(steps[1:]) * 1e6, "limit_us": read / rate * 1e6, "bytes": read}
+    return found
 
 
 def slope(results: list[dict[str, Any]], least: int) -> float:
@@ -122,10 +146,13 @@ def main() -> None:
 
     torch.manual_seed(0)
     machine, results = Machine(COLD, "cpu"), []
+    dtype = getattr(torch, options.dtype)
     for tokens in options.tokens:
+        for name, found in measure_peers(tokens, dtype, options.rounds, machine).items():
+            results.append({"config": name, "tokens": tokens} | found)
         for name, (config, streaming) in CONFIGS.items():
             if options.only in name:
-                layer = filled(config, streaming, tokens, getattr(torch, options.dtype))
+                layer = filled(config, streaming, tokens, dtype)
                 results.append({"config": name, "tokens": tokens} | measure(layer, options.rounds, machine))
                 del layer
     names = list(dict.fromkeys(r["config"] for r in results))
@@ -136,6 +163,12 @@ def main() -> None:
         of = [r for r in results if r["config"] == name]
         cells = [f"{r['step_us'] / 1e3:.3f} ({r['limit_us'] / r['step_us']:.0%})" for r in of]
         rows.append([name, *cells, f"{slope(of, 32768):.2f}"])
+    print(table(rows))
+    rows = [["times as fast as SDPA, SDPA grouped", *(f"{tokens:,}" for tokens in options.tokens)]]
+    took = {(r["config"], r["tokens"]): r["step_us"] for r in results}
+    for name in names[2:]:
+        speeds = ([took[peer, n] / took[name, n] for peer in names[:2]] for n in options.tokens)
+        rows.append([name, *(f"{one:.3g}, {grouped:.3g}" for one, grouped in speeds)])
     print(table(rows))
     head = {"lserve_ext": __version__, "torch": torch.__version__, "dtype": options.dtype, "shape": "llama-3-8b"}
     head |= {"machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}

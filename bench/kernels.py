@@ -340,28 +340,29 @@ def attention_mass(layer: Layer, variant: str) -> Work:
     return Work(call, reads, 4 * layer.B * layer.H * layer.n, 2 * layer.n * q.numel())
 
 
-@case("dense", "streaming", "chunk")
+@case("dense", "half", "streaming", "chunk")
 def prefill(layer: Layer, variant: str) -> Work:
-    """A prompt without a cache (causal, or sink and local only), or a chunk over a full cache."""
+    """A prompt without a cache (causal; or sink and local only, in half of the heads or all), or a chunk over one."""
     kv, lengths, held, n, peers = None, None, 0, layer.prompt, dict[str, Call]()
     if variant == "chunk":
         kv, lengths, held, n = layer.kv(), layer.lengths, layer.n, CHUNK
     q, k, v, cu = layer.packed(n)
-    window, sink = (LOCAL, SINK) if variant == "streaming" else (DENSE, 0)
+    streaming = {"half": layer.H // 2, "streaming": layer.H}.get(variant, 0)
+    windows = torch.tensor([LOCAL] * streaming + [DENSE] * (layer.H - streaming))
     t = torch.arange(held, held + n)
-    first = (t // P - window + 1).clamp(min=0)  # local page of each query
-    attended = int((t + 1 - (first - first.clamp(max=sink)) * P).sum())
-    if variant == "dense":
+    first = (t // P - windows[:, None] + 1).clamp(min=0)  # local page of each head and query
+    attended = float((t + 1 - (first - first.clamp(max=SINK)) * P).sum()) / layer.H
+    if variant in ("dense", "half"):
         qs, ks, vs = (x.unflatten(0, (layer.B, n)).transpose(1, 2) for x in (q, k, v))
-        peers["SDPA causal"] = lambda: sdpa(qs, ks, vs, is_causal=True, enable_gqa=True)
+        name = "SDPA causal" if variant == "dense" else "SDPA causal, all heads dense"
+        peers[name] = lambda: sdpa(qs, ks, vs, is_causal=True, enable_gqa=True)
+    if variant == "dense":
         peers |= installed_peers(layer, qs, ks, vs, causal=True)
     return Work(
-        partial(
-            ops.prefill, q, k, v, cu, cu, Mask(layer.ints([window] * layer.H), sink=sink), kv, lengths, page_size=P
-        ),
+        partial(ops.prefill, q, k, v, cu, cu, Mask(layer.ints(windows), sink=SINK), kv, lengths, page_size=P),
         reads=size(q, k, v) + (layer.read(kv, held) if kv else 0),
         writes=size(q),
-        flops=4 * attended * q.numel() // n,
+        flops=round(4 * attended * q.numel() / n),
         peers=peers,
     )
 
