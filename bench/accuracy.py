@@ -1,7 +1,8 @@
 """What each choice costs in accuracy: budgets, page sizes, scorers, reuse, INT8, and which heads stream.
 
     python bench/accuracy.py --save                SmolLM2, 192 positions after 4,096 and 7,900 tokens of a text;
-                                                   goes on with bench/results/accuracy.json, if there is one
+                                                   goes on with bench/results/accuracy.json, if there is one, and
+                                                   draws pareto.png beside it
     python bench/accuracy.py --only moments --lengths 4096
 
 `lserve eval` does the same for presets and models of yours.
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from lserve_ext import HeadPattern, SparseConfig, models
 from lserve_ext.doctor import table
+from lserve_ext.eval import plots
 from lserve_ext.eval.evaluate import Evaluation, Settings, summary
 
 
@@ -63,6 +65,8 @@ def main() -> None:
     results = Evaluation(model, tokenizer, asked, settings, out).run()
     for length in options.lengths:
         print(f"\n{length:,} tokens\n\n{table(summary(results, length))}")
+    if options.save:
+        plots.save(results, out.parent)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@
 
 Every run reads the same text: a prompt in chunks, whose time is that to the first token, then one token at a time.
 Runs take turns at each chunk and each step, so that what else the machine does meets all of them; medians count.
-`Dynamic` and `Static` are transformers' caches with SDPA. `reserved` is ours with `max_tokens`; `compiled` is
+`Dynamic` and `Static` are transformers' caches with SDPA, `FP8` its QuantizedCache of 8 bits, and `llama.cpp`, where
+llama-cpp-python is installed, has the same float32 weights and FlashAttention over keys and values of 16 bits or of
+q8_0. `reserved` is ours with `max_tokens`; `compiled` is
 torch.compile of the model's forward (inductor, fullgraph), and `graph`, on a GPU, CUDA graphs of it as it is. With
 --random, weights and text are random, on which speed does not depend, and so is which half of the heads streams. The
 limit is the time in which a step's bytes can be read at all, by the bandwidth measured in the same run: all weights,
@@ -25,17 +27,18 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import llama_peer
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
 
 from lserve_ext import HeadPattern, SparseCache, SparseConfig, __version__, models, ops
 from lserve_ext.eval import tasks
@@ -108,8 +111,13 @@ class Run:
         return machine.seconds(lambda: (self.model if prefill else self.forward)(ids, **options, logits_to_keep=1))
 
 
-def runs(model: Any, sdpa: Any, presets: dict[str, SparseConfig], tokens: int, compile_too: bool,
-         only: list[str]) -> list[Run]:  # fmt: skip
+class LlamaRun(Run):
+    def step(self, machine: Machine, ids: Tensor, position: int, prefill: bool = False) -> float:
+        return machine.seconds(lambda: self.cache.step(ids))
+
+
+def runs(model: Any, sdpa: Any, presets: dict[str, SparseConfig], tokens: int, options: argparse.Namespace
+         ) -> list[Run]:  # fmt: skip
     config, room = model.config, tokens + 128
 
     def compiled(which: Any) -> Callable[..., Any]:
@@ -120,18 +128,25 @@ def runs(model: Any, sdpa: Any, presets: dict[str, SparseConfig], tokens: int, c
         return StaticCache(config=config, max_cache_len=room)
 
     found = [Run("Dynamic", sdpa, DynamicCache(config=config), sdpa), Run("Static", sdpa, static(), sdpa)]
-    if compile_too:
+    with suppress(ValueError):  # transformers has no such backend yet
+        found.append(Run("FP8", sdpa, QuantizedCache("fp8", config=config), sdpa))
+    if options.device == "cpu" and not options.model and not options.random and model.dtype == torch.float32:
+        for kv in ("f16", "q8_0") if any("llama.cpp".find(word) >= 0 for word in options.only) else ():
+            with suppress(ImportError):
+                peer = llama_peer.LlamaCpp(room, options.chunk, kv, torch.get_num_threads())
+                found.append(LlamaRun(f"llama.cpp, {kv}", None, peer, peer.step))
+    if options.compile:
         found.append(Run("Static, compiled", sdpa, static(), compiled(sdpa)))
     for name, preset in presets.items():
         reserved = preset.replace(max_tokens=room)
         found.append(Run(name, model, SparseCache(config, preset), model))
         found.append(Run(f"{name}, reserved", model, SparseCache(config, reserved), model))
-        if compile_too and name in COMPILED:
+        if options.compile and name in COMPILED:
             found.append(Run(f"{name}, compiled", model, SparseCache(config, reserved), compiled(model)))
         if model.device.type == "cuda":
             ages = preset.reuse_interval if preset.selects else 1
             found.append(Run(f"{name}, graph", model, SparseCache(config, reserved), Graphed(model, ages)))
-    return [run for run in found if run.name == "Dynamic" or any(word in run.name for word in only)]
+    return [run for run in found if run.name == "Dynamic" or any(word in run.name for word in options.only)]
 
 
 @contextmanager
@@ -167,13 +182,19 @@ def attended_bytes(run: Run) -> int:
         pools = [layer.kv.kv for layer in run.cache.ours if layer.kv is not None]
         row = sum(2 * kv.k_pool.shape[2] * kv.k_pool.element_size() * kv.block_table.shape[1] for kv in pools)
         return int(row * run.cache.get_seq_length() * some / max(all_, 1))
-    return sum(x.nbytes for layer in run.cache.layers for x in (layer.keys, layer.values))
+    if isinstance(run.cache, llama_peer.LlamaCpp):
+        return run.cache.read_bytes()
+    found = 0
+    for layer in run.cache.layers:
+        quantised = getattr(layer, "_quantized_keys", None), getattr(layer, "_quantized_values", None)
+        found += sum(x[0].nbytes for x in quantised if x is not None) + layer.keys.nbytes + layer.values.nbytes
+    return found
 
 
 @torch.inference_mode()
 def measure(model: Any, sdpa: Any, presets: dict[str, SparseConfig], ids: Tensor, tokens: int,
             options: argparse.Namespace) -> list[dict[str, Any]]:  # fmt: skip
-    found = runs(model, sdpa, presets, tokens, options.compile, options.only)
+    found = runs(model, sdpa, presets, tokens, options)
     machine, rates = Machine(256 << 20, options.device), list[float]()
     for first in tqdm(range(0, tokens, options.chunk), desc=f"{tokens} tokens: prefill"):
         part = ids[:, first : min(first + options.chunk, tokens)]

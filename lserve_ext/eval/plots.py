@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,10 @@ def save(results: Sequence[Result], folder: Path) -> list[Path]:
 
 
 def _pareto(results: Sequence[Result]) -> Any:
-    """KL against bytes read, a panel a length. The first config is what the others are compared with."""
+    """KL against bytes read, a panel a length, and those that none beats in both. The first config is what the others
+    are compared with; those whose names agree up to a comma have a colour in common."""
+    from matplotlib import ticker
+
     of_text = [result for result in results if result["task"] == TEXT]
     lengths = sorted({result["length"] for result in of_text})
     if not lengths:
@@ -40,13 +44,23 @@ def _pareto(results: Sequence[Result]) -> Any:
     for panel, length in zip(panels, lengths, strict=True):
         here = [result for result in of_text if result["length"] == length and result["sample"] == 0]
         dense, others = here[0], here[1:]
+        points = defaultdict[str, list[tuple[float, float]]](list)
         for result in others:
-            share = result["read_bytes"] / dense["read_bytes"]
-            panel.loglog(share, max(result["kl"], 1e-7), "o")
-            panel.annotate(result["config"], (share, max(result["kl"], 1e-7)), fontsize=7, xytext=(4, 2),
-                           textcoords="offset points")  # fmt: skip
-        panel.set(title=f"{length:,} tokens", xlabel=f"KV bytes read a step, {dense['config']} = 1")
+            family = result["config"].partition(",")[0]
+            points[family].append((result["read_bytes"] / dense["read_bytes"], max(result["kl"], 1e-7)))
+        for i, (family, of) in enumerate(points.items()):
+            panel.loglog(*zip(*of, strict=True), "osD^v<>ph*"[i % 10], label=family, alpha=0.8)
+        front: list[tuple[float, float]] = []
+        for share, kl in sorted(point for of in points.values() for point in of):
+            if not front or kl < front[-1][1]:
+                front.append((share, kl))
+        panel.step(*zip(*front, strict=True), "k:", where="post", linewidth=1)
+        panel.set(title=f"{length:,} tokens", xlabel=f"KV bytes that a step reads, of {dense['config']}'s")
+        panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(ticker.PercentFormatter(1))
+        panel.xaxis.set_minor_formatter(ticker.NullFormatter())
     panels[0].set_ylabel(f"KL to {of_text[0]['config']}, nats")
+    panels[-1].legend(fontsize=7)
     return figure
 
 
