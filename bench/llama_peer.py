@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +39,11 @@ def in_float32(source: Path, target: Path) -> None:
         write()
 
 
+def free(lib: Any, context: Any, model: Any) -> None:
+    lib.llama_free(context)
+    lib.llama_model_free(model)
+
+
 class LlamaCpp:
     """A context of llama.cpp, which keeps its own KV cache.
 
@@ -53,6 +61,8 @@ class LlamaCpp:
         import llama_cpp
 
         self.lib, self.held, self.kv = llama_cpp, 0, kv
+        self.quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(self.quiet, None)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
             in_float32(models.smollm2_path(), path)
@@ -67,6 +77,7 @@ class LlamaCpp:
         self.context = llama_cpp.llama_init_from_model(self.model, options)
         if not self.model or not self.context:
             raise RuntimeError(f"llama.cpp made no context for {tokens} tokens of {kv}")
+        weakref.finalize(self, free, llama_cpp, self.context, self.model)
 
     def read_bytes(self) -> int:
         """Keys and values that are held."""
@@ -78,16 +89,10 @@ class LlamaCpp:
     def step(self, ids: Tensor) -> Tensor:
         """Logits [vocabulary] of the last of new tokens, ids [1, n]."""
         tokens = np.ascontiguousarray(ids[0].numpy(), np.int32)
-        pointer = tokens.ctypes.data_as(self.lib.POINTER(self.lib.llama_token))
+        pointer = tokens.ctypes.data_as(ctypes.POINTER(self.lib.llama_token))
         code = self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(pointer, len(tokens)))
         if code:
             raise RuntimeError(f"llama_decode: {code}")
         self.held += len(tokens)
         count = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
         return torch.from_numpy(np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, -1), (count,)))
-
-    def __del__(self) -> None:
-        if getattr(self, "context", None):
-            self.lib.llama_free(self.context)
-        if getattr(self, "model", None):
-            self.lib.llama_model_free(self.model)

@@ -51,6 +51,72 @@ def three_heads(shape: Shape, lengths: list[int], device: str, *, strided: bool 
     return free_past(case, 1, WINDOW, SINK), case.windows(DENSE, WINDOW, 0), lists, start
 
 
+# ---------------------------------------------------------------------------------------------- INT8 keys
+
+INT8 = [shape for shape in SHAPES if shape.kv_dtype == "int8"]
+
+
+def one_hot(case: Case, rows: int, first: int) -> Tensor:
+    """Queries [rows, Hq, D], each of another channel: a logit is that channel of a key, in whatever order one sums."""
+    heads, D = case.heads * case.shape.group, case.shape.head_dim
+    channels = (torch.arange(rows)[:, None] * heads + torch.arange(heads) + first) % D
+    one_hots = torch.nn.functional.one_hot(channels, D)
+    return one_hots.to(device=case.lengths.device, dtype=case.shape.dtype)
+
+
+def dequantized(kv: PagedKV, dtype: torch.dtype) -> PagedKV:
+    """The cache with what `dequantize_kv` makes of its pools, statistics in `dtype` too."""
+    assert kv.scales is not None
+    P, D = kv.k_pool.shape[1:]
+    slots, blocks = (table[kv.slot_table >= 0].long() for table in (kv.slot_table, kv.block_table))
+    stats = None if kv.stats is None else kv.stats.to(dtype)
+    k, v = (torch.full((len(kv.k_pool), P, D), math.nan, dtype=dtype, device=kv.k_pool.device) for _ in "kv")
+    of = None if stats is None else stats[blocks]
+    k[slots], v[slots] = ops.dequantize_kv(kv.k_pool[slots], kv.v_pool[slots], of, kv.scales[slots], dtype)
+    return kv._replace(k_pool=k, v_pool=v, scales=None, stats=stats)
+
+
+@pytest.mark.parametrize("shape", INT8, ids=str)
+def test_decode_reads_the_keys_of_dequantize_kv(shape: Shape, device: str) -> None:
+    """A sequence for each token of a page, which attends it and raw ones without weight: lse is a channel of its key,
+    to the bit on a CPU, where keys are not rounded to 16 bits."""
+    P, D = shape.page_size, shape.head_dim
+    case = build(shape, [2 * P], device=device)
+    whole = dequantized(case.kv, F32)
+    k = whole.k_pool[whole.slot_table[0, :, 0].long()]  # [H, P, D]
+    low = torch.full((P, case.heads, 2 * P, D), -3e4, dtype=shape.dtype, device=device)
+    tables = {name: getattr(case.kv, name).repeat(P, 1, 1) for name in ("block_table", "slot_table")}
+    kv = case.kv._replace(**tables, residual_k=low, residual_v=low.clone(), sealed=case.kv.sealed.repeat(P))
+    lists = torch.arange(P, dtype=torch.int32, device=device)[:, None, None].repeat(1, case.heads, 1)
+    mask = Mask(case.windows(0, 0, 0), lists, ints([P] * P, device), unit=1)
+    for first in range(0, D, case.heads * shape.group):
+        q = one_hot(case, 1, first).repeat(P, 1, 1)
+        _, lse = ops.decode(q, mask, kv, ints([2 * P] * P, device), scale=1.0)
+        of_head = q.unflatten(1, (case.heads, -1)).float() @ k.transpose(1, 2)  # [token, H, G, P]
+        expected = of_head.diagonal(dim1=0, dim2=3).permute(2, 0, 1).flatten(1)
+        exact = {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 1e-6, "atol": 1e-6}
+        torch.testing.assert_close(lse, expected, **exact)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in INT8 if shape.dtype == F32], ids=str)
+def test_all_read_the_same_key(shape: Shape, device: str) -> None:
+    """Decode, prefill and attention_mass, over codes and over what dequantize_kv makes of them: equal to the bit."""
+    case, windows, lists, start = three_heads(shape, awkward_lengths(shape.page_size), device)
+    both, rows = (case.kv, dequantized(case.kv, F32)), 2
+    mask, chunk_mask = Mask(windows, lists, start, sink=SINK), Mask(case.windows(DENSE, WINDOW, DENSE), sink=SINK)
+    cu = ints(range(0, rows * case.batch + 1, rows), device)
+    new = normal(5, rows * case.batch, case.heads, shape.head_dim, device=device)
+    for first in range(0, shape.head_dim, case.heads * shape.group):
+        q = one_hot(case, case.batch, first)
+        lse, of_plain = (ops.decode(q, mask, kv, case.lengths)[1] for kv in both)
+        assert same_bits(lse, of_plain)
+        mass = [ops.attention_mass(q[:, None], lse[:, None], mask, kv, case.lengths) for kv in both]
+        assert same_bits(*mass)
+        q = one_hot(case, rows * case.batch, first)
+        chunks = [ops.prefill(q, new, new, cu, cu, chunk_mask, kv, case.lengths)[1] for kv in both]
+        assert same_bits(*chunks)
+
+
 # ---------------------------------------------------------------------------------------------- decode
 
 
