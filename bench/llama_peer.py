@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import tempfile
 import weakref
 from pathlib import Path
@@ -39,6 +40,12 @@ def in_float32(source: Path, target: Path) -> None:
         write()
 
 
+@functools.cache
+def quiet(lib: Any) -> Any:
+    """A logger that says nothing, kept for as long as the library may call it."""
+    return lib.llama_log_callback(lambda level, text, data: None)
+
+
 def free(lib: Any, context: Any, model: Any) -> None:
     lib.llama_free(context)
     lib.llama_model_free(model)
@@ -61,8 +68,7 @@ class LlamaCpp:
         import llama_cpp
 
         self.lib, self.held, self.kv = llama_cpp, 0, kv
-        self.quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(self.quiet, None)
+        llama_cpp.llama_log_set(quiet(llama_cpp), None)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
             in_float32(models.smollm2_path(), path)
