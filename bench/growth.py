@@ -26,6 +26,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from lserve_ext import SparseConfig, __version__
+from lserve_ext.blocks import empty_blocks
 from lserve_ext.cache import LayerCache
 from lserve_ext.doctor import table
 from lserve_ext.machine import Machine
@@ -96,8 +97,8 @@ def measure(layer: LayerCache, rounds: int, machine: Machine) -> dict[str, float
 
 def measure_peers(tokens: int, dtype: torch.dtype, rounds: int, machine: Machine) -> dict[str, dict[str, float]]:
     q = torch.randn(1, HEADS, 1, D).to(dtype)
-    some = torch.randn(1, KV_HEADS, 1024, D).to(dtype)
-    k, v = (some.repeat(1, 1, -(-tokens // 1024), 1)[:, :, :tokens].contiguous() for _ in "kv")
+    # In memory as caches have it.
+    k, v = (empty_blocks(torch.empty(0, KV_HEADS, tokens, D, dtype=dtype), 1).normal_() for _ in "kv")
     found = {}
     for name, step in {
         "SDPA": lambda: sdpa(q, k, v, enable_gqa=True),

@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from lserve_ext import __version__, ops
+from lserve_ext.blocks import empty_blocks
 from lserve_ext.machine import Machine
 from lserve_ext.ops import DENSE, Mask, PagedKV
 
@@ -74,6 +75,11 @@ def size(*tensors: Tensor | None) -> int:
     return sum(t.nbytes for t in tensors if t is not None)
 
 
+def held(x: Tensor) -> Tensor:
+    """A copy in memory as caches have it."""
+    return empty_blocks(x, len(x)).copy_(x)
+
+
 class Layer:
     """One attention layer's full cache.
 
@@ -86,7 +92,7 @@ class Layer:
         self.B, self.n, self.M, self.prompt = batch, tokens, tokens // P, min(prompt, tokens) // P * P
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.int8, self.device = kv == "int8", device
-        self.k, self.v = (self.normal(batch, self.H, tokens, self.D) for _ in "kv")
+        self.k, self.v = (held(self.normal(batch, self.H, tokens, self.D)) for _ in "kv")
         self.residual_k, self.residual_v = (self.normal(batch, self.H, 2 * P, self.D) for _ in "kv")
         self.k_pages, self.v_pages = self.k.view(-1, P, self.D), self.v.view(-1, P, self.D)
         heads = torch.arange(batch * self.H, device=device).view(batch, self.H, 1)
@@ -105,13 +111,13 @@ class Layer:
 
     @cached_property
     def stats(self) -> Tensor:
-        return ops.page_stats(self.k_pages, L)
+        return held(ops.page_stats(self.k_pages, L))
 
     def kv(self, stats: bool = True) -> PagedKV:
         """With statistics or, for lists of tokens, without: INT8 keys then have a grid of their own."""
         k, v, grid, scales = self.k_pages, self.v_pages, self.stats if stats else None, None
         if self.int8:
-            k, v, scales = ops.quantize_kv(k, v, grid)
+            k, v, scales = map(held, ops.quantize_kv(k, v, grid))
         return PagedKV(k, v, grid, scales, self.table, self.table, self.residual_k, self.residual_v, self.sealed)
 
     def read(self, kv: PagedKV, tokens: int, values: bool = True) -> int:

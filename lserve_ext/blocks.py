@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import mmap
 import sys
 import weakref
 from typing import Any
@@ -25,6 +27,25 @@ class Memory:
 
     def __add__(self, other: Memory) -> Memory:
         return Memory(self.used + other.used, self.reserved + other.reserved, self.peak + other.peak)
+
+
+_HUGE = 2**21
+
+
+def empty_blocks(like: Tensor, count: int) -> Tensor:
+    """[count, ...] of blocks like those of `like`.
+
+    On a CPU the kernel is asked for pages of 2 MiB: blocks lie in no order, so with pages of 4 KiB nearly each of them
+    waits for an address to be translated. Where Linux gives none, all else is the same.
+    """
+    blocks = like.new_empty((count, *like.shape[1:]))
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is not None and blocks.device.type == "cpu":
+        start = -(-blocks.data_ptr() // _HUGE) * _HUGE
+        end = (blocks.data_ptr() + blocks.nbytes) // _HUGE * _HUGE
+        if start < end:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+    return blocks
 
 
 class BlockTable:
@@ -200,7 +221,7 @@ class Pool:
         self.allocator.unsettle()
         old = self.allocator.capacity
         for name, tensor in self.tensors.items():
-            grown = tensor.new_empty((capacity, *tensor.shape[1:]))
+            grown = empty_blocks(tensor, capacity)
             grown[:old] = tensor[:old]
             self.tensors[name] = grown
         self.allocator.grow(capacity)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .blocks import Memory
+from .blocks import Memory, empty_blocks
 from .tiers import BadRecordError, DiskTier, FsspecTier, Pending, Tier, TierFullError, TierTimeoutError
 
 CHUNK = 256  # pages that are read, or written, at a time: so many are in memory twice
@@ -140,7 +140,9 @@ class Home:
 
     def _empty(self, like: Tensor, count: int) -> Tensor:
         """Pages in host memory."""
-        return torch.empty((count, *like.shape[1:]), dtype=like.dtype, pin_memory=self._pins)
+        if not self._pins:
+            return empty_blocks(like, count)
+        return torch.empty((count, *like.shape[1:]), dtype=like.dtype, pin_memory=True)
 
     def tiers(self) -> dict[str, Memory]:
         """Bytes of frames and of records."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .blocks import BlockTable, Memory, Pool
+from .blocks import BlockTable, Memory, Pool, empty_blocks
 from .config import SparseConfig
 from .home import Home, open_tier
 from .ops import PagedKV
@@ -105,7 +105,7 @@ class Slots:
         count = size // self.slot_bytes
         if count < 1:
             raise ValueError(f"device_bytes: expected at least the {self.slot_bytes:,} bytes of one page, got {size:,}")
-        self.tensors = {name: x.new_empty((count, *x.shape[1:])) for name, x in moved.items()}
+        self.tensors = {name: empty_blocks(x, count) for name, x in moved.items()}
         self._layers = layers
         device = moved["k"].device
         self._blocks = torch.full((count,), -1, dtype=torch.int32, device=device)

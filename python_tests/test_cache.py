@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import mmap
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lserve_ext import LayerCache, SparseConfig, ops, reference
-from lserve_ext.blocks import Pool
+from lserve_ext.blocks import Pool, empty_blocks
 from lserve_ext.ops import Mask
 from lserve_ext.scorers import PREFILL_QUERIES, Mass, Selection
 from lserve_ext.sequences import Sequences, Step
@@ -512,6 +514,23 @@ def test_decayed_mass_forgets_with_every_query(queries: int) -> None:
     kept = 0.0 if queries >= PREFILL_QUERIES else 0.9**queries
     want = mass.sum(1, keepdim=True) + torch.nn.functional.pad(before, (0, 2)) * kept
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no Linux")
+@pytest.mark.parametrize("count", [0, 3, 1000, 5000])
+def test_large_pools_ask_for_huge_pages(count: int) -> None:
+    """All of their whole stretches of 2 MiB."""
+    blocks, huge = empty_blocks(torch.empty(0, 64, 16), count), 2**21
+    assert blocks.shape == (count, 64, 16) and blocks.dtype == torch.float32 and blocks.is_contiguous()
+    start, end = -(-blocks.data_ptr() // huge) * huge, (blocks.data_ptr() + blocks.nbytes) // huge * huge
+    advised, first, last = 0, 0, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head, *rest = line.split()
+        if not head.endswith(":"):  # of a mapping
+            first, last = (int(x, 16) for x in head.split("-"))
+        elif head == "VmFlags:" and "hg" in rest:
+            advised += max(min(last, end) - max(first, start), 0)
+    assert advised == max(end - start, 0)
 
 
 def test_a_pool_knows_what_its_tables_name() -> None:
