@@ -27,7 +27,7 @@ struct View {
 
 // What a layer holds. Page p of (sequence b, kv head h) is read from the pools if p < sealed[b],
 // else from the residual buffer, at half p % 2.
-struct Paged {
+struct PagedKV {
   void* k_pool;                // [blocks, P, D] dtype, or uint8 codes
   void* v_pool;                // [blocks, P, D]
   void* stats;                 // [blocks, P/L, 2, D] dtype: min and max of every group; or null
@@ -47,7 +47,7 @@ struct Paged {
 };
 
 // Which pages (or tokens) a query attends: sink, list and local, see README "What a head attends".
-struct Rule {
+struct Mask {
   const int32_t* windows;      // [H] local pages; kDense: all pages; 0: the head follows its list
   const int32_t* lists;        // [B, H, K] ascending units, -1 padded, row stride 1; or null
   const int32_t* local_start;  // [B] first local unit of the heads that follow a list; or null
@@ -87,7 +87,7 @@ struct AppendArgs {
   View k, v;                    // [N, H, D] packed
   const int32_t* cu_seqlens_k;  // [B + 1]
   const int32_t* context_lens;  // [B] tokens held before
-  Paged kv;
+  PagedKV kv;
   void* moments;             // [blocks, P/group, 2, D] dtype: see page_moments; or null
   int64_t moments_stride;    // of a block
   int64_t N, moments_group;  // moments_group = 0 without moments
@@ -128,7 +128,7 @@ struct SelectTokensArgs {
 };
 
 struct WantedArgs {
-  Rule rule;                   // lists: [B, H, K]
+  Mask mask;                   // lists: [B, H, K]
   const int32_t* block_table;  // [B, H, M]
   const int32_t* sealed;       // [B]
   const int32_t* first;        // [B] position of the first query
@@ -164,8 +164,8 @@ struct GatherArgs {
 
 struct DecodeArgs {
   View q;  // [B, Hq, D]
-  Paged kv;
-  Rule rule;
+  PagedKV kv;
+  Mask mask;
   const int32_t* seq_lens;  // [B] tokens held, the query's own included
   void* out;                // out [B, Hq, D]
   float* lse;               // out [B, Hq]
@@ -177,8 +177,8 @@ struct DecodeArgs {
 struct MassArgs {
   View q;            // [B, T, Hq, D]: the last T tokens of every sequence
   const float* lse;  // [B, T, Hq] contiguous; a row of -inf is no query
-  Paged kv;
-  Rule rule;
+  PagedKV kv;
+  Mask mask;
   const int32_t* seq_lens;  // [B]
   float* mass;              // out [B, H, M * P]
   int64_t T, G;
@@ -190,8 +190,8 @@ struct PrefillArgs {
   View k, v;                                   // [Nk, H, D] packed: the new tokens
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [B + 1]; queries are the last of their sequence's new tokens
   const int32_t* context_lens;                 // [B] tokens held before; or null: none
-  Paged kv;                                    // pools null: nothing is held
-  Rule rule;                                   // lists: [B, H, R, K], row r for the queries of page r after the first query's
+  PagedKV kv;                                  // pools null: nothing is held
+  Mask mask;                                   // lists: [B, H, R, K], row r for the queries of page r after the first query's
   int64_t list_stride2;
   int64_t list_rows;  // R
   void* out;          // out [Nq, Hq, D]

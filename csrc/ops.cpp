@@ -1,31 +1,20 @@
 // The table of contents: every op's schema, then its checks, allocation and dispatch, once for CPU and
-// CUDA. This is the only file that knows torch, and it uses only torch's stable ABI, so one build loads
-// in every torch >= 2.11. Letters (B, Hq, H, D, P, L, M, N) as in kernels.h.
-#include "kernels.h"
-
+// CUDA. Of torch only the stable ABI is used, so one build loads in every torch >= 2.11. Letters (B, Hq, H, D, P, L, M, N) as
+// in kernels.h.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
-#include <initializer_list>
-#include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
 #include <tuple>
-#include <utility>
-#include <vector>
+
+#include "tensors.h"
 
 #ifdef LSERVE_CUDA
 #include "cuda/stream.h"
 #endif
 
+using lserve::OptTensor;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using OptTensor = std::optional<Tensor>;
 
 // Shapes, units and sources: lserve_ext/ops.py. Dispatch per device: at the end of this file.
 STABLE_TORCH_LIBRARY(lserve_ext, m) {
@@ -89,207 +78,6 @@ void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t
 
 namespace {
 
-// ---------------------------------------------------------------------------------------------------
-// Checks. Every message reads `lserve_ext::op: argument: expected X, got Y`.
-
-const char* dtype_name(ScalarType t) {
-  switch (t) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return "another dtype";
-  }
-}
-
-Dtype kernel_dtype(ScalarType t) {
-  switch (t) {
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::Half: return Dtype::f16;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    default: return Dtype::u8;
-  }
-}
-
-std::string text(const std::vector<int64_t>& dims) {
-  std::ostringstream s;
-  s << '[';
-  for (size_t i = 0; i < dims.size(); ++i) {
-    if (i) s << ", ";
-    if (dims[i] < 0) s << '*';
-    else s << dims[i];
-  }
-  s << ']';
-  return s.str();
-}
-
-std::vector<int64_t> sizes(const Tensor& t) {
-  std::vector<int64_t> dims(t.dim());
-  for (int64_t i = 0; i < t.dim(); ++i) dims[i] = t.size(i);
-  return dims;
-}
-
-constexpr int64_t any = -1;  // a dimension of any size
-
-class Checker {
- public:
-  Checker(const char* op, const Tensor& like, const char* name) : op_(op), device_(given(like, name).device()) {}
-
-  template <class... Parts>
-  [[noreturn]] void fail(const char* name, const Parts&... parts) const {
-    std::ostringstream s;
-    s << "lserve_ext::" << op_ << ": " << name << ": ";
-    (s << ... << parts);
-    throw std::runtime_error(s.str());
-  }
-
-  const Tensor& given(const Tensor& t, const char* name) const {
-    if (!t.defined()) fail(name, "expected a tensor, got None");
-    return t;
-  }
-
-  // The last `inner` dimensions must be contiguous; the strides of the others are free.
-  const Checker& shape(const Tensor& t, const char* name, const char* letters, std::initializer_list<int64_t> want,
-                       int64_t inner = 1) const {
-    if (given(t, name).device() != device_) fail(name, "expected the device of the other arguments, got another device");
-    const int64_t dims = t.dim();
-    bool ok = dims == static_cast<int64_t>(want.size());
-    for (int64_t i = 0; ok && i < dims; ++i) ok = want.begin()[i] == any || want.begin()[i] == t.size(i);
-    if (!ok) fail(name, "expected ", letters, " = ", text(std::vector<int64_t>(want)), ", got ", text(sizes(t)));
-    int64_t stride = 1;
-    for (int64_t i = dims - 1; i >= dims - inner && t.numel() > 0; --i) {
-      if (t.size(i) > 1 && t.stride(i) != stride)
-        fail(name, "expected the last ", inner, " dimension(s) of ", letters, " to be contiguous, got stride ", t.stride(i),
-             " in dimension ", i);
-      stride *= t.size(i);
-    }
-    return *this;
-  }
-
-  const Checker& dtype(const Tensor& t, const char* name, ScalarType want) const {
-    if (t.scalar_type() != want) fail(name, "expected dtype ", dtype_name(want), ", got ", dtype_name(t.scalar_type()));
-    return *this;
-  }
-
-  const Checker& floating(const Tensor& t, const char* name) const {
-    if (kernel_dtype(t.scalar_type()) == Dtype::u8)
-      fail(name, "expected dtype float32, float16 or bfloat16, got ", dtype_name(t.scalar_type()));
-    return *this;
-  }
-
-  // Kernels hold counts and positions in 32 bits.
-  const Checker& at_least(const char* name, int64_t value, int64_t least) const {
-    if (value < least) fail(name, "expected at least ", least, ", got ", value);
-    if (value > INT32_MAX) fail(name, "expected at most ", INT32_MAX, ", got ", value);
-    return *this;
-  }
-
-  // A tensor that an op writes: no two of its elements may lie in one place.
-  const Checker& written(const Tensor& t, const char* name) const {
-    std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-    for (int64_t i = 0; i < t.dim(); ++i) {
-      if (t.size(i) == 0) return *this;
-      if (t.size(i) > 1) dims.emplace_back(t.stride(i), t.size(i));
-    }
-    std::sort(dims.begin(), dims.end());
-    int64_t extent = 1;
-    for (const auto& [stride, size] : dims) {
-      if (stride < extent) fail(name, "expected rows that do not overlap, because they are written, got stride ", stride);
-      extent = stride * (size - 1) + extent;
-    }
-    return *this;
-  }
-
-  struct Named {
-    const Tensor* tensor;  // null: not given
-    const char* name;
-  };
-
-  // Each tensor that is written has rows of its own, and shares memory neither with another one nor with what is read.
-  const Checker& written_apart(std::initializer_list<Named> written_ones, std::initializer_list<Named> read_ones) const {
-    struct Range {
-      Named named;
-      const char *begin, *end;
-    };
-    std::vector<Range> seen;
-    const auto add = [&](const Named& named, size_t others) {
-      const auto [begin, end] = range(*named.tensor, 0);
-      for (size_t i = 0; i < others; ++i)
-        if (begin < seen[i].end && seen[i].begin < end && !interleaved(*seen[i].named.tensor, *named.tensor))
-          fail(named.name, "expected memory of its own, got some of ", seen[i].named.name, "'s, and one of the two is written");
-      seen.push_back({named, begin, end});
-    };
-    for (const Named& named : written_ones)
-      if (named.tensor) {
-        written(*named.tensor, named.name);
-        add(named, seen.size());
-      }
-    const size_t count = seen.size();
-    for (const Named& named : read_ones)
-      if (named.tensor) add(named, count);
-    return *this;
-  }
-
-  // An allocation whose failure names the argument that asked for so much.
-  Tensor allocate(const Tensor& like, const char* name, const std::vector<int64_t>& dims, ScalarType dtype) const {
-    try {
-      return torch::stable::new_empty(like, dims, dtype);
-    } catch (const std::exception&) {
-      fail(name, "expected a result that fits in memory, got ", text(dims), " of ", dtype_name(dtype));
-    }
-  }
-
-  const Checker& head_dim(const char* name, int64_t D) const {
-    if (D < 16 || D > 256 || D % 16) fail(name, "expected a head dimension D that is a multiple of 16 up to 256, got ", D);
-    return *this;
-  }
-
-  int64_t group_heads(const char* name, int64_t Hq, int64_t H) const {
-    if (H == 0 || Hq % H) fail(name, "expected query heads to be a multiple of the ", H, " kv heads, got ", Hq);
-    return Hq / H;
-  }
-
- private:
-  // Whether rows of the one lie between those of the other, as K and V of a block do in [blocks, 2, P, D].
-  static bool interleaved(const Tensor& a, const Tensor& b) {
-    const int64_t stride = a.stride(0) * static_cast<int64_t>(a.element_size());
-    if (stride <= 0 || stride != b.stride(0) * static_cast<int64_t>(b.element_size())) return false;
-    const auto [a_row, a_end] = range(a, 1);
-    const auto [b_row, b_end] = range(b, 1);
-    const int64_t after = ((b_row - a_row) % stride + stride) % stride;
-    return after >= a_end - a_row && stride - after >= b_end - b_row;
-  }
-
-  // Where a tensor begins and ends, or its first row if `first` is 1.
-  static std::pair<const char*, const char*> range(const Tensor& t, int64_t first) {
-    const char* begin = static_cast<const char*>(t.const_data_ptr());
-    int64_t last = 0;
-    for (int64_t i = 0; i < t.dim(); ++i) {
-      if (t.size(i) == 0) return {begin, begin};
-      if (i >= first) last += (t.size(i) - 1) * t.stride(i);
-    }
-    return {begin, begin + (last + 1) * static_cast<int64_t>(t.element_size())};
-  }
-
-  const char* op_;
-  torch::stable::Device device_;
-};
-
-View view(const Tensor& t) {
-  return {t.const_data_ptr(), t.dim() > 1 ? t.stride(0) : 0, t.dim() > 2 ? t.stride(1) : 0, t.dim() > 3 ? t.stride(2) : 0};
-}
-
-const int32_t* ints(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
-const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
-float* out_floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-int32_t* out_ints(const Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); }
-
 #ifdef LSERVE_CUDA
 #define LSERVE_KERNELS(op) cpu::op, cuda::op
 #else
@@ -311,107 +99,6 @@ void launch(const Tensor& on, const Args& args, void (*cpu)(const Args&), [[mayb
 }
 
 // ---------------------------------------------------------------------------------------------------
-// The nine tensors of a paged layer
-
-struct PagedTensors {
-  Tensor k_pool, v_pool;
-  OptTensor stats, scales;
-  Tensor block_table, slot_table;
-  OptTensor residual_k, residual_v;
-  Tensor sealed;
-};
-
-Paged check_paged(const Checker& check, const PagedTensors& t, ScalarType dtype, int64_t B, int64_t H, int64_t D) {
-  check.shape(t.k_pool, "k_pool", "[blocks, P, D]", {any, any, D}, 2);
-  const int64_t slots = t.k_pool.size(0), P = t.k_pool.size(1);
-  check.at_least("k_pool", P, 1);
-  const bool int8 = t.k_pool.scalar_type() == ScalarType::Byte;
-  if (!int8 && t.k_pool.scalar_type() != dtype)
-    check.fail("k_pool", "expected dtype ", dtype_name(dtype), " or uint8, got ", dtype_name(t.k_pool.scalar_type()));
-  check.shape(t.v_pool, "v_pool", "[blocks, P, D]", {slots, P, D}, 2).dtype(t.v_pool, "v_pool", t.k_pool.scalar_type());
-
-  Paged kv{};
-  kv.blocks = slots;
-  if (t.stats) {
-    check.shape(*t.stats, "stats", "[blocks, P/L, 2, D]", {any, any, 2, D}, 3).dtype(*t.stats, "stats", dtype);
-    const int64_t groups = t.stats->size(1);
-    if (groups < 1 || P % groups) check.fail("stats", "expected a number of groups that divides P = ", P, ", got ", groups);
-    kv.stats = t.stats->data_ptr();
-    kv.stats_stride = t.stats->stride(0);
-    kv.blocks = t.stats->size(0);
-    kv.L = P / groups;
-  }
-  if (int8 != t.scales.has_value())
-    check.fail("scales", int8 ? "expected a tensor, because the pools are uint8, got None"
-                              : "expected None, because the pools are not uint8, got a tensor");
-  if (t.scales) {
-    kv.scale_rows = t.stats ? 1 : 2;
-    check.shape(*t.scales, "scales", "[blocks, C, P, 2]", {slots, kv.scale_rows, P, 2}, 3);
-    check.dtype(*t.scales, "scales", ScalarType::Float);
-    kv.scales = static_cast<float*>(t.scales->data_ptr());
-    kv.scales_stride = t.scales->stride(0);
-  }
-  check.shape(t.block_table, "block_table", "[B, H, M]", {B, H, any}).dtype(t.block_table, "block_table", ScalarType::Int);
-  kv.M = t.block_table.size(2);
-  if (kv.M > INT32_MAX / P)
-    check.fail("block_table", "expected M * P up to ", INT32_MAX, ", which is what positions may reach, got M = ", kv.M);
-  check.shape(t.slot_table, "slot_table", "[B, H, M]", {B, H, kv.M}).dtype(t.slot_table, "slot_table", ScalarType::Int);
-  check.shape(t.sealed, "sealed", "[B]", {B}).dtype(t.sealed, "sealed", ScalarType::Int);
-  if (t.residual_k.has_value() != t.residual_v.has_value())
-    check.fail("residual_v", "expected residual_k and residual_v, or neither, got one");
-  if (t.residual_k) {
-    check.shape(*t.residual_k, "residual_k", "[B, H, 2P, D]", {B, H, 2 * P, D}, 2).dtype(*t.residual_k, "residual_k", dtype);
-    check.shape(*t.residual_v, "residual_v", "[B, H, 2P, D]", {B, H, 2 * P, D}, 2).dtype(*t.residual_v, "residual_v", dtype);
-    if (t.residual_k->stride(0) != t.residual_v->stride(0) || t.residual_k->stride(1) != t.residual_v->stride(1))
-      check.fail("residual_v", "expected the strides of residual_k, got others");
-    kv.residual_k = t.residual_k->data_ptr();
-    kv.residual_v = t.residual_v->data_ptr();
-    kv.residual_stride0 = t.residual_k->stride(0);
-    kv.residual_stride1 = t.residual_k->stride(1);
-  }
-  kv.k_pool = t.k_pool.data_ptr();
-  kv.v_pool = t.v_pool.data_ptr();
-  kv.k_stride = t.k_pool.stride(0);
-  kv.v_stride = t.v_pool.stride(0);
-  kv.block_table = ints(t.block_table);
-  kv.slot_table = ints(t.slot_table);
-  kv.block_stride0 = t.block_table.stride(0);
-  kv.block_stride1 = t.block_table.stride(1);
-  kv.slot_stride0 = t.slot_table.stride(0);
-  kv.slot_stride1 = t.slot_table.stride(1);
-  kv.sealed = ints(t.sealed);
-  kv.slots = slots;
-  kv.B = B, kv.H = H, kv.P = P, kv.D = D;
-  kv.dtype = kernel_dtype(dtype);
-  kv.kv_dtype = kernel_dtype(t.k_pool.scalar_type());
-  return kv;
-}
-
-Rule check_rule(const Checker& check, const Tensor& windows, const OptTensor& lists, const OptTensor& local_start, int64_t B,
-                int64_t H, int64_t P, int64_t sink, int64_t unit) {
-  check.shape(windows, "windows", "[H]", {H}).dtype(windows, "windows", ScalarType::Int);
-  check.at_least("sink", sink, 0);
-  if (unit != P && unit != 1) check.fail("unit", "expected the page size ", P, " or 1, got ", unit);
-  Rule rule{};
-  rule.windows = ints(windows);
-  rule.sink = sink;
-  rule.unit = unit;
-  if (lists.has_value() != local_start.has_value())
-    check.fail("local_start", "expected lists and local_start, or neither, got one");
-  if (lists) {
-    check.shape(*lists, "lists", "[B, H, K]", {B, H, any}).dtype(*lists, "lists", ScalarType::Int);
-    check.shape(*local_start, "local_start", "[B]", {B}).dtype(*local_start, "local_start", ScalarType::Int);
-    rule.has_lists = true;
-    rule.lists = ints(*lists);
-    rule.local_start = ints(*local_start);
-    rule.list_stride0 = lists->stride(0);
-    rule.list_stride1 = lists->stride(1);
-    rule.K = lists->size(2);
-  }
-  return rule;
-}
-
-// ---------------------------------------------------------------------------------------------------
 // The ops
 
 // Allocates what page_stats and page_moments return, and fills it.
@@ -423,7 +110,14 @@ Tensor stats_of_groups(const char* op, const Tensor& k, int64_t group, Kernels..
   check.head_dim("k", D).at_least("k", P, 1);
   if (group < 1 || P % group) check.fail("group", "expected a divisor of the page size ", P, ", got ", group);
   Tensor stats = torch::stable::new_empty(k, {pages, P / group, 2, D});
-  const PageStatsArgs args{view(k), stats.mutable_data_ptr(), pages, P, group, D, kernel_dtype(k.scalar_type())};
+  PageStatsArgs args{};
+  args.k = view(k);
+  args.stats = stats.mutable_data_ptr();
+  args.pages = pages;
+  args.P = P;
+  args.L = group;
+  args.D = D;
+  args.dtype = kernel_dtype(k.scalar_type());
   launch(k, args, kernels...);
   return stats;
 }
@@ -441,19 +135,21 @@ std::tuple<Tensor, Tensor, Tensor> quantize_kv(Tensor k, Tensor v, OptTensor sta
   QuantizeArgs args{};
   if (stats) {
     check.shape(*stats, "stats", "[pages, P/L, 2, D]", {pages, any, 2, D}, 4).dtype(*stats, "stats", k.scalar_type());
-    const int64_t groups = stats->size(1);
-    if (groups < 1 || P % groups) check.fail("stats", "expected a number of groups that divides P = ", P, ", got ", groups);
     args.stats = stats->const_data_ptr();
-    args.L = P / groups;
+    args.L = check.group_tokens(*stats, "stats", P);
   }
   Tensor k_codes = torch::stable::new_empty(k, {pages, P, D}, ScalarType::Byte);
   Tensor v_codes = torch::stable::new_empty(k, {pages, P, D}, ScalarType::Byte);
   Tensor scales = torch::stable::new_empty(k, {pages, stats ? 1 : 2, P, 2}, ScalarType::Float);
-  args.k = view(k), args.v = view(v);
+  args.k = view(k);
+  args.v = view(v);
   args.k_codes = static_cast<uint8_t*>(k_codes.mutable_data_ptr());
   args.v_codes = static_cast<uint8_t*>(v_codes.mutable_data_ptr());
   args.scales = out_floats(scales);
-  args.pages = pages, args.P = P, args.D = D, args.dtype = kernel_dtype(k.scalar_type());
+  args.pages = pages;
+  args.P = P;
+  args.D = D;
+  args.dtype = kernel_dtype(k.scalar_type());
   launch(k, args, LSERVE_KERNELS(quantize_kv));
   return {k_codes, v_codes, scales};
 }
@@ -469,10 +165,8 @@ std::tuple<Tensor, Tensor> dequantize_kv(Tensor k_codes, Tensor v_codes, OptTens
   DequantizeArgs args{};
   if (stats) {
     check.shape(*stats, "stats", "[pages, P/L, 2, D]", {pages, any, 2, D}, 4).dtype(*stats, "stats", dtype);
-    const int64_t groups = stats->size(1);
-    if (groups < 1 || P % groups) check.fail("stats", "expected a number of groups that divides P = ", P, ", got ", groups);
     args.stats = stats->const_data_ptr();
-    args.L = P / groups;
+    args.L = check.group_tokens(*stats, "stats", P);
   }
   check.shape(scales, "scales", "[pages, C, P, 2]", {pages, stats ? 1 : 2, P, 2}, 4).dtype(scales, "scales", ScalarType::Float);
   Tensor k = torch::stable::new_empty(k_codes, {pages, P, D}, dtype);
@@ -480,8 +174,12 @@ std::tuple<Tensor, Tensor> dequantize_kv(Tensor k_codes, Tensor v_codes, OptTens
   args.k_codes = static_cast<const uint8_t*>(k_codes.const_data_ptr());
   args.v_codes = static_cast<const uint8_t*>(v_codes.const_data_ptr());
   args.scales = floats(scales);
-  args.k = k.mutable_data_ptr(), args.v = v.mutable_data_ptr();
-  args.pages = pages, args.P = P, args.D = D, args.dtype = kernel_dtype(dtype);
+  args.k = k.mutable_data_ptr();
+  args.v = v.mutable_data_ptr();
+  args.pages = pages;
+  args.P = P;
+  args.D = D;
+  args.dtype = kernel_dtype(dtype);
   launch(k_codes, args, LSERVE_KERNELS(dequantize_kv));
   return {k, v};
 }
@@ -501,12 +199,11 @@ void append_kv(Tensor k, Tensor v, Tensor cu_seqlens_k, Tensor context_lens, Ten
   args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, residual_k, residual_v, sealed},
                         k.scalar_type(), B, H, D);
   if (moments) {
-    const int64_t P = args.kv.P;
     check.shape(*moments, "moments", "[blocks, P/L, 2, D]", {stats ? args.kv.blocks : any, any, 2, D}, 3);
     check.dtype(*moments, "moments", k.scalar_type());
-    const int64_t groups = moments->size(1);
-    if (groups < 1 || P % groups) check.fail("moments", "expected a number of groups that divides P = ", P, ", got ", groups);
-    args.moments = moments->data_ptr(), args.moments_stride = moments->stride(0), args.moments_group = P / groups;
+    args.moments = moments->data_ptr();
+    args.moments_stride = moments->stride(0);
+    args.moments_group = check.group_tokens(*moments, "moments", args.kv.P);
     args.kv.blocks = moments->size(0);
   }
   const auto given = [](const OptTensor& t) { return t ? &*t : nullptr; };
@@ -518,8 +215,11 @@ void append_kv(Tensor k, Tensor v, Tensor cu_seqlens_k, Tensor context_lens, Ten
                        {given(scales), "scales"},
                        {given(moments), "moments"}},
                       {{&k, "k"}, {&v, "v"}});
-  args.k = view(k), args.v = view(v), args.N = N;
-  args.cu_seqlens_k = ints(cu_seqlens_k), args.context_lens = ints(context_lens);
+  args.k = view(k);
+  args.v = view(v);
+  args.N = N;
+  args.cu_seqlens_k = ints(cu_seqlens_k);
+  args.context_lens = ints(context_lens);
   launch(k, args, LSERVE_KERNELS(append_kv));
 }
 
@@ -530,15 +230,21 @@ std::tuple<Tensor, Tensor> wanted_pages(Tensor windows, OptTensor lists, OptTens
   const int64_t B = block_table.size(0), H = block_table.size(1), M = block_table.size(2);
   check.at_least("page_size", page_size, 1);
   WantedArgs args{};
-  args.rule = check_rule(check, windows, lists, local_start, B, H, page_size, sink, unit);
+  args.mask = check_mask(check, windows, lists, local_start, B, H, page_size, sink, unit);
   check.shape(sealed, "sealed", "[B]", {B}).dtype(sealed, "sealed", ScalarType::Int);
   check.shape(first, "first", "[B]", {B}).dtype(first, "first", ScalarType::Int);
   Tensor pages = torch::stable::new_empty(block_table, {B, H, M}), counts = torch::stable::new_empty(block_table, {B, H});
   args.block_table = ints(block_table);
-  args.block_stride0 = block_table.stride(0), args.block_stride1 = block_table.stride(1);
-  args.sealed = ints(sealed), args.first = ints(first);
-  args.pages = out_ints(pages), args.counts = out_ints(counts);
-  args.B = B, args.H = H, args.M = M, args.P = page_size;
+  args.block_stride0 = block_table.stride(0);
+  args.block_stride1 = block_table.stride(1);
+  args.sealed = ints(sealed);
+  args.first = ints(first);
+  args.pages = out_ints(pages);
+  args.counts = out_ints(counts);
+  args.B = B;
+  args.H = H;
+  args.M = M;
+  args.P = page_size;
   launch(block_table, args, LSERVE_KERNELS(wanted_pages));
   return {pages, counts};
 }
@@ -560,14 +266,26 @@ std::tuple<Tensor, Tensor> resolve_pages(Tensor lists, Tensor block_table, Tenso
                       {{&lists, "lists"}, {&block_table, "block_table"}});
   Tensor src_ids = torch::stable::new_empty(lists, {B, H, K}), dst_ids = torch::stable::new_empty(lists, {B, H, K});
   ResolveArgs args{};
-  args.lists = ints(lists), args.list_stride0 = lists.stride(0), args.list_stride1 = lists.stride(1);
+  args.lists = ints(lists);
+  args.list_stride0 = lists.stride(0);
+  args.list_stride1 = lists.stride(1);
   args.block_table = ints(block_table);
-  args.block_stride0 = block_table.stride(0), args.block_stride1 = block_table.stride(1);
+  args.block_stride0 = block_table.stride(0);
+  args.block_stride1 = block_table.stride(1);
   args.slot_table = out_ints(slot_table);
-  args.slot_stride0 = slot_table.stride(0), args.slot_stride1 = slot_table.stride(1);
-  args.slot_blocks = out_ints(slot_blocks), args.last_use = out_ints(last_use), args.clock = out_ints(clock);
-  args.src_ids = out_ints(src_ids), args.dst_ids = out_ints(dst_ids);
-  args.B = B, args.H = H, args.M = M, args.S = S, args.K = K, args.keep = keep;
+  args.slot_stride0 = slot_table.stride(0);
+  args.slot_stride1 = slot_table.stride(1);
+  args.slot_blocks = out_ints(slot_blocks);
+  args.last_use = out_ints(last_use);
+  args.clock = out_ints(clock);
+  args.src_ids = out_ints(src_ids);
+  args.dst_ids = out_ints(dst_ids);
+  args.B = B;
+  args.H = H;
+  args.M = M;
+  args.S = S;
+  args.K = K;
+  args.keep = keep;
 #ifdef LSERVE_CUDA
   std::optional<Tensor> victims;
   if (lists.is_cuda()) {
@@ -610,10 +328,16 @@ void gather_pages(Tensor src, Tensor src_ids, Tensor dst, Tensor dst_ids) {
   check.shape(dst_ids, "dst_ids", "[count]", {src_ids.size(0)}).dtype(dst_ids, "dst_ids", ScalarType::Int);
   const int64_t width = static_cast<int64_t>(src.element_size());
   GatherArgs args{};
-  args.src = src.const_data_ptr(), args.src_ids = ints(src_ids);
-  args.dst = dst.mutable_data_ptr(), args.dst_ids = ints(dst_ids);
-  args.src_stride = src.stride(0) * width, args.dst_stride = dst.stride(0) * width, args.bytes = elements * width;
-  args.src_rows = src.size(0), args.dst_rows = dst.size(0), args.count = src_ids.size(0);
+  args.src = src.const_data_ptr();
+  args.src_ids = ints(src_ids);
+  args.dst = dst.mutable_data_ptr();
+  args.dst_ids = ints(dst_ids);
+  args.src_stride = src.stride(0) * width;
+  args.dst_stride = dst.stride(0) * width;
+  args.bytes = elements * width;
+  args.src_rows = src.size(0);
+  args.dst_rows = dst.size(0);
+  args.count = src_ids.size(0);
   launch(on, args, LSERVE_KERNELS(gather_pages));
 }
 
@@ -630,11 +354,23 @@ Tensor page_scores(Tensor q, Tensor stats, Tensor block_table, Tensor sealed, Op
   if (windows) check.shape(*windows, "windows", "[H]", {H}).dtype(*windows, "windows", ScalarType::Int);
   Tensor scores = torch::stable::new_empty(q, {B, H, M}, ScalarType::Float);
   PageScoresArgs args{};
-  args.q = view(q), args.stats = stats.const_data_ptr(), args.block_table = ints(block_table), args.sealed = ints(sealed);
-  args.windows = windows ? ints(*windows) : nullptr, args.scores = out_floats(scores);
-  args.stats_stride = stats.stride(0), args.blocks = stats.size(0), args.groups = stats.size(1);
-  args.block_stride0 = block_table.stride(0), args.block_stride1 = block_table.stride(1);
-  args.B = B, args.H = H, args.M = M, args.G = G, args.D = D, args.dtype = kernel_dtype(q.scalar_type());
+  args.q = view(q);
+  args.stats = stats.const_data_ptr();
+  args.block_table = ints(block_table);
+  args.sealed = ints(sealed);
+  args.windows = windows ? ints(*windows) : nullptr;
+  args.scores = out_floats(scores);
+  args.stats_stride = stats.stride(0);
+  args.blocks = stats.size(0);
+  args.groups = stats.size(1);
+  args.block_stride0 = block_table.stride(0);
+  args.block_stride1 = block_table.stride(1);
+  args.B = B;
+  args.H = H;
+  args.M = M;
+  args.G = G;
+  args.D = D;
+  args.dtype = kernel_dtype(q.scalar_type());
   launch(q, args, LSERVE_KERNELS(page_scores));
   return scores;
 }
@@ -649,10 +385,22 @@ std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor seq_lens, Tensor s
   check.at_least("page_size", page_size, 1).at_least("sink", sink, 0).at_least("local", local, 1).at_least("count", count, 0);
   Tensor pages = check.allocate(scores, "count", {B, H, count}, ScalarType::Int);
   Tensor local_start = torch::stable::new_empty(scores, {B}, ScalarType::Int);
-  launch(scores,
-         SelectPagesArgs{floats(scores), ints(seq_lens), ints(sealed), out_ints(pages), out_ints(local_start), scores.stride(0),
-                         scores.stride(1), B, H, M, count, page_size, sink, local},
-         LSERVE_KERNELS(select_pages));
+  SelectPagesArgs args{};
+  args.scores = floats(scores);
+  args.seq_lens = ints(seq_lens);
+  args.sealed = ints(sealed);
+  args.pages = out_ints(pages);
+  args.local_start = out_ints(local_start);
+  args.score_stride0 = scores.stride(0);
+  args.score_stride1 = scores.stride(1);
+  args.B = B;
+  args.H = H;
+  args.M = M;
+  args.K = count;
+  args.P = page_size;
+  args.sink = sink;
+  args.local = local;
+  launch(scores, args, LSERVE_KERNELS(select_pages));
   return {pages, local_start};
 }
 
@@ -713,23 +461,36 @@ std::tuple<Tensor, Tensor> prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqle
     args.context_lens = ints(*context_lens);
   } else {
     if (k_pool) check.fail("context_lens", "expected the tokens held per sequence, because pools are given, got None");
-    args.kv.B = B, args.kv.H = H, args.kv.D = D, args.kv.P = page_size;
+    args.kv.B = B;
+    args.kv.H = H;
+    args.kv.D = D;
+    args.kv.P = page_size;
     args.kv.dtype = args.kv.kv_dtype = kernel_dtype(q.scalar_type());
   }
-  args.rule = check_rule(check, windows, std::nullopt, std::nullopt, B, H, page_size, sink, page_size);
+  args.mask = check_mask(check, windows, std::nullopt, std::nullopt, B, H, page_size, sink, page_size);
   if (lists) {
     check.shape(*lists, "lists", "[B, H, R, K]", {B, H, any, any}).dtype(*lists, "lists", ScalarType::Int);
-    args.rule.has_lists = true;
-    args.rule.lists = ints(*lists);
-    args.rule.list_stride0 = lists->stride(0), args.rule.list_stride1 = lists->stride(1);
-    args.list_stride2 = lists->stride(2), args.list_rows = lists->size(2), args.rule.K = lists->size(3);
+    args.mask.has_lists = true;
+    args.mask.lists = ints(*lists);
+    args.mask.list_stride0 = lists->stride(0);
+    args.mask.list_stride1 = lists->stride(1);
+    args.list_stride2 = lists->stride(2);
+    args.list_rows = lists->size(2);
+    args.mask.K = lists->size(3);
   }
   Tensor out = torch::stable::new_empty(q, {N, Hq, D});
   Tensor lse = torch::stable::new_empty(q, {N, Hq}, ScalarType::Float);
-  args.q = view(q), args.k = view(k), args.v = view(v), args.cu_seqlens_q = ints(cu_seqlens_q),
+  args.q = view(q);
+  args.k = view(k);
+  args.v = view(v);
+  args.cu_seqlens_q = ints(cu_seqlens_q);
   args.cu_seqlens_k = ints(cu_seqlens_k);
-  args.out = out.mutable_data_ptr(), args.lse = out_floats(lse);
-  args.Nq = N, args.Nk = k.size(0), args.G = G, args.scale = static_cast<float>(scale);
+  args.out = out.mutable_data_ptr();
+  args.lse = out_floats(lse);
+  args.Nq = N;
+  args.Nk = k.size(0);
+  args.G = G;
+  args.scale = static_cast<float>(scale);
   launch(q, args, LSERVE_KERNELS(prefill));
   return {out, lse};
 }
@@ -748,12 +509,15 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor windows, OptTensor lists, Opt
   args.G = check.group_heads("q", Hq, H);
   args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, residual_k, residual_v, sealed},
                         q.scalar_type(), B, H, D);
-  args.rule = check_rule(check, windows, lists, local_start, B, H, args.kv.P, sink, unit);
+  args.mask = check_mask(check, windows, lists, local_start, B, H, args.kv.P, sink, unit);
   check.shape(seq_lens, "seq_lens", "[B]", {B}).dtype(seq_lens, "seq_lens", ScalarType::Int);
   Tensor out = torch::stable::new_empty(q, {B, Hq, D});
   Tensor lse = torch::stable::new_empty(q, {B, Hq}, ScalarType::Float);
-  args.q = view(q), args.seq_lens = ints(seq_lens), args.scale = static_cast<float>(scale);
-  args.out = out.mutable_data_ptr(), args.lse = out_floats(lse);
+  args.q = view(q);
+  args.seq_lens = ints(seq_lens);
+  args.scale = static_cast<float>(scale);
+  args.out = out.mutable_data_ptr();
+  args.lse = out_floats(lse);
 #ifdef LSERVE_CUDA
   std::optional<Tensor> workspace;
   if (q.is_cuda()) {
@@ -779,11 +543,15 @@ Tensor attention_mass(Tensor q, Tensor lse, Tensor windows, OptTensor lists, Opt
   args.G = check.group_heads("q", Hq, H);
   args.kv = check_paged(check, {k_pool, v_pool, stats, scales, block_table, slot_table, residual_k, residual_v, sealed},
                         q.scalar_type(), B, H, D);
-  args.rule = check_rule(check, windows, lists, local_start, B, H, args.kv.P, sink, unit);
+  args.mask = check_mask(check, windows, lists, local_start, B, H, args.kv.P, sink, unit);
   check.shape(seq_lens, "seq_lens", "[B]", {B}).dtype(seq_lens, "seq_lens", ScalarType::Int);
   Tensor mass = check.allocate(q, "block_table", {B, H, args.kv.M * args.kv.P}, ScalarType::Float);
-  args.q = view(q), args.lse = floats(lse), args.seq_lens = ints(seq_lens), args.mass = out_floats(mass);
-  args.T = T, args.scale = static_cast<float>(scale);
+  args.q = view(q);
+  args.lse = floats(lse);
+  args.seq_lens = ints(seq_lens);
+  args.mass = out_floats(mass);
+  args.T = T;
+  args.scale = static_cast<float>(scale);
   launch(q, args, LSERVE_KERNELS(attention_mass));
   return mass;
 }
@@ -808,17 +576,28 @@ std::tuple<Tensor, Tensor> merge_states(Tensor out_a, Tensor lse_a, Tensor out_b
   same(out_b, "out_b", dims, out_a.scalar_type());
   same(lse_b, "lse_b", rows, ScalarType::Float);
   Tensor out = torch::stable::empty_like(out_a), lse = torch::stable::empty_like(lse_a);
-  launch(out_a,
-         MergeArgs{out_a.const_data_ptr(), out_b.const_data_ptr(), floats(lse_a), floats(lse_b), out.mutable_data_ptr(),
-                   out_floats(lse), lse_a.numel(), D, kernel_dtype(out_a.scalar_type())},
-         LSERVE_KERNELS(merge_states));
+  MergeArgs args{};
+  args.out_a = out_a.const_data_ptr();
+  args.out_b = out_b.const_data_ptr();
+  args.lse_a = floats(lse_a);
+  args.lse_b = floats(lse_b);
+  args.out = out.mutable_data_ptr();
+  args.lse = out_floats(lse);
+  args.rows = lse_a.numel();
+  args.D = D;
+  args.dtype = kernel_dtype(out_a.scalar_type());
+  launch(out_a, args, LSERVE_KERNELS(merge_states));
   return {out, lse};
 }
 
 }  // namespace
 }  // namespace lserve
 
-STABLE_TORCH_LIBRARY_IMPL(lserve_ext, CPU, m) {
+namespace {
+
+// The same function serves every device: `launch` picks the kernel.
+template <class Library>
+void implement(Library& m) {
   m.impl("page_stats", TORCH_BOX(&lserve::page_stats));
   m.impl("page_moments", TORCH_BOX(&lserve::page_moments));
   m.impl("quantize_kv", TORCH_BOX(&lserve::quantize_kv));
@@ -836,22 +615,9 @@ STABLE_TORCH_LIBRARY_IMPL(lserve_ext, CPU, m) {
   m.impl("merge_states", TORCH_BOX(&lserve::merge_states));
 }
 
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lserve_ext, CPU, m) { implement(m); }
 #ifdef LSERVE_CUDA
-STABLE_TORCH_LIBRARY_IMPL(lserve_ext, CUDA, m) {
-  m.impl("page_stats", TORCH_BOX(&lserve::page_stats));
-  m.impl("page_moments", TORCH_BOX(&lserve::page_moments));
-  m.impl("quantize_kv", TORCH_BOX(&lserve::quantize_kv));
-  m.impl("dequantize_kv", TORCH_BOX(&lserve::dequantize_kv));
-  m.impl("append_kv", TORCH_BOX(&lserve::append_kv));
-  m.impl("wanted_pages", TORCH_BOX(&lserve::wanted_pages));
-  m.impl("resolve_pages", TORCH_BOX(&lserve::resolve_pages));
-  m.impl("gather_pages", TORCH_BOX(&lserve::gather_pages));
-  m.impl("page_scores", TORCH_BOX(&lserve::page_scores));
-  m.impl("select_pages", TORCH_BOX(&lserve::select_pages));
-  m.impl("select_tokens", TORCH_BOX(&lserve::select_tokens));
-  m.impl("prefill", TORCH_BOX(&lserve::prefill));
-  m.impl("decode", TORCH_BOX(&lserve::decode));
-  m.impl("attention_mass", TORCH_BOX(&lserve::attention_mass));
-  m.impl("merge_states", TORCH_BOX(&lserve::merge_states));
-}
+STABLE_TORCH_LIBRARY_IMPL(lserve_ext, CUDA, m) { implement(m); }
 #endif

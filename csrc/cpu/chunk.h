@@ -7,8 +7,8 @@
 
 namespace lserve::cpu {
 
-inline int64_t chunk_entries(const Rule& rule) { return std::max<int64_t>(1, kChunkTokens / rule.unit); }
-inline int64_t chunk_tokens(const Rule& rule) { return chunk_entries(rule) * rule.unit; }
+inline int64_t chunk_entries(const Mask& mask) { return std::max<int64_t>(1, kChunkTokens / mask.unit); }
+inline int64_t chunk_tokens(const Mask& mask) { return chunk_entries(mask) * mask.unit; }
 
 struct Chunk {
   // Neighbours of one type and, with statistics, one group.
@@ -25,18 +25,19 @@ struct Chunk {
 
   explicit Chunk(int64_t tokens) : position(tokens), k(tokens + kAhead), v(tokens + kAhead), k_grid(tokens), v_grid(tokens) {}
 
-  // Entries [first, last) of the query at position t, without those that were freed.
-  void load(const Paged& kv, const Rule& rule, const Entries& e, int64_t b, int64_t h, int64_t first, int64_t last, int64_t t) {
+  // Units [first, last) of the query at position t, without those that were freed.
+  void load(const PagedKV& kv, const Mask& mask, const AttendedUnits& e, int64_t b, int64_t h, int64_t first, int64_t last,
+            int64_t t) {
     spans.clear();
     count = 0;
     for (int64_t i = first; i < last; ++i) {
-      const int64_t begin = e[i] * rule.unit;
-      add(kv, cached_run(kv, b, h, begin, std::min(begin + rule.unit, t + 1) - begin));
+      const int64_t begin = e[i] * mask.unit;
+      add(kv, cached_run(kv, b, h, begin, std::min(begin + mask.unit, t + 1) - begin));
     }
   }
 
  private:
-  void add(const Paged& kv, const Run& run) {
+  void add(const PagedKV& kv, const Run& run) {
     const int64_t size = width(run.floating ? kv.dtype : Dtype::u8);
     for (int64_t i = 0; i < run.count; ++i) {
       position[count + i] = run.position + i;

@@ -122,20 +122,18 @@ void decode_chunk(const DecodeArgs& a, const Chunk& chunk, int64_t b, int64_t h,
 
 template <class T>
 void decode_typed(const DecodeArgs& a) {
-  const Paged& kv = a.kv;
-  const int64_t D = kv.D, G = a.G, heads = kv.B * kv.H, per_chunk = chunk_entries(a.rule);
-  check_windows("decode", a.rule, kv.H);
+  const PagedKV& kv = a.kv;
+  const int64_t D = kv.D, G = a.G, heads = kv.B * kv.H, per_chunk = chunk_entries(a.mask);
+  check_windows("decode", a.mask, kv.H);
   check_lengths("decode", "seq_lens", kv, a.seq_lens);
-  std::vector<Entries> all(heads);
+  std::vector<AttendedUnits> all(heads);
   std::vector<int64_t> first(heads + 1, 0);  // chunks before a (sequence, kv head)
   for (int64_t i = 0; i < heads; ++i) {
     const int64_t b = i / kv.H, h = i % kv.H, t = a.seq_lens[b] - 1;
     if (t >= 0) {
-      const int32_t* list = a.rule.lists ? a.rule.lists + b * a.rule.list_stride0 + h * a.rule.list_stride1 : nullptr;
-      const int64_t local = a.rule.local_start ? a.rule.local_start[b] : 0;
-      if (local < 0) fail_range("decode: local_start", local, 0, t, b);
-      all[i] = entries(a.rule, a.rule.windows[h], list, local, t, kv.P, kv.sealed[b] * (kv.P / a.rule.unit));
-      check_entries("decode", kv, a.rule, all[i], b, h);
+      if (list_local(a.mask, b) < 0) fail_range("decode: local_start", list_local(a.mask, b), 0, t, b);
+      all[i] = attended(a.mask, b, h, t, kv.P, kv.sealed[b]);
+      check_entries("decode", kv, a.mask, all[i], b, h);
     }
     first[i + 1] = first[i] + (all[i].count() + per_chunk - 1) / per_chunk;
   }
@@ -144,11 +142,11 @@ void decode_typed(const DecodeArgs& a) {
   std::unique_ptr<float[]> outs(new float[chunks * G * D]), lses(new float[chunks * G]);
   const auto head_of = [&](int64_t c) { return std::upper_bound(first.begin(), first.end(), c) - first.begin() - 1; };
   parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(G, chunk_tokens(a.rule));
-    const Chunk empty(chunk_tokens(a.rule));
+    Scratch scratch(G, chunk_tokens(a.mask));
+    const Chunk empty(chunk_tokens(a.mask));
     const auto load = [&](int64_t c, Chunk& chunk) {
       const int64_t i = head_of(c), b = i / kv.H, from = (c - first[i]) * per_chunk;
-      chunk.load(kv, a.rule, all[i], b, i % kv.H, from, std::min<int64_t>(from + per_chunk, all[i].count()), a.seq_lens[b] - 1);
+      chunk.load(kv, a.mask, all[i], b, i % kv.H, from, std::min<int64_t>(from + per_chunk, all[i].count()), a.seq_lens[b] - 1);
     };
     in_turn(begin, end, empty, empty, load, [&](int64_t c, Chunk& now, const Chunk& next) {
       follow(now.k, now.count, now.v, now.count);

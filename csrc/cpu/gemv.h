@@ -66,7 +66,7 @@ struct PlainKeys {
   LSERVE_INLINE floats operator()(const X* row, int64_t, int64_t d) const { return load_part(row + d); }
 };
 
-// Codes on the grid of their group, as grid_value reads them.
+// Codes on the grid of their group, as dequantize reads them.
 struct GroupKeys {
   using Stored = uint8_t;
   static constexpr int64_t kVectors = 1;

@@ -89,10 +89,8 @@ void score_many(int64_t queries, const Chunk& keys, int64_t first, int64_t count
            false);
 }
 
-Entries mass_entries(const MassArgs& a, int64_t b, int64_t h, int64_t t) {
-  const int32_t* list = a.rule.lists ? a.rule.lists + b * a.rule.list_stride0 + h * a.rule.list_stride1 : nullptr;
-  return entries(a.rule, a.rule.windows[h], list, a.rule.local_start ? a.rule.local_start[b] : 0, t, a.kv.P,
-                 a.kv.sealed[b] * (a.kv.P / a.rule.unit));
+AttendedUnits mass_entries(const MassArgs& a, int64_t b, int64_t h, int64_t t) {
+  return attended(a.mask, b, h, t, a.kv.P, a.kv.sealed[b]);
 }
 
 // The mass that all queries of a (sequence, kv head) put on entries [first, last). Queries of one page attend the same
@@ -100,18 +98,18 @@ Entries mass_entries(const MassArgs& a, int64_t b, int64_t h, int64_t t) {
 template <class T>
 void add_mass(const MassArgs& a, int64_t b, int64_t h, int64_t first, int64_t last, Scratch& scratch, Chunk& keys,
               std::vector<float>& sums) {
-  const Paged& kv = a.kv;
-  const int64_t D = kv.D, G = a.G, held = a.seq_lens[b], start = held - a.T, per_chunk = chunk_entries(a.rule);
+  const PagedKV& kv = a.kv;
+  const int64_t D = kv.D, G = a.G, held = a.seq_lens[b], start = held - a.T, per_chunk = chunk_entries(a.mask);
   const T* const q = static_cast<const T*>(a.q.data) + b * a.q.stride0 + h * G * a.q.stride2;
   float* const mass = a.mass + (b * kv.H + h) * kv.M * kv.P;
   for (int64_t row = std::max<int64_t>(0, -start), next; row < a.T; row = next) {
     next = std::min({row + kRows, a.T, row + kv.P - (start + row) % kv.P});
     for (int64_t r = row; r < next; ++r)
       load_query(q + r * a.q.stride1, a.q.stride2, G, D, a.scale, scratch.q.get() + (r - row) * G * kMaxD);
-    const Entries e = mass_entries(a, b, h, start + next - 1);
+    const AttendedUnits e = mass_entries(a, b, h, start + next - 1);
     const int64_t end = std::min<int64_t>(last, e.count());
     for (int64_t from = first; from < end; from += per_chunk) {
-      keys.load(kv, a.rule, e, b, h, from, std::min(from + per_chunk, end), start + next - 1);
+      keys.load(kv, a.mask, e, b, h, from, std::min(from + per_chunk, end), start + next - 1);
       sums.assign(keys.count, 0.0f);
       for (int64_t i = 0; i < keys.count; i += kKeys) {
         const int64_t count = std::min(kKeys, keys.count - i);
@@ -130,7 +128,7 @@ void add_mass(const MassArgs& a, int64_t b, int64_t h, int64_t first, int64_t la
   }
 }
 
-// Entries of a (sequence, kv head).
+// Attended units of a (sequence, kv head).
 struct Unit {
   int64_t b, h, first, last;
 };
@@ -138,8 +136,8 @@ struct Unit {
 // The mass that single queries put on all units.
 template <class T>
 void mass_of_step(const MassArgs& a, const std::vector<Unit>& units) {
-  const Paged& kv = a.kv;
-  const int64_t D = kv.D, G = a.G, tokens = chunk_tokens(a.rule);
+  const PagedKV& kv = a.kv;
+  const int64_t D = kv.D, G = a.G, tokens = chunk_tokens(a.mask);
   parallel_for(static_cast<int64_t>(units.size()), 1, [&](int64_t begin, int64_t end) {
     const Chunk empty(tokens);
     ChannelGrid grid;
@@ -147,8 +145,8 @@ void mass_of_step(const MassArgs& a, const std::vector<Unit>& units) {
     const auto load = [&](int64_t i, Chunk& chunk) {
       const Unit& u = units[i];
       const int64_t t = a.seq_lens[u.b] - 1;
-      const Entries e = mass_entries(a, u.b, u.h, t);
-      chunk.load(kv, a.rule, e, u.b, u.h, u.first, std::min<int64_t>(u.last, e.count()), t);
+      const AttendedUnits e = mass_entries(a, u.b, u.h, t);
+      chunk.load(kv, a.mask, e, u.b, u.h, u.first, std::min<int64_t>(u.last, e.count()), t);
     };
     in_turn(begin, end, empty, empty, load, [&](int64_t i, Chunk& now, const Chunk& next) {
       follow(now.k, now.count, next.k, next.count);
@@ -173,17 +171,17 @@ void mass_of_step(const MassArgs& a, const std::vector<Unit>& units) {
 
 template <class T>
 void mass_typed(const MassArgs& a) {
-  const Paged& kv = a.kv;
-  const int64_t G = a.G, per_chunk = chunk_entries(a.rule), tokens = kv.M * kv.P;
-  check_windows("attention_mass", a.rule, kv.H);
+  const PagedKV& kv = a.kv;
+  const int64_t G = a.G, per_chunk = chunk_entries(a.mask), tokens = kv.M * kv.P;
+  check_windows("attention_mass", a.mask, kv.H);
   check_lengths("attention_mass", "seq_lens", kv, a.seq_lens);
   const auto entries_of = [&](int64_t b, int64_t h, int64_t t) { return mass_entries(a, b, h, t); };
   for (int64_t b = 0; b < kv.B; ++b) {
-    if (a.rule.local_start && a.rule.local_start[b] < 0)
-      fail_range("attention_mass: local_start", a.rule.local_start[b], 0, kDense, b);
+    if (a.mask.local_start && a.mask.local_start[b] < 0)
+      fail_range("attention_mass: local_start", a.mask.local_start[b], 0, kDense, b);
     for (int64_t h = 0; h < kv.H; ++h)
       for (int64_t t = std::max<int64_t>(0, a.seq_lens[b] - a.T); t < a.seq_lens[b]; ++t)
-        check_entries("attention_mass", kv, a.rule, entries_of(b, h, t), b, h);
+        check_entries("attention_mass", kv, a.mask, entries_of(b, h, t), b, h);
   }
   // Chunks of a dense head, or of a single query, hold positions of their own, so threads may take them apart. Those of
   // other heads move with the query, and one thread takes them all.
@@ -191,7 +189,7 @@ void mass_typed(const MassArgs& a) {
   for (int64_t b = 0; b < kv.B; ++b)
     for (int64_t h = 0; h < kv.H && a.seq_lens[b] > 0; ++h) {
       const int64_t count = entries_of(b, h, a.seq_lens[b] - 1).count();
-      const bool apart = a.T == 1 || a.rule.windows[h] == kDense;
+      const bool apart = a.T == 1 || a.mask.windows[h] == kDense;
       for (int64_t first = 0; first < count; first += apart ? per_chunk : count)
         units.push_back({b, h, first, apart ? first + per_chunk : INT64_MAX});
     }
@@ -199,7 +197,7 @@ void mass_typed(const MassArgs& a) {
   if (a.T == 1) return mass_of_step<T>(a, units);
   parallel_for(static_cast<int64_t>(units.size()), 1, [&](int64_t begin, int64_t end) {
     Scratch scratch((std::min(kRows, a.T) * G + 7) / 8 * 8);
-    Chunk keys(chunk_tokens(a.rule));
+    Chunk keys(chunk_tokens(a.mask));
     std::vector<float> sums;
     for (int64_t i = begin; i < end; ++i)
       add_mass<T>(a, units[i].b, units[i].h, units[i].first, units[i].last, scratch, keys, sums);

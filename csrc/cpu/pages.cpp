@@ -1,14 +1,14 @@
 // Pages: statistics, INT8 codes, appending and copying.
 //
 // A page is read once from memory and then, from the first-level cache, a second time: for the grid, and for the
-// codes. Loops that encode are plain ones, which compilers vectorise: the grid is defined for scalars (csrc/grid.h).
+// codes. Loops that encode are plain ones, which compilers vectorise: the grid is defined for scalars (csrc/quant.h).
 #include <algorithm>
 #include <cstring>
 #include <unordered_set>
 #include <utility>
 #include <vector>
 
-#include "../grid.h"
+#include "../quant.h"
 #include "check.h"
 #include "simd.h"
 
@@ -86,11 +86,11 @@ LSERVE_CLONES void encode_channels(Rows<T> k, const T* stats, int64_t P, int64_t
   for (int64_t first = 0; first < P; first += L, stats += 2 * D) {
     for (int64_t d = 0; d < D; ++d) {
       low[d] = to_float(stats[d]);
-      step[d] = grid_step(low[d], to_float(stats[D + d]));
+      step[d] = quant_step(low[d], to_float(stats[D + d]));
     }
     for (int64_t i = first; i < first + L; ++i, codes += D) {
       const T* row = k[i];
-      for (int64_t d = 0; d < D; ++d) codes[d] = grid_code(to_float(row[d]), low[d], step[d]);
+      for (int64_t d = 0; d < D; ++d) codes[d] = quantize(to_float(row[d]), low[d], step[d]);
     }
   }
 }
@@ -102,13 +102,13 @@ LSERVE_CLONES void encode_tokens(Rows<T> x, int64_t P, int64_t D, uint8_t* codes
     Bounds bounds(load(x[i]));
     for (int64_t d = 16; d < D; d += 16) bounds.add(load(x[i] + d));
     const float low = min_nan(bounds.least());
-    scales[2 * i] = grid_step(low, max_nan(bounds.most()));
+    scales[2 * i] = quant_step(low, max_nan(bounds.most()));
     scales[2 * i + 1] = low;
   }
   for (int64_t i = 0; i < P; ++i, codes += D) {
     const T* row = x[i];
     const float step = scales[2 * i], low = scales[2 * i + 1];
-    for (int64_t d = 0; d < D; ++d) codes[d] = grid_code(to_float(row[d]), low, step);
+    for (int64_t d = 0; d < D; ++d) codes[d] = quantize(to_float(row[d]), low, step);
   }
 }
 
@@ -119,17 +119,17 @@ LSERVE_CLONES void decode_channels(const uint8_t* codes, const T* stats, int64_t
     for (int64_t d = 0; d < D; ++d) {
       low[d] = to_float(stats[d]);
       high[d] = to_float(stats[D + d]);
-      step[d] = grid_step(low[d], high[d]);
+      step[d] = quant_step(low[d], high[d]);
     }
     for (int64_t i = 0; i < L; ++i, codes += D, k += D)
-      for (int64_t d = 0; d < D; ++d) k[d] = from_float<T>(grid_value(codes[d], low[d], step[d], high[d]));
+      for (int64_t d = 0; d < D; ++d) k[d] = from_float<T>(dequantize(codes[d], low[d], step[d], high[d]));
   }
 }
 
 template <class T>
 LSERVE_CLONES void decode_tokens(const uint8_t* codes, const float* scales, int64_t P, int64_t D, T* x) {
   for (int64_t i = 0; i < P; ++i, codes += D, scales += 2, x += D)
-    for (int64_t d = 0; d < D; ++d) x[d] = from_float<T>(grid_value(codes[d], scales[1], scales[0]));
+    for (int64_t d = 0; d < D; ++d) x[d] = from_float<T>(dequantize(codes[d], scales[1], scales[0]));
 }
 
 // scales [C, P, 2]: V's, and K's behind them when there are no statistics.
@@ -168,7 +168,7 @@ struct Span {
 };
 
 std::vector<Span> plan(const AppendArgs& a) {
-  const Paged& kv = a.kv;
+  const PagedKV& kv = a.kv;
   std::vector<Span> spans(kv.B);
   std::unordered_set<int64_t> taken;  // slots that this call seals into
   int64_t units = 0;
@@ -203,7 +203,7 @@ std::vector<Span> plan(const AppendArgs& a) {
 
 template <class T>
 void seal_page(const AppendArgs& a, const Span& s, int64_t b, int64_t h, int64_t p) {
-  const Paged& kv = a.kv;
+  const PagedKV& kv = a.kv;
   const int64_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + p];
   if (slot < 0) return;  // a streaming head's page that is already past
   const int64_t residual = b * kv.residual_stride0 + h * kv.residual_stride1 + p % 2 * kv.P * kv.D;
@@ -231,7 +231,7 @@ void seal_page(const AppendArgs& a, const Span& s, int64_t b, int64_t h, int64_t
 // written to belongs to the page after that.
 template <class T>
 void write_residual(const AppendArgs& a, const Span& s, int64_t b, int64_t h) {
-  const Paged& kv = a.kv;
+  const PagedKV& kv = a.kv;
   const int64_t residual = b * kv.residual_stride0 + h * kv.residual_stride1;
   const auto write = [&](void* residual_x, const View& x, int64_t t) {
     std::memcpy(static_cast<T*>(residual_x) + residual + t % (2 * kv.P) * kv.D,
@@ -328,7 +328,7 @@ void dequantize_kv(const DequantizeArgs& a) {
 // Seals first and writes rows of the residual buffer second: a page must be sealed before newer tokens overwrite its rows.
 void append_kv(const AppendArgs& a) {
   const std::vector<Span> spans = plan(a);
-  const Paged& kv = a.kv;
+  const PagedKV& kv = a.kv;
   if (spans.empty()) return;
   const Span& last = spans.back();
   const int64_t units = last.first_unit + (last.unsealed - last.seal) * kv.H;

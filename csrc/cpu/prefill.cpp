@@ -98,7 +98,7 @@ LSERVE_CLONES void interleave(const bf16* first, const bf16* second, int64_t D, 
 struct Tile {
   int64_t b, h, first, count;  // first query within its sequence
   int64_t position;            // of the first query
-  Entries pages;
+  AttendedUnits pages;
 };
 
 // `size` zeros, on cache lines of their own.
@@ -228,7 +228,7 @@ class Prefill {
   int64_t held(int64_t b) const { return a_.context_lens ? a_.context_lens[b] : 0; }
 
   void check() const {
-    check_windows("prefill", a_.rule, kv_.H);
+    check_windows("prefill", a_.mask, kv_.H);
     if (a_.context_lens) check_lengths("prefill", "context_lens", kv_, a_.context_lens);
     for (int64_t b = 0; b < kv_.B; ++b)
       check_range("prefill: context_lens", held(b), 0,
@@ -252,7 +252,7 @@ class Prefill {
       for (int64_t h = 0; h < kv_.H; ++h) {
         const int64_t count = a_.cu_seqlens_q[b + 1] - a_.cu_seqlens_q[b];
         const int64_t start = held(b) + (a_.cu_seqlens_k[b + 1] - a_.cu_seqlens_k[b]) - count;
-        const int32_t window = a_.rule.windows[h];
+        const int32_t window = a_.mask.windows[h];
         const int64_t most = std::clamp(count / 4 / kBlock * kBlock, 2 * kBlock, kQueries);  // short ones keep all threads busy
         for (int64_t first = 0, size; first < count; first += size) {
           const int64_t position = start + first, page = position / P;
@@ -261,13 +261,14 @@ class Prefill {
           const int32_t* list = nullptr;
           if (window == 0) {
             check_range("prefill: lists", page - start / P, 0, a_.list_rows - 1, b, h);
-            list = a_.rule.lists + b * a_.rule.list_stride0 + h * a_.rule.list_stride1 + (page - start / P) * a_.list_stride2;
+            list = list_of(a_.mask, b, h) + (page - start / P) * a_.list_stride2;
           }
           // The newest P to 2P - 1 tokens before a query are unsealed when it is decoded, so always attended.
           const int64_t unsealed = window == 0 ? page : std::max<int64_t>(0, page - 1);
-          const Entries pages = entries(a_.rule, window, list, page, position + size - 1, P, window == kDense ? 0 : unsealed);
-          check_list("prefill", a_.rule, pages, b, h);
-          if (a_.context_lens) check_entries("prefill", kv_, a_.rule, pages, b, h);
+          const AttendedUnits pages =
+              attended(a_.mask, window, list, page, position + size - 1, P, window == kDense ? 0 : unsealed);
+          check_list("prefill", a_.mask, pages, b, h);
+          if (a_.context_lens) check_entries("prefill", kv_, a_.mask, pages, b, h);
           tiles_.push_back({b, h, first, size, position, pages});
         }
       }
@@ -401,7 +402,7 @@ class Prefill {
 
   static constexpr int64_t kRows = Scratch<E>::kRows;
   const PrefillArgs& a_;
-  const Paged& kv_;
+  const PagedKV& kv_;
   const int64_t D_;
   const float sign_, scale_;  // scale of q k is their product, which lets the largest q k have the largest weight
   std::vector<Tile> tiles_;

@@ -51,22 +51,18 @@ void check(const ResolveArgs& a) {
 }  // namespace
 
 void wanted_pages(const WantedArgs& a) {
-  const Rule& rule = a.rule;
-  const int64_t units = a.P / rule.unit;
-  const auto entries_of = [&](int64_t b, int64_t h) {
-    const int32_t* list = rule.lists ? rule.lists + b * rule.list_stride0 + h * rule.list_stride1 : nullptr;
-    const int64_t start = rule.local_start ? rule.local_start[b] : 0;
-    return entries(rule, rule.windows[h], list, start, std::max(a.first[b], 0), a.P, a.sealed[b] * units);
-  };
-  check_windows("wanted_pages", rule, a.H);
+  const Mask& mask = a.mask;
+  const int64_t units = a.P / mask.unit;
+  const auto entries_of = [&](int64_t b, int64_t h) { return attended(mask, b, h, std::max(a.first[b], 0), a.P, a.sealed[b]); };
+  check_windows("wanted_pages", mask, a.H);
   for (int64_t b = 0; b < a.B; ++b) {
     check_range("wanted_pages: sealed", a.sealed[b], 0, a.M, b);
     check_range("wanted_pages: first", a.first[b], -1, kDense - 1, b);
-    for (int64_t h = 0; h < a.H; ++h) check_list("wanted_pages", rule, entries_of(b, h), b, h);
+    for (int64_t h = 0; h < a.H; ++h) check_list("wanted_pages", mask, entries_of(b, h), b, h);
   }
   for (int64_t b = 0; b < a.B; ++b) {
     for (int64_t h = 0; h < a.H; ++h) {
-      const Entries e = entries_of(b, h);
+      const AttendedUnits e = entries_of(b, h);
       const int32_t* blocks = a.block_table + b * a.block_stride0 + h * a.block_stride1;
       int32_t* pages = a.pages + (b * a.H + h) * a.M;
       int64_t count = 0;

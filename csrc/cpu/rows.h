@@ -1,8 +1,8 @@
-// Where the tokens of an entry lie, and whether tables are sound: the CPU's reading of Paged.
+// Where the tokens of an entry lie, and whether tables are sound: the CPU's reading of PagedKV.
 #pragma once
 #include <algorithm>
 
-#include "../rule.h"
+#include "../mask.h"
 #include "check.h"
 
 namespace lserve::cpu {
@@ -25,7 +25,7 @@ inline const void* at(const void* base, int64_t element, int64_t width) {
 }
 
 // Rows of tokens [position, position + count) of one page that the cache holds. Count 0 if it was freed.
-inline Run cached_run(const Paged& kv, int64_t b, int64_t h, int64_t position, int64_t count) {
+inline Run cached_run(const PagedKV& kv, int64_t b, int64_t h, int64_t position, int64_t count) {
   const int64_t page = position / kv.P, offset = position % kv.P;
   Run run{};
   run.position = position, run.count = count, run.offset = offset;
@@ -57,7 +57,7 @@ inline Run cached_run(const Paged& kv, int64_t b, int64_t h, int64_t position, i
 
 // ---- checks, before any work: kernels read tables without looking
 
-inline void check_lengths(const std::string& op, const char* name, const Paged& kv, const int32_t* lengths) {
+inline void check_lengths(const std::string& op, const char* name, const PagedKV& kv, const int32_t* lengths) {
   const int64_t residual = kv.residual_k ? 2 * kv.P : 0;
   for (int64_t b = 0; b < kv.B; ++b) {
     if (lengths[b] < 0 || lengths[b] > kv.M * kv.P) fail_range((op + ": " + name).c_str(), lengths[b], 0, kv.M * kv.P, b);
@@ -67,19 +67,20 @@ inline void check_lengths(const std::string& op, const char* name, const Paged& 
 }
 
 // Ascending, between sink and local, and nothing behind the first -1.
-inline void check_list(const std::string& op, const Rule& rule, const Entries& e, int64_t b, int64_t h) {
+inline void check_list(const std::string& op, const Mask& mask, const AttendedUnits& e, int64_t b, int64_t h) {
   for (int64_t i = 0, last = e.sink - 1; i < e.listed; last = e.list[i++])
     if (e.list[i] <= last || e.list[i] >= e.local)
       fail_range((op + ": lists").c_str(), e.list[i], last + 1, e.local - 1, b, h, i);
-  for (int64_t i = e.listed; e.list && i < rule.K; ++i)
+  for (int64_t i = e.listed; e.list && i < mask.K; ++i)
     if (e.list[i] != -1) fail_range((op + ": lists").c_str(), e.list[i], -1, -1, b, h, i);
 }
 
-inline void check_entries(const std::string& op, const Paged& kv, const Rule& rule, const Entries& e, int64_t b, int64_t h) {
-  check_list(op, rule, e, b, h);
-  const bool streaming = rule.windows[h] > 0 && rule.windows[h] < kDense;
+inline void check_entries(const std::string& op, const PagedKV& kv, const Mask& mask, const AttendedUnits& e, int64_t b,
+                          int64_t h) {
+  check_list(op, mask, e, b, h);
+  const bool streaming = mask.windows[h] > 0 && mask.windows[h] < kDense;
   for (int64_t i = 0, checked = -1; i < e.count(); ++i) {
-    const int64_t page = e[i] * rule.unit / kv.P;
+    const int64_t page = e[i] * mask.unit / kv.P;
     if (page >= kv.sealed[b]) break;
     if (page == checked) continue;
     checked = page;
@@ -93,10 +94,10 @@ inline void check_entries(const std::string& op, const Paged& kv, const Rule& ru
   }
 }
 
-inline void check_windows(const std::string& op, const Rule& rule, int64_t H) {
+inline void check_windows(const std::string& op, const Mask& mask, int64_t H) {
   for (int64_t h = 0; h < H; ++h) {
-    if (rule.windows[h] < 0) fail_range((op + ": windows").c_str(), rule.windows[h], 0, kDense, h);
-    if (rule.windows[h] == 0 && !rule.has_lists)
+    if (mask.windows[h] < 0) fail_range((op + ": windows").c_str(), mask.windows[h], 0, kDense, h);
+    if (mask.windows[h] == 0 && !mask.has_lists)
       throw std::runtime_error("lserve_ext::" + op + ": lists: expected page lists, because windows has a 0, got None");
   }
 }

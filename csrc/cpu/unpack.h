@@ -1,6 +1,6 @@
 // Rows of keys and values become operands E of a product: floats, or bfloat16.
 #pragma once
-#include "../grid.h"
+#include "../quant.h"
 #include "simd.h"
 
 namespace lserve::cpu {
@@ -25,7 +25,7 @@ LSERVE_CLONES static void load_grid(const T* stats, int64_t D, ChannelGrid& grid
   for (int64_t d = 0; d < D; d += 16) {
     const f32x16 low = load(stats + d), high = load(stats + D + d);
     store(grid.low + d, low);
-    store(grid.step + d, high / 255.0f - low / 255.0f);  // grid_step, sixteen at a time
+    store(grid.step + d, high / 255.0f - low / 255.0f);  // quant_step, sixteen at a time
     store(grid.high + d, high);
   }
 }
@@ -33,12 +33,12 @@ LSERVE_CLONES static void load_grid(const T* stats, int64_t D, ChannelGrid& grid
 // K on its group's grid, clamped to the box.
 template <class E>
 LSERVE_CLONES static void load_codes(const uint8_t* codes, const ChannelGrid& grid, int64_t D, E* to) {
-  for (int64_t d = 0; d < D; ++d) to[d] = from_float<E>(grid_value(codes[d], grid.low[d], grid.step[d], grid.high[d]));
+  for (int64_t d = 0; d < D; ++d) to[d] = from_float<E>(dequantize(codes[d], grid.low[d], grid.step[d], grid.high[d]));
 }
 
 template <class E>
 LSERVE_CLONES static void load_codes(const uint8_t* codes, float step, float min, int64_t D, E* to) {
-  for (int64_t d = 0; d < D; ++d) to[d] = from_float<E>(grid_value(codes[d], min, step));
+  for (int64_t d = 0; d < D; ++d) to[d] = from_float<E>(dequantize(codes[d], min, step));
 }
 
 }  // namespace lserve::cpu

@@ -10,7 +10,7 @@
 
 #include "cuda/convert.cuh"
 #include "cuda/ptx.cuh"
-#include "rule.h"
+#include "mask.h"
 
 namespace lserve::cuda {
 
@@ -32,7 +32,7 @@ struct Row {
 // What one (sequence, kv head) attends to: `held` tokens of the cache, then new ones.
 template <typename T>
 struct Sequence {
-  const Paged& kv;
+  const PagedKV& kv;
   int64_t b, h;
   int held;
   const T *new_k = nullptr, *new_v = nullptr;  // of the first new token
@@ -92,13 +92,13 @@ struct WarpSearch {
 
 // The tokens that a query attends, ascending and counted from 0: those of the pools, then those in the model's dtype.
 struct Tokens {
-  Entries entries;
+  AttendedUnits entries;
   int unit, last;     // tokens of an entry; the newest position that may be attended
   int count, sealed;  // tokens of all entries, of which the first `sealed` lie in sealed pages
 
   template <typename Search = Bisection>
-  __device__ Tokens(const Entries& e, const Rule& rule, int64_t P, int64_t sealed_pages, int64_t last, Search search = {})
-      : entries(e), unit(static_cast<int>(rule.unit)), last(static_cast<int>(last)) {
+  __device__ Tokens(const AttendedUnits& e, const Mask& mask, int64_t P, int64_t sealed_pages, int64_t last, Search search = {})
+      : entries(e), unit(static_cast<int>(mask.unit)), last(static_cast<int>(last)) {
     const int entries = e.count();
     const int end = static_cast<int>(sealed_pages) * (static_cast<int>(P) / unit);  // of the sealed units
     count = entries * unit;

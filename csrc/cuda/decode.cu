@@ -9,7 +9,7 @@ namespace {
 
 // Splits of the longest sequence that the tables allow, however many chunks the others have.
 int64_t max_splits(const DecodeArgs& a) {
-  const int64_t tokens = a.kv.M * a.kv.P, chunk = split_tokens(a.rule, 1);
+  const int64_t tokens = a.kv.M * a.kv.P, chunk = split_tokens(a.mask, 1);
   return std::min<int64_t>((tokens + chunk - 1) / chunk, kMaxSplits);
 }
 
@@ -32,7 +32,7 @@ void launch_splits(const DecodeArgs& a, const Partials& partials, void* stream) 
   if constexpr (!std::is_same_v<T, float>) {
     const bool int8 = a.kv.kv_dtype == Dtype::u8, groups = int8 && a.kv.stats;
     // 16 keys of a tile must share a group: they lie in one page then, too.
-    const bool fits = !groups || (a.kv.L % 16 == 0 && a.rule.unit == a.kv.P);
+    const bool fits = !groups || (a.kv.L % 16 == 0 && a.mask.unit == a.kv.P);
     if (fits && rows_aligned<T>(a.q) && rows_aligned<T>(a.kv)) {
       return with_head_dim(a.kv.D, [&](auto kD) {
         if (groups) return launch_tiles<T, kD, Storage::codes_of_groups>(a, partials, stream);

@@ -24,23 +24,18 @@ struct Partials {
 };
 
 // Tokens of a split: chunks of kChunkTokens, as many as leave no more than kMaxSplits.
-__host__ __device__ inline int split_tokens(const Rule& rule, int tokens) {
-  const int unit = static_cast<int>(rule.unit), size = static_cast<int>(kChunkTokens);
+__host__ __device__ inline int split_tokens(const Mask& mask, int tokens) {
+  const int unit = static_cast<int>(mask.unit), size = static_cast<int>(kChunkTokens);
   const int chunk = (unit < size ? size / unit : 1) * unit, chunks = (tokens + chunk - 1) / chunk;
   return (chunks + kMaxSplits - 1) / kMaxSplits * chunk;
 }
 
 // What the query of (b, h) attends. All lanes of a warp ask together.
 __device__ __forceinline__ Tokens decode_tokens(const DecodeArgs& a, int b, int h) {
-  const Rule& rule = a.rule;
   const int64_t t = a.seq_lens[b] - 1, sealed = a.kv.sealed[b];
-  Entries e;
-  if (t >= 0) {
-    e = entries(rule, rule.windows[h], rule.lists ? rule.lists + b * rule.list_stride0 + h * rule.list_stride1 : nullptr,
-                rule.local_start ? rule.local_start[b] : 0, t, a.kv.P,
-                sealed * (static_cast<int>(a.kv.P) / static_cast<int>(rule.unit)), WarpSearch{});
-  }
-  return Tokens(e, rule, a.kv.P, sealed, t, WarpSearch{});
+  AttendedUnits e;
+  if (t >= 0) e = attended(a.mask, b, h, t, a.kv.P, sealed, WarpSearch{});
+  return Tokens(e, a.mask, a.kv.P, sealed, t, WarpSearch{});
 }
 
 // Keys and values as INT8 codes, dequantised in registers. A lane gets four neighbouring channels of 16, so q lies in
@@ -299,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   __syncthreads();
 
   for (int split = blockIdx.x;; split += gridDim.x) {
-    const int size = split_tokens(a.rule, tokens.count), first = split * size, last = min(first + size, tokens.count);
+    const int size = split_tokens(a.mask, tokens.count), first = split * size, last = min(first + size, tokens.count);
     if (first >= last) return;
     State<T, kD> state = attend_split<T, kD, kStorage>(memory, sequence, tokens, first, last, D, a.scale * kLog2e, query);
     const auto at = [&](int row) { return (b * (a.kv.H * a.G) + head + row) * partials.splits + split; };
@@ -320,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int b = blockIdx.z, h = head / static_cast<int>(a.G), D = static_cast<int>(a.kv.D);
   if (head >= heads) return;
   const Tokens tokens = decode_tokens(a, b, h);
-  const int size = split_tokens(a.rule, tokens.count);
+  const int size = split_tokens(a.mask, tokens.count);
   const float* const q = load_query(static_cast<const T*>(a.q.data) + b * a.q.stride0 + head * a.q.stride1, D);
   for (int split = blockIdx.x; split * size < tokens.count; split += gridDim.x) {
     const int first = split * size, last = min(first + size, tokens.count);
@@ -336,7 +331,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ DecodeArgs a, const Partials partials) {
   const int heads = static_cast<int>(a.kv.H * a.G), b = blockIdx.x / heads, h = blockIdx.x % heads / static_cast<int>(a.G);
   const int64_t D = a.kv.D, row = blockIdx.x;
-  const int tokens = decode_tokens(a, b, h).count, size = split_tokens(a.rule, tokens);
+  const int tokens = decode_tokens(a, b, h).count, size = split_tokens(a.mask, tokens);
   const int splits = tokens == 0 ? 0 : (tokens + size - 1) / size;  // kMaxSplits at most
   const float *outs = partials.out + row * partials.splits * D, *lses = partials.lse + row * partials.splits;
   SharedMemory shared;

@@ -3,6 +3,7 @@
 // take 32 keys for the logits, and 32 channels for the values.
 #pragma once
 #include "cuda/attention.cuh"
+#include "quant.h"
 
 namespace lserve::cuda {
 
@@ -15,10 +16,10 @@ template <typename T>
 __device__ __forceinline__ float key_value(const Row& row, int d, int D) {
   if (!row.coded) return static_cast<float>(static_cast<const T*>(row.k)[d]);
   const uint8_t code = static_cast<const uint8_t*>(row.k)[d];
-  if (!row.stats) return grid_value(code, row.k_grid.y, row.k_grid.x);
+  if (!row.stats) return dequantize(code, row.k_grid.y, row.k_grid.x);
   const float min = static_cast<float>(static_cast<const T*>(row.stats)[d]);
   const float max = static_cast<float>(static_cast<const T*>(row.stats)[D + d]);
-  return grid_value(code, min, grid_step(min, max), max);
+  return dequantize(code, min, quant_step(min, max), max);
 }
 
 // q · k of one key. q [D] in shared memory.
@@ -65,7 +66,7 @@ __device__ float attend_warp(const Sequence<T>& sequence, const Tokens& tokens, 
       for (int c = 0; c < kMaxChannels / 32; ++c) {
         const int d = c * 32 + lane;
         if (d < D)
-          sums[c] += weight * ((coded ? grid_value(reinterpret_cast<const uint8_t*>(v)[d], min, step)
+          sums[c] += weight * ((coded ? dequantize(reinterpret_cast<const uint8_t*>(v)[d], min, step)
                                       : static_cast<float>(reinterpret_cast<const T*>(v)[d])) *
                                kScaledValue);
       }

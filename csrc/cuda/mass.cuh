@@ -14,27 +14,27 @@ struct Reach {
   int position;     // and none after the query's own
 
   __device__ Reach(const MassArgs& a, int b, int32_t window, int position) : position(position) {
-    const int units_per_page = static_cast<int>(a.kv.P) / static_cast<int>(a.rule.unit);
-    const int64_t start = a.rule.local_start ? a.rule.local_start[b] : 0, sealed = a.kv.sealed[b] * units_per_page;
-    const Entries e = entries(a.rule, window, nullptr, start, position, a.kv.P, sealed);
+    const int units_per_page = static_cast<int>(a.kv.P) / static_cast<int>(a.mask.unit);
+    const int64_t sealed = a.kv.sealed[b] * units_per_page;
+    const AttendedUnits e = attended(a.mask, window, nullptr, list_local(a.mask, b), position, a.kv.P, sealed);
     sink = e.sink, local = e.local;
   }
 };
 
 __device__ __forceinline__ bool is_listed(const MassArgs& a, int b, int h, int unit) {
-  if (!a.rule.lists || a.rule.windows[h] != 0) return false;
-  const int32_t* list = a.rule.lists + b * a.rule.list_stride0 + h * a.rule.list_stride1;
-  const int64_t first = Bisection{}(a.rule.K, [&](int64_t i) { return list[i] >= 0 && list[i] < unit; });
-  return first < a.rule.K && list[first] == unit;
+  const int32_t* const list = list_of(a.mask, b, h);
+  if (!list || a.mask.windows[h] != 0) return false;
+  const int64_t first = Bisection{}(a.mask.K, [&](int64_t i) { return list[i] >= 0 && list[i] < unit; });
+  return first < a.mask.K && list[first] == unit;
 }
 
 // Whether any of the queries attends a token.
 __device__ __forceinline__ bool is_attended(const MassArgs& a, int b, int h, int position, bool listed) {
-  const int length = a.seq_lens[b], unit = position / static_cast<int>(a.rule.unit);
+  const int length = a.seq_lens[b], unit = position / static_cast<int>(a.mask.unit);
   if (position >= length) return false;
   // Windows move on with the queries: the oldest has the first local unit.
-  const Reach oldest(a, b, a.rule.windows[h], max(0, length - static_cast<int>(a.T))),
-      newest(a, b, a.rule.windows[h], length - 1);
+  const Reach oldest(a, b, a.mask.windows[h], max(0, length - static_cast<int>(a.T))),
+      newest(a, b, a.mask.windows[h], length - 1);
   return unit < newest.sink || unit >= oldest.local || listed;
 }
 
@@ -47,7 +47,7 @@ struct MassKeys {
 
   template <typename T>
   __device__ __forceinline__ void look_up(const Sequence<T>& sequence, const MassArgs& a, int key, int at) {
-    unit[key] = at / static_cast<int>(a.rule.unit);
+    unit[key] = at / static_cast<int>(a.mask.unit);
     listed[key] = is_listed(a, sequence.b, sequence.h, unit[key]);
     Row row{};
     if (is_attended(a, sequence.b, sequence.h, at, listed[key])) row = sequence.row(at);
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 6) mass_kernel(const __grid_constant
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z;
   const int tokens = static_cast<int>(a.kv.M * a.kv.P), D = static_cast<int>(a.kv.D), G = static_cast<int>(a.G);
   const int length = a.seq_lens[b], start = length - static_cast<int>(a.T);  // position of the first query
-  const int32_t window = a.rule.windows[h];
+  const int32_t window = a.mask.windows[h];
 
   SharedMemory shared;
   const Rows<T, kD> keys{shared.take<T>(kKeys * Rows<T, kD>::kStride)}, q{shared.take<T>(kMassRows * Rows<T, kD>::kStride)};
@@ -154,9 +154,9 @@ __global__ void __launch_bounds__(kThreads, 4) general_mass_kernel(const __grid_
   const int position = blockIdx.x * kKeys + key, tokens = static_cast<int>(a.kv.M * a.kv.P);
   const int D = static_cast<int>(a.kv.D), G = static_cast<int>(a.G), length = a.seq_lens[b];
   const int first = max(0, length - static_cast<int>(a.T));  // the oldest query
-  const int32_t window = a.rule.windows[h];
+  const int32_t window = a.mask.windows[h];
 
-  const int unit = position / static_cast<int>(a.rule.unit);
+  const int unit = position / static_cast<int>(a.mask.unit);
   const bool listed = is_listed(a, b, h, unit);
   const auto attends = [&](const Reach& reach) {
     return position <= reach.position && (unit < reach.sink || unit >= reach.local || listed);

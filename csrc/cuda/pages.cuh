@@ -7,8 +7,8 @@
 #include <cuda_runtime.h>
 
 #include "cuda/convert.cuh"
-#include "grid.h"
 #include "kernels.h"
+#include "quant.h"
 
 namespace lserve::cuda {
 
@@ -125,7 +125,7 @@ template <int N, typename T>
 __device__ __forceinline__ void encode_token(const T* row, int D, uint8_t* codes, float* scale) {
   constexpr int kCodes = N == 1 ? 1 : 16;
   const Bounds bounds = token_bounds<N>(row, D);
-  const float step = grid_step(bounds.low, bounds.high);
+  const float step = quant_step(bounds.low, bounds.high);
   scale[0] = step, scale[1] = bounds.low;
   for (int d = 0; d < D; d += kCodes) {
     Vector<uint8_t, kCodes> out;
@@ -133,7 +133,7 @@ __device__ __forceinline__ void encode_token(const T* row, int D, uint8_t* codes
     for (int part = 0; part < kCodes; part += N) {
       const auto x = load_vector<T, N>(row + d + part);
 #pragma unroll
-      for (int i = 0; i < N; ++i) out.value[part + i] = grid_code(static_cast<float>(x.value[i]), bounds.low, step);
+      for (int i = 0; i < N; ++i) out.value[part + i] = quantize(static_cast<float>(x.value[i]), bounds.low, step);
     }
     store_vector(codes + d, out);
   }
@@ -155,13 +155,13 @@ __device__ __forceinline__ void encode_group(const PageRows<T>& k, const PageOut
   if (!out.k_codes) return;
   float step[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i) step[i] = grid_step(bounds[i].low, bounds[i].high);
+  for (int i = 0; i < N; ++i) step[i] = quant_step(bounds[i].low, bounds[i].high);
 #pragma unroll 4
   for (int row = group * out.L; row < (group + 1) * out.L; ++row) {
     const auto x = load_vector<T, N>(k[row] + d);
     Vector<uint8_t, N> codes;
 #pragma unroll
-    for (int i = 0; i < N; ++i) codes.value[i] = grid_code(static_cast<float>(x.value[i]), bounds[i].low, step[i]);
+    for (int i = 0; i < N; ++i) codes.value[i] = quantize(static_cast<float>(x.value[i]), bounds[i].low, step[i]);
     store_vector(out.k_codes + row * out.D + d, codes);
   }
 }
@@ -252,15 +252,15 @@ __global__ void __launch_bounds__(kPageThreads, 4) dequantize_kernel(const __gri
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const float min = static_cast<float>(low.value[j]), max = static_cast<float>(high.value[j]);
-        k.value[j] = static_cast<T>(grid_value(k_codes.value[j], min, grid_step(min, max), max));
+        k.value[j] = static_cast<T>(dequantize(k_codes.value[j], min, quant_step(min, max), max));
       }
     } else {
       const float step = scales[2 * (P + row)], min = scales[2 * (P + row) + 1];
 #pragma unroll
-      for (int j = 0; j < N; ++j) k.value[j] = static_cast<T>(grid_value(k_codes.value[j], min, step));
+      for (int j = 0; j < N; ++j) k.value[j] = static_cast<T>(dequantize(k_codes.value[j], min, step));
     }
 #pragma unroll
-    for (int j = 0; j < N; ++j) v.value[j] = static_cast<T>(grid_value(v_codes.value[j], scales[2 * row + 1], scales[2 * row]));
+    for (int j = 0; j < N; ++j) v.value[j] = static_cast<T>(dequantize(v_codes.value[j], scales[2 * row + 1], scales[2 * row]));
     store_vector(static_cast<T*>(a.k) + at, k);
     store_vector(static_cast<T*>(a.v) + at, v);
   }
@@ -275,7 +275,7 @@ __host__ __device__ inline int64_t append_blocks_before(int64_t b, int64_t token
 // of the buffer: nobody else reads or writes it.
 template <typename T, int N>
 __global__ void __launch_bounds__(kPageThreads, 4) append_kernel(const __grid_constant__ AppendArgs a) {
-  const Paged& kv = a.kv;
+  const PagedKV& kv = a.kv;
   const int P = static_cast<int>(kv.P), D = static_cast<int>(kv.D), h = blockIdx.y;
   int b = 0;  // the last sequence whose blocks begin at or before this one
   for (int end = static_cast<int>(kv.B); b + 1 < end;) {

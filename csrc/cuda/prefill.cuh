@@ -51,12 +51,12 @@ __device__ __forceinline__ Tokens prefill_tokens(const PrefillArgs& a, const Que
   const int32_t* list = nullptr;
   if (window == 0) {
     const int64_t row = page - tile.start / P;
-    list = a.rule.lists + tile.b * a.rule.list_stride0 + h * a.rule.list_stride1 + min(row, a.list_rows - 1) * a.list_stride2;
+    list = list_of(a.mask, tile.b, h) + min(row, a.list_rows - 1) * a.list_stride2;
   }
   // The newest P to 2P - 1 tokens before a query are unsealed when it is decoded, so always attended.
   const int64_t unsealed = window == kDense ? 0 : window == 0 ? page : max(page - 1, 0);
-  const Entries e = entries(a.rule, window, list, page, last, P, unsealed);
-  return Tokens(e, a.rule, P, a.context_lens ? a.kv.sealed[tile.b] : 0, last);
+  const AttendedUnits e = attended(a.mask, window, list, page, last, P, unsealed);
+  return Tokens(e, a.mask, P, a.context_lens ? a.kv.sealed[tile.b] : 0, last);
 }
 
 template <typename T>
@@ -73,8 +73,8 @@ __device__ __forceinline__ Sequence<T> prefill_sequence(const PrefillArgs& a, in
 
 // Dequantises a tile of codes, once for the four warps.
 template <typename T, int kD>
-__device__ __forceinline__ void dequantize(Rows<uint8_t, kD> from_k, Rows<uint8_t, kD> from_v, const KeyTable& table, int D,
-                                           Rows<T, kD> to_k, Rows<T, kD> to_v) {
+__device__ __forceinline__ void dequantize_tile(Rows<uint8_t, kD> from_k, Rows<uint8_t, kD> from_v, const KeyTable& table,
+                                                int D, Rows<T, kD> to_k, Rows<T, kD> to_v) {
   constexpr int kN = 8;  // channels at a time
   for (int j = threadIdx.x; j < kKeys * kD / kN; j += kThreads) {
     const int key = j / (kD / kN), d = j % (kD / kN) * kN;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
   using Rings = PrefillRings<T, kD>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y;
   const int h = head / static_cast<int>(a.G), D = static_cast<int>(a.kv.D);
-  const int32_t window = a.rule.windows[h];
+  const int32_t window = a.mask.windows[h];
   const QueryTile tile = query_tile(a, gridDim.x - 1 - blockIdx.x, window);  // the last tiles have most to do
   if (tile.count == 0) return;
 
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
     const Rows<T, kD> k{reinterpret_cast<T*>(data + Rings::Codes::kBytes)};
     const Rows<T, kD> v{reinterpret_cast<T*>(data + Rings::Codes::kBytes + Rings::kTile)};
     ring.run(sequence, tokens, 0, boundary, D, [&](const auto& codes) {
-      dequantize(codes.k, codes.v, codes.table, D, k, v);
+      dequantize_tile(codes.k, codes.v, codes.table, D, k, v);
       __syncthreads();
       attend({k, v}, codes.table, std::false_type{});  // sealed: older than all queries
     });
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, 4) general_prefill_kernel(const __gr
   const int first = static_cast<int>(row - a.cu_seqlens_q[b]), queries = a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b];
   const int start = held_tokens(a, b) + (a.cu_seqlens_k[b + 1] - a.cu_seqlens_k[b]) - queries;
   const QueryTile tile{b, first, 1, start + first, start};
-  const Tokens tokens = prefill_tokens(a, tile, h, a.rule.windows[h]);
+  const Tokens tokens = prefill_tokens(a, tile, h, a.mask.windows[h]);
   const float* const q = load_query(static_cast<const T*>(a.q.data) + row * a.q.stride0 + head * a.q.stride1, D);
   T* const out = static_cast<T*>(a.out) + (row * gridDim.y + head) * D;
   const float lse = attend_warp(prefill_sequence<T>(a, b, h), tokens, 0, tokens.count, q, D, a.scale,

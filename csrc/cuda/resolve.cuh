@@ -8,7 +8,7 @@
 #include "cuda/ptx.cuh"
 #include "cuda/select.cuh"
 #include "kernels.h"
-#include "rule.h"
+#include "mask.h"
 
 namespace lserve::cuda {
 
@@ -16,13 +16,11 @@ namespace lserve::cuda {
 // counts, which says where its own begin.
 __global__ void __launch_bounds__(kSelectThreads) wanted_kernel(const __grid_constant__ WantedArgs a) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = blockIdx.x, b = blockIdx.y;
-  const Rule& rule = a.rule;
-  const int units = static_cast<int>(a.P) / static_cast<int>(rule.unit), M = static_cast<int>(a.M);
+  const Mask& mask = a.mask;
+  const int units = static_cast<int>(a.P) / static_cast<int>(mask.unit), M = static_cast<int>(a.M);
   const int sealed = min(a.sealed[b], M), part = (sealed + kSelectThreads - 1) / kSelectThreads * 32;
   const int begin = warp * part, end = min(begin + part, sealed);
-  const int32_t* const list = rule.lists ? rule.lists + b * rule.list_stride0 + h * rule.list_stride1 : nullptr;
-  const Entries e = entries(rule, rule.windows[h], list, rule.local_start ? rule.local_start[b] : 0, max(a.first[b], 0), a.P,
-                            static_cast<int64_t>(sealed) * units);
+  const AttendedUnits e = attended(mask, b, h, max(a.first[b], 0), a.P, sealed);
   const int32_t* const blocks = a.block_table + b * a.block_stride0 + h * a.block_stride1;
   int32_t* const pages = a.pages + (b * a.H + h) * a.M;
   SharedMemory shared;

@@ -29,7 +29,7 @@ bool rows_aligned(const View& x) {
 }
 
 template <typename T>
-bool rows_aligned(const Paged& kv) {
+bool rows_aligned(const PagedKV& kv) {
   const int64_t size = kv.kv_dtype == Dtype::u8 ? 1 : sizeof(T);
   return rows_aligned(kv.k_pool, size, {kv.k_stride}) && rows_aligned(kv.v_pool, size, {kv.v_stride}) &&
          rows_aligned(kv.stats, sizeof(T), {kv.stats_stride}) &&

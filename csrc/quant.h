@@ -10,27 +10,23 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define LSERVE_HD __host__ __device__ __forceinline__
-#else
-#define LSERVE_HD inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 namespace lserve {
 
-LSERVE_HD float grid_step(float min, float max) { return max / 255.0f - min / 255.0f; }
+LSERVE_HD float quant_step(float min, float max) { return max / 255.0f - min / 255.0f; }
 
-LSERVE_HD uint8_t grid_code(float x, float min, float step) {
+LSERVE_HD uint8_t quantize(float x, float min, float step) {
   // Halves, because x - min may overflow; fused by name, so that every compiler rounds alike. NaN goes to code 0.
   const float half = fmaf(x, 0.5f, -(min * 0.5f)) / step;
   const float code = rintf(half + half);
   return !(step > 0.0f) ? 0 : code >= 255.0f ? 255 : code > 0.0f ? static_cast<uint8_t>(code) : 0;
 }
 
-LSERVE_HD float grid_value(uint8_t code, float min, float step) { return fmaf(step, static_cast<float>(code), min); }
+LSERVE_HD float dequantize(uint8_t code, float min, float step) { return fmaf(step, static_cast<float>(code), min); }
 
-LSERVE_HD float grid_value(uint8_t code, float min, float step, float max) {
-  const float x = grid_value(code, min, step);
+LSERVE_HD float dequantize(uint8_t code, float min, float step, float max) {
+  const float x = dequantize(code, min, step);
   return x > max ? max : x;
 }
 
