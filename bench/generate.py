@@ -131,7 +131,7 @@ def runs(model: Any, sdpa: Any, presets: dict[str, SparseConfig], tokens: int, o
     with suppress(ValueError):  # transformers has no such backend yet
         found.append(Run("FP8", sdpa, QuantizedCache("fp8", config=config), sdpa))
     if options.device == "cpu" and not options.model and not options.random and model.dtype == torch.float32:
-        for kv in ("f16", "q8_0") if any("llama.cpp".find(word) >= 0 for word in options.only) else ():
+        for kv in ("f16", "q8_0") if any(word in "llama.cpp" for word in options.only) else ():
             with suppress(ImportError):
                 peer = llama_peer.LlamaCpp(room, options.chunk, kv, torch.get_num_threads())
                 found.append(LlamaRun(f"llama.cpp, {kv}", None, peer, peer.step))
