@@ -152,7 +152,7 @@ def test_decode_over_many_chunks(shape: Shape, device: str) -> None:
     assert_attention(ops.decode(q, *args), reference.decode, q, *args)
 
 
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s.kv_dtype == "int8"], ids=str)
+@pytest.mark.parametrize("shape", INT8, ids=str)
 def test_int8_stays_near_the_original(shape: Shape, device: str) -> None:
     """The other tests hold the kernels to the dequantised cache; this one holds the cache to the tokens."""
     case = build(shape, [5 * shape.page_size, 3 * shape.page_size + 1], heads=2, device=device)
