@@ -82,8 +82,18 @@ def architectures() -> list[str]:
     return flags
 
 
-def sources(cuda: bool) -> list[Path]:
-    patterns = ["module.c", "*.cpp", "cpu/*.cpp", *(["cuda/*.cu"] if cuda else [])]
+def has_sm90() -> bool:
+    return any("sm_90a" in flag for flag in architectures())
+
+
+def sources(cuda: bool, sm90: bool) -> list[Path]:
+    patterns = [
+        "module.c",
+        "*.cpp",
+        "cpu/*.cpp",
+        *(["cuda/*.cu"] if cuda else []),
+        *(["cuda/sm90/*.cu"] if sm90 else []),
+    ]
     return [path for pattern in patterns for path in sorted(CSRC.glob(pattern))]
 
 
@@ -100,8 +110,8 @@ def ninja_file(output: Path, torch: Path, cuda: Path | None) -> str:
     link = [os.environ.get("CXX", "c++"), "-shared", "-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
     libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if cuda:
-        nvcc = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra", *architectures()]
-        compilers[".cu"] = [*launcher, str(cuda / "bin/nvcc"), *nvcc, f"-I{CSRC}"]
+        nvcc = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra", f"-I{CSRC}"]
+        compilers[".cu"] = [*launcher, str(cuda / "bin/nvcc"), *nvcc]
         # libtorch_cuda is not linked, and cudart is linked in: the wheel must also load where neither exists.
         runtime = next(path for path in cuda.glob("lib*/libcudart_static.a"))
         libraries += [f"-L{runtime.parent}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
@@ -111,12 +121,15 @@ def ninja_file(output: Path, torch: Path, cuda: Path | None) -> str:
         lines += [f"rule compile{suffix}", f"  command = {text}", "  depfile = $out.d", "  deps = gcc"]
     lines += ["rule link", f"  command = {shlex.join(link)} $in -o $out {shlex.join(libraries)}"]
     objects = []
-    for source in sources(cuda is not None):
+    for source in sources(cuda=cuda is not None, sm90=cuda is not None and has_sm90()):
         objects.append(f"{source.relative_to(CSRC)}.o")
         lines.append(f"build {objects[-1]}: compile{source.suffix} {source}")
         if source.parent == CSRC and source.suffix == ".cpp":
             flags = [*STABLE_ABI, *(["-DLSERVE_CUDA"] if cuda else []), "-isystem", str(torch / "include")]
             lines.append(f"  flags = {shlex.join(flags)}")
+        if source.suffix == ".cu":  # a folder holds the kernels of one architecture
+            only = [flag for flag in architectures() if source.parent.name != "sm90" or "sm_90a" in flag]
+            lines.append(f"  flags = {shlex.join([*only, *(['-DLSERVE_SM90'] if has_sm90() else [])])}")
     lines.append(f"build {output}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
@@ -146,7 +159,7 @@ def relative(paths: Iterable[Path]) -> list[str]:
 # All sources and headers, whatever is compiled here: an sdist takes them from this list.
 extension = Extension(
     "lserve_ext._C",
-    sources=relative(sources(cuda=True)),
+    sources=relative(sources(cuda=True, sm90=True)),
     depends=relative([*sorted(CSRC.rglob("*.h")), *sorted(CSRC.rglob("*.cuh"))]),
     py_limited_api=True,
 )

@@ -28,10 +28,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # Name (regular expression), registers at most, and instructions of which some must be there. Of an SM's 65,536
-# registers, blocks of 128 threads with 168 each fit three times, with 128 four times. The shared memory of decode and
-# prefill leaves two blocks, to which all 255 belong.
+# registers, blocks of 128 threads with 168 each fit three times, with 128 four times. The shared memory of prefill
+# leaves two blocks, or one of 256 threads, to which all 255 belong.
 RULES: list[tuple[str, int, list[str]]] = [
+    (r"^decode_kernel<\w+, (64|128), (plain, \w+|\w+, false)>", 168, ["HMMA", "LDSM", "LDGSTS.128"]),
     (r"^(decode|prefill)_kernel<", 255, ["HMMA", "LDSM", "LDGSTS.128"]),
+    (r"^sm90::prefill_kernel", 255, ["HGMMA", "LDGSTS.128"]),
     (r"^general_(decode|prefill|mass)_kernel", 128, []),
     (r"^mass_kernel", 80, ["HMMA", "LDSM"]),
     (r"^page_scores_kernel<.*, 256>", 176, ["HMMA", "LDGSTS.128"]),

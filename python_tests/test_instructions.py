@@ -19,14 +19,18 @@ ROOT = Path(__file__).parents[1]
 TWIN = ROOT / "python_tests" / "twin"
 
 INPUT = np.dtype(
-    [("rows", "u2", (32, 8)), ("a", "u2", (2, 16, 16)), ("b", "u2", (2, 16, 8)), ("c", "f4", (16, 8)), ("x", "f4", 32)]
-)
+    [
+        ("rows", "u2", (32, 8)), ("a", "u2", (2, 16, 16)), ("b", "u2", (2, 16, 8)), ("c", "f4", (16, 8)),
+        ("x", "f4", 32), ("wide_a", "u2", (2, 64, 16)), ("wide_b", "u2", (2, 16, 64)),
+    ]
+)  # fmt: skip
 OUTPUT = np.dtype(
     [
         ("misaligned", "u4"), ("copied", "u2", (2, 32, 8)), ("matrices", "u4", (32, 4)), ("transposed", "u4", (32, 4)),
         ("d", "f4", (2, 16, 8)), ("power", "f4", 32), ("codes", "f4", (32, 4)), ("packed", "u4", (2, 32)),
         ("unpacked", "f4", (2, 32, 2)), ("butterfly", "f4", 32), ("up", "f4", 32), ("down", "f4", 32),
-        ("broadcast", "f4", 32), ("ballot", "u4"), ("any", "u4"), ("all", "u4"),
+        ("broadcast", "f4", 32), ("ballot", "u4"), ("any", "u4"), ("all", "u4"), ("turned", "u4", 32),
+        ("wide_d", "f4", (2, 2, 64, 64)),
     ]
 )  # fmt: skip
 DTYPES = (torch.float16, torch.bfloat16)
@@ -44,7 +48,8 @@ def compiled(folder: Path, device: str) -> ctypes.CDLL:
     library, source = folder / f"{device}.so", TWIN / "instructions.cu"
     if device == "cuda":
         source = Path(shutil.copy(source, folder))  # beside it lie the twin's headers, which would be found first
-        command = ["nvcc", "-arch=native", "-shared", "-Xcompiler", "-fPIC", "-std=c++17", f"-I{ROOT / 'csrc'}"]
+        arch = "sm_90a" if torch.cuda.get_device_capability() == (9, 0) else "native"
+        command = ["nvcc", f"-arch={arch}", "-shared", "-Xcompiler", "-fPIC", "-std=c++17", f"-I{ROOT / 'csrc'}"]
         command += ["-o", str(library), str(source)]
     else:
         command = ["c++", "-shared", "-fPIC", "-std=c++17", "-O1", "-fno-strict-aliasing", f"-I{TWIN}"]
@@ -68,6 +73,9 @@ def test_instructions(device: str, tmp_path: Path) -> None:
     a, b = (torch.from_numpy(rng.integers(-8, 9, shape)).float() for shape in ((16, 16), (16, 8)))
     for i, dtype in enumerate(DTYPES):  # whole numbers this small are exact in both
         given["a"][i], given["b"][i] = as_words(a.to(dtype)), as_words(b.to(dtype))
+    wide_a, wide_b = (torch.from_numpy(rng.integers(-8, 9, shape)).float() for shape in ((64, 16), (16, 64)))
+    for i, dtype in enumerate(DTYPES):
+        given["wide_a"][i], given["wide_b"][i] = as_words(wide_a.to(dtype)), as_words(wide_b.to(dtype))
     given["c"] = rng.integers(-100, 101, (16, 8))
     given["x"] = rng.standard_normal(32) * 10
     given["x"][:4] = [-np.inf, 0, -200, 1]
@@ -93,6 +101,9 @@ def test_instructions(device: str, tmp_path: Path) -> None:
         assert (out[name] == (high << 16 | low).T).all()
     product = a.numpy() @ b.numpy() + given["c"]
     assert (out["d"][0] == product).all() and (out["d"][1] == product).all()
+    assert (out["turned"] == out["transposed"][:, 0]).all()
+    if device == "cpu" or torch.cuda.get_device_capability()[0] == 9:
+        assert (out["wide_d"] == 2 * (wide_a @ wide_b).numpy()).all()
     with np.errstate(under="ignore"):
         np.testing.assert_allclose(out["power"], np.exp2(x), rtol=4e-7, atol=1e-37)
     lane = np.arange(32)

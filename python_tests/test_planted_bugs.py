@@ -30,13 +30,11 @@ class Bug(NamedTuple):
 
 
 BUGS = [
-    Bug("the sum of weights is not rescaled", "attention", "sum[r] *= fade, offset", "offset"),
-    Bug("nor is what was accumulated", "attention", "out[n][2 * r] *= fade, out[n][2 * r + 1] *= fade;", ";"),
-    Bug("a tile is used before it is there for all", "attention", "__syncthreads();  // tile i has", "// tile i has"),
-    Bug(
-        "a tile is used before its copies end", "attention", "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>"
-    ),
-    Bug("a key table is overwritten while in use", "attention", "% (kStages + 1)", "% kStages"),
+    Bug("the sum of weights is not rescaled", "attention", "max[r] = largest, sum[r] *= fade[r];", "max[r] = largest;"),
+    Bug("nor is what was accumulated", "attention", "x[2] *= fade[1], x[3] *= fade[1];", ";"),
+    Bug("a tile is used before it is there for all", "attention", "    Tile::publish();\n    __syncthreads();", ";"),
+    Bug("a tile is used before its copies end", "attention", "cp_async_wait<kAhead - 1>", "cp_async_wait<kAhead>"),
+    Bug("a key table is overwritten while in use", "attention", "kTables = kAhead + 2;", "kTables = kAhead + 1;"),
     Bug("keys after the query", "attention", "if (position > tokens.last) position = kNever;", ""),
     Bug("the other half of the residual buffer", "attention", "position % (2 * P) * kv.D", "position % P * kv.D"),
     Bug("a block taken for a slot", "attention", "slot * kv.k_stride", "block * kv.k_stride"),
@@ -51,12 +49,28 @@ BUGS = [
         "k.at(key + lane / 8 % 2 * 8 + lane % 8",
     ),
     Bug("grids of keys that are not there", "attention", "if (position == kNever) t.v_grid", "if (false) t.v_grid"),
-    Bug("channels in the order of codes", "decode", "      natural_order(state);", "      ;"),
+    Bug("channels in the order of codes", "decode", "      unpermute_channels(softmax);", "      ;"),
     Bug(
         "V's minimum is forgotten",
         "decode",
-        "(state.out[n][2 * r] + state.offset[r]) * share",
-        "state.out[n][2 * r] * share",
+        "(softmax.out[step][e] + softmax.offset[e]) * share",
+        "softmax.out[step][e] * share",
+    ),
+    Bug(
+        "decode's sums are not rescaled", "decode", "fmaf(sum[e], fade[e], s[e] + s[e + 2])", "sum[e] + s[e] + s[e + 2]"
+    ),
+    Bug("nor are its outputs", "decode", "x[2] *= fade[0], x[3] *= fade[1];", ";"),
+    Bug("a lane's copies are there, not the warp's", "decode", "__syncwarp();  // tile i has", "// tile i has"),
+    Bug("a stage in use is overwritten", "decode", "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>"),
+    Bug("decode reads beyond the query", "decode", "position > tokens.last ? kNever : position", "position"),
+    Bug("raw rows of the other page", "decode", "next.row = position % (2 * P)", "next.row = position % P"),
+    Bug("codes where their statistics lie", "decode", "if (next.block < 0) return {};", "next.slot = next.block;"),
+    Bug("a grid of another group", "decode", "next.row / static_cast<int>(kv.L)", "next.row % static_cast<int>(kv.L)"),
+    Bug(
+        "a grid in use while it is expanded",
+        "decode",
+        "store_vector(grid + kD + d, step);\n  }\n  __syncwarp();",
+        "store_vector(grid + kD + d, step);\n  }",
     ),
     Bug("bytes of another key", "decode", "code_value(word, 2 + odd)", "code_value(word, 1 + odd)"),
     Bug("queries of the next group", "decode", "row < heads ? queries", "row < kGroup ? queries"),
@@ -86,7 +100,16 @@ BUGS = [
         "      __syncthreads();\n      attend({k, v}",
         "      attend({k, v}",
     ),
-    Bug("a row too many", "prefill", "if (query >= tile.count) continue;", "if (query > tile.count) continue;"),
+    Bug("a row too many", "prefill", "if (own >= tile.count) continue;", "if (own > tile.count) continue;"),
+    Bug("logits before they are there", "sm90/prefill", "wait_wgmma<first.value ? 0 : 1>();", "wait_wgmma<1>();"),
+    Bug("values overwritten while in use", "sm90/prefill", "Ring<T, T, kD, kAhead + 2,", "Ring<T, T, kD, kAhead + 1,"),
+    Bug("chunks in their natural order", "sm90/prefill", "(element % 64 / 8 ^ row % 8)", "element % 64 / 8"),
+    Bug(
+        "the last tile's values are left out",
+        "sm90/prefill",
+        "i, std::false_type{});\n    attend_last();",
+        "i, std::false_type{});",
+    ),
     Bug(
         "raw rows overwritten while a page is sealed",
         "pages",
@@ -172,7 +195,11 @@ BUGS = [
         "python_tests/test_small.py -k largest",
     ),
 ]
-BUILDS = {"plain": {"SIMT_ORDER": "forward"}, "SANITIZE": {"SIMT_ORDER": "reverse"}, "RACES": {"SIMT_ORDER": "1"}}
+BUILDS = {
+    "plain": {"SIMT_ORDER": "forward", "SIMT_MAJOR": "8"},
+    "SANITIZE": {"SIMT_ORDER": "reverse"},
+    "RACES": {"SIMT_ORDER": "1"},
+}
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
-// The pieces that decode, prefill and attention_mass are made of: where tokens lie, tiles of keys in shared memory and
-// the ring that fills them, fragments for the tensor cores, and the state of an online softmax.
-//
-// A tile is 64 keys and their values. A warp multiplies 16 queries with 16 or 64 of them at a time.
+// The pieces that decode, prefill and attention_mass are made of: where tokens lie; and for the latter two tiles of 64 keys
+// in shared memory, the ring that fills them, fragments for the tensor cores, and the state of an online softmax.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -115,9 +113,13 @@ template <typename X, int kD>
 struct Rows {
   static constexpr int kChunk = 16 / sizeof(X);  // elements
   static constexpr int kStride = (kD / kChunk | 1) * kChunk;
+  static constexpr int kTile = kKeys * kStride;
   X* data;
 
   __device__ __forceinline__ X* at(int row, int element) const { return data + row * kStride + element; }
+
+  // Before the barrier between those who write a tile and those who read it.
+  __device__ __forceinline__ static void publish() {}
 };
 
 // What is known of the keys of one tile, a step ahead of the copies.
@@ -129,58 +131,62 @@ struct KeyTable {
   int newest[2];        // position of each half: beyond a query's own, and the tile must be masked
 };
 
-// Copies tiles from wherever their rows lie into shared memory, kStages - 1 tiles ahead of their use.
+// Copies the tokens [first, last), 64 at a time, from wherever their rows lie into shared memory, kAhead tiles before their
+// use. X is T, or uint8_t for codes.
 //
-//   ring.run(sequence, tokens, first, last, D, [&](const auto& tile) { ... });
-//
-// calls the body with 64 of the tokens [first, last) at a time. X is T, or uint8_t for codes.
-template <typename T, typename X, int kD, int kStages>
+//   ring.start();
+//   for (int i = 0; i < ring.tiles(); ++i) {
+//     ring.wait();
+//     ring.advance(i);  // may come later: it overwrites tile i + kAhead - kStages
+//     ... ring.keys(i), ring.values(i), ring.table_at(i) ...
+//   }
+//   ring.finish();
+template <typename T, typename X, int kD, int kStages, int kAhead = kStages - 1, int kBlock = kThreads,
+          template <typename, int> typename Layout = Rows>
 struct Ring {
-  using Tile = Rows<X, kD>;
-  static constexpr int kTile = kKeys * Tile::kStride;  // elements
-  static constexpr int kBytes = 2 * kStages * kTile * sizeof(X);
-  static constexpr int kGrids = kStages * kKeys / 16 * 2 * kD;  // elements
-  X* data;                                                      // [kStages, K and V, kTile]
-  KeyTable* table;                                              // [kStages + 1]
-  T* grids = nullptr;  // [kStages, 4, 2, kD]: the grid of every 16 keys, if they have one; else null
+  using Tile = Layout<X, kD>;
+  static constexpr int kBytes = 2 * kStages * Tile::kTile * sizeof(X);
+  static constexpr int kTables = kAhead + 2;  // a tile is looked up before it is copied, and its table is needed after that
+  X* data;                                    // [kStages, K and V, kTile]
+  KeyTable* table;                            // [kTables]
+  const Sequence<T>& sequence;
+  const Tokens& tokens;
+  int first, last, D;
 
-  struct View {
-    Tile k, v;
-    const T* grids;  // [4, 2, kD]
-    const KeyTable& table;
-  };
+  __device__ __forceinline__ int tiles() const { return (last - first + kKeys - 1) / kKeys; }
+  __device__ __forceinline__ Tile keys(int i) const { return {data + i % kStages * 2 * Tile::kTile}; }
+  __device__ __forceinline__ Tile values(int i) const { return {data + (i % kStages * 2 + 1) * Tile::kTile}; }
+  __device__ __forceinline__ KeyTable& table_at(int i) const { return table[i % kTables]; }
 
-  template <typename Body>
-  __device__ __forceinline__ void run(const Sequence<T>& sequence, const Tokens& tokens, int first, int last, int D,
-                                      Body body) const {
-    const int tiles = (last - first + kKeys - 1) / kKeys;
-    for (int i = 0; i < kStages && i < tiles; ++i) look_up(sequence, tokens, first + i * kKeys, last, i);
+  __device__ __forceinline__ void start() const {
+    for (int i = 0; i <= kAhead && i < tiles(); ++i) look_up(i);
     __syncthreads();
-    for (int i = 0; i < kStages - 1; ++i) {
-      if (i < tiles) copy(i, D);
+    for (int i = 0; i < kAhead; ++i) {
+      if (i < tiles()) copy(i);
       cp_async_commit();
     }
-    for (int i = 0; i < tiles; ++i) {
-      cp_async_wait<kStages - 2>();
-      __syncthreads();  // tile i has come, and nobody needs tile i - 1 any more
-      if (i + kStages - 1 < tiles) copy(i + kStages - 1, D);
-      cp_async_commit();
-      if (i + kStages < tiles) look_up(sequence, tokens, first + (i + kStages) * kKeys, last, i + kStages);
-      X* const stage = data + i % kStages * 2 * kTile;
-      body(View{{stage}, {stage + kTile}, grids + i % kStages * (kGrids / kStages), table_at(i)});
-    }
+  }
+  // For the next tile. Nobody needs the one before any more.
+  __device__ __forceinline__ void wait() const {
+    cp_async_wait<kAhead - 1>();
+    Tile::publish();
+    __syncthreads();
+  }
+  __device__ __forceinline__ void advance(int i) const {
+    if (i + kAhead < tiles()) copy(i + kAhead);
+    cp_async_commit();
+    if (i + kAhead + 1 < tiles()) look_up(i + kAhead + 1);
+  }
+  __device__ __forceinline__ void finish() const {
     cp_async_wait<0>();
     __syncthreads();
   }
 
  private:
-  // A table more than stages: tile i + kStages is looked up while tile i is in use.
-  __device__ __forceinline__ KeyTable& table_at(int i) const { return table[i % (kStages + 1)]; }
-
-  __device__ __forceinline__ void look_up(const Sequence<T>& sequence, const Tokens& tokens, int first, int last, int i) const {
+  __device__ __forceinline__ void look_up(int i) const {
     if (threadIdx.x >= kKeys) return;
     KeyTable& t = table_at(i);
-    const int key = threadIdx.x, token = first + key;
+    const int key = threadIdx.x, token = first + i * kKeys + key;
     int position = kNever;
     if (token < last) {
       position = tokens.position(token);
@@ -201,26 +207,17 @@ struct Ring {
   }
 
   // Zeros where there is no key, and beyond channel D.
-  __device__ __forceinline__ void copy(int i, int D) const {
-    constexpr int kChunks = kD / Tile::kChunk;
+  __device__ __forceinline__ void copy(int i) const {
+    constexpr int kChunk = 16 / sizeof(X), kChunks = kD / kChunk;
     const KeyTable& t = table_at(i);
-    X* const stage = data + i % kStages * 2 * kTile;
-    const Tile k{stage}, v{stage + kTile};
+    const Tile k = keys(i), v = values(i);
 #pragma unroll
-    for (int j = 0; j < kKeys * kChunks; j += kThreads) {
-      const int row = (j + threadIdx.x) / kChunks, element = (j + threadIdx.x) % kChunks * Tile::kChunk;
+    for (int j = 0; j < kKeys * kChunks; j += kBlock) {
+      const int row = (j + threadIdx.x) / kChunks, element = (j + threadIdx.x) % kChunks * kChunk;
       const X *from_k = static_cast<const X*>(t.k[row]), *from_v = static_cast<const X*>(t.v[row]);
       const bool read = from_k && element < D;
       cp_async_16(k.at(row, element), read ? from_k + element : from_k, read);
       cp_async_16(v.at(row, element), read ? from_v + element : from_v, read);
-    }
-    if (!grids) return;
-    for (int j = threadIdx.x; j < kGrids / kStages / 8; j += kThreads) {
-      const int row = j / (kD / 8), element = j % (kD / 8) * 8;  // minimum or maximum of 16 keys
-      const T* from = static_cast<const T*>(t.stats[row / 2 * 16]);
-      const bool read = from && element < D;
-      cp_async_16(grids + i % kStages * (kGrids / kStages) + row * kD + element, read ? from + row % 2 * D + element : from,
-                  read);
     }
   }
 };
@@ -230,7 +227,6 @@ struct Ring {
 // Keys and values in T, as they lie.
 template <typename T, int kD>
 struct Plain {
-  static constexpr bool kCoded = false;
   Rows<T, kD> k, v;
 
   // b[step]: channels of 32 pair + 16 step; words 0 and 1 for keys 0 to 7, words 2 and 3 for keys 8 to 15.
@@ -266,7 +262,7 @@ __device__ __forceinline__ Vector<uint32_t, 4> key_of_codes(const uint8_t* codes
     for (int e = 0; e < 2; ++e) {
       if (stats) {
         grid.y = static_cast<float>(low.value[i + e]);
-        grid.x = static_cast<float>(high.value[i + e]) * (1.0f / 255) - grid.y * (1.0f / 255);
+        grid.x = narrow_step(grid.y, static_cast<float>(high.value[i + e]));
       }
       // Rounding to T brings what is past the maximum back to it.
       x[e] = fmaf(grid.x, code_value(words.value[i / 4], i % 4 + e), grid.y);
@@ -285,8 +281,7 @@ __device__ __forceinline__ Vector<uint32_t, 4> value_of_codes(const uint8_t* cod
 // ---- queries
 
 // Puts rows [0, kRows) of a tile of queries into shared memory, zeros where query(row) is null and beyond channel D.
-// kCoded: within 16 channels the pairs lie in the order 0 2 4 6 1 3 5 7, which is that of the fragments of codes.
-template <int kRows, bool kCoded, typename T, int kD, typename Query>
+template <int kRows, typename T, int kD, typename Query>
 __device__ __forceinline__ void load_queries(Rows<T, kD> q, int D, Query query) {
   for (int j = threadIdx.x; j < kRows * kD / 16; j += kThreads) {
     const int row = j / (kD / 16), block = j % (kD / 16) * 16;
@@ -295,11 +290,6 @@ __device__ __forceinline__ void load_queries(Rows<T, kD> q, int D, Query query) 
     if (from && block < D) {
       low = load_vector<uint32_t, 4>(reinterpret_cast<const uint32_t*>(from + block));
       high = load_vector<uint32_t, 4>(reinterpret_cast<const uint32_t*>(from + block + 8));
-    }
-    if (kCoded) {
-      const Vector<uint32_t, 4> a = low, b = high;
-      low = {{a.value[0], a.value[2], b.value[0], b.value[2]}};
-      high = {{a.value[1], a.value[3], b.value[1], b.value[3]}};
     }
     store_vector(reinterpret_cast<uint32_t*>(q.at(row, block)), low);
     store_vector(reinterpret_cast<uint32_t*>(q.at(row, block + 8)), high);
@@ -324,7 +314,7 @@ constexpr float kHeadroom = std::is_same_v<T, __nv_bfloat16> ? 16.0f : 0.0f;
 template <typename T, int kD>
 struct State {
   float out[kD / 8][4] = {};
-  float max[2] = {-INFINITY, -INFINITY}, sum[2] = {}, offset[2] = {};  // offset: sum of weight * V's minimum
+  float max[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 
   // s[n] [16, 8 keys] = q · k, not scaled, of `Columns` keys from `key` on.
   template <int Columns, typename Source>
@@ -349,9 +339,9 @@ struct State {
     }
   }
 
-  // s: masked logits, become weights. The state follows their maximum.
+  // s: masked logits, become weights. fade: what `out` must shrink by, since their maximum rose.
   template <int Columns>
-  __device__ __forceinline__ void soften(float (&s)[Columns / 8][4]) {
+  __device__ __forceinline__ void soften(float (&s)[Columns / 8][4], float (&fade)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float largest = max[r];
@@ -359,15 +349,19 @@ struct State {
       for (int n = 0; n < Columns / 8; ++n) largest = fmaxf(largest, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
       largest = over_quad(largest, [](float a, float b) { return fmaxf(a, b); });
       const float base = largest == -INFINITY ? 0.0f : largest;  // nothing attended yet: weights of 0, not of NaN
-      const float fade = exp2_approx(max[r] - base), shift = base + kHeadroom<T>;
-      max[r] = largest, sum[r] *= fade, offset[r] *= fade;
-#pragma unroll
-      for (int n = 0; n < kD / 8; ++n) out[n][2 * r] *= fade, out[n][2 * r + 1] *= fade;
+      const float shift = base + kHeadroom<T>;
+      fade[r] = exp2_approx(max[r] - base);
+      max[r] = largest, sum[r] *= fade[r];
 #pragma unroll
       for (int n = 0; n < Columns / 8; ++n)
 #pragma unroll
         for (int e = 2 * r; e < 2 * r + 2; ++e) sum[r] += s[n][e] = exp2_approx(s[n][e] - shift);
     }
+  }
+  __device__ __forceinline__ void rescale(const float (&fade)[2]) {
+    if (!__any_sync(~0u, fade[0] != 1 || fade[1] != 1)) return;  // most tiles raise no maximum
+#pragma unroll
+    for (auto& x : out) x[0] *= fade[0], x[1] *= fade[0], x[2] *= fade[1], x[3] *= fade[1];
   }
 
   // out += weights · v

@@ -67,4 +67,11 @@ __device__ __forceinline__ float code_value(uint32_t codes, int i) {
   return __uint_as_float(__byte_perm(codes, 0x4b000000u, 0x7440 + i)) - 8388608.0f;
 }
 
+// x / 255 for an x of 16 bits, to the bit and without a division: quant.h's step of a grid of such.
+__device__ __forceinline__ float divided_by_255(float x) {
+  const float quotient = x * (1.0f / 255), rest = fmaf(quotient, -255.0f, x);
+  return rest == rest ? fmaf(rest, 1.0f / 255, quotient) : quotient;  // no number is left of what is infinite
+}
+__device__ __forceinline__ float narrow_step(float min, float max) { return divided_by_255(max) - divided_by_255(min); }
+
 }  // namespace lserve::cuda

@@ -20,24 +20,27 @@ int blocks_a_row(const Partials& partials, int64_t rows) {
   return static_cast<int>(std::clamp<int64_t>((wanted + rows - 1) / rows, 1, partials.splits));
 }
 
-template <typename T, int kD, Storage kStorage>
+template <typename T, int kD, Storage kStorage, bool kScattered>
 void launch_tiles(const DecodeArgs& a, const Partials& partials, void* stream) {
   const int64_t rows = a.kv.H * ((a.G + kGroup - 1) / kGroup);
   const dim3 grid(kGoesOn<kD> ? blocks_a_row(partials, rows * a.kv.B) : partials.splits, rows, a.kv.B);
-  launch("decode", decode_kernel<T, kD, kStorage>, grid, kThreads, DecodeMemory<T, kD, kStorage>::kBytes, stream, a, partials);
+  launch("decode", decode_kernel<T, kD, kStorage, kScattered>, grid, kThreads,
+         DecodeMemory<T, kD, kStorage, kScattered>::kBytes, stream, a, partials);
 }
 
 template <typename T>
 void launch_splits(const DecodeArgs& a, const Partials& partials, void* stream) {
   if constexpr (!std::is_same_v<T, float>) {
     const bool int8 = a.kv.kv_dtype == Dtype::u8, groups = int8 && a.kv.stats;
-    // 16 keys of a tile must share a group: they lie in one page then, too.
-    const bool fits = !groups || (a.kv.L % 16 == 0 && a.mask.unit == a.kv.P);
+    const bool scattered = is_scattered(a.mask);
+    const bool fits = !groups || (a.kv.L % kWarpKeys == 0 && !scattered);  // a warp's keys must share a group
     if (fits && rows_aligned<T>(a.q) && rows_aligned<T>(a.kv)) {
       return with_head_dim(a.kv.D, [&](auto kD) {
-        if (groups) return launch_tiles<T, kD, Storage::codes_of_groups>(a, partials, stream);
-        if (int8) return launch_tiles<T, kD, Storage::codes_of_tokens>(a, partials, stream);
-        return launch_tiles<T, kD, Storage::plain>(a, partials, stream);
+        if (groups) return launch_tiles<T, kD, Storage::codes_of_groups, false>(a, partials, stream);
+        if (scattered && int8) return launch_tiles<T, kD, Storage::codes_of_tokens, true>(a, partials, stream);
+        if (scattered) return launch_tiles<T, kD, Storage::plain, true>(a, partials, stream);
+        if (int8) return launch_tiles<T, kD, Storage::codes_of_tokens, false>(a, partials, stream);
+        return launch_tiles<T, kD, Storage::plain, false>(a, partials, stream);
       });
     }
   }

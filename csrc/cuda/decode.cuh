@@ -8,7 +8,7 @@
 
 namespace lserve::cuda {
 
-constexpr int kGroup = 16;  // query heads that share a pass over the keys: the rows of an MMA
+constexpr int kGroup = 8;  // query heads that share a pass over the keys: the columns of an MMA
 
 constexpr int kMaxSplits = 64;
 
@@ -38,29 +38,209 @@ __device__ __forceinline__ Tokens decode_tokens(const DecodeArgs& a, int b, int 
   return Tokens(e, a.mask, a.kv.P, sealed, t, WarpSearch{});
 }
 
-// Keys and values as INT8 codes, dequantised in registers. A lane gets four neighbouring channels of 16, so q lies in
-// the order of load_queries<kCoded>, and so do the channels of what is accumulated until State::natural_order.
-template <typename T, int kD, bool kGroups>
-struct Coded {
-  static constexpr bool kCoded = true;
-  Rows<uint8_t, kD> k, v;
-  const T* grid;  // [2, kD] with kGroups: minimum and maximum of the keys. Else keys stay codes, and logits are rescaled
+// ---- a warp's own pipeline: no warp waits for another one while keys come
 
-  __device__ __forceinline__ void keys(uint32_t (&b)[2][4], int key, int pair) const {
+constexpr int kWarpKeys = 16;  // of a warp's tile: the rows of an MMA
+
+// A tile as it lies in memory, X is T or uint8_t for codes, and what turns codes into numbers.
+template <typename T, typename X, int kD>
+struct Stage {
+  static constexpr bool kCoded = std::is_same_v<X, uint8_t>;
+  static constexpr int kTile = kWarpKeys * Rows<X, kD>::kStride;
+  alignas(16) X k_rows[kTile], v_rows[kTile];
+  alignas(16) T stats[kCoded ? 2 * kD : 8];                             // minimum and maximum of the keys
+  alignas(16) float2 k_grid[kCoded ? 16 : 2], v_grid[kCoded ? 16 : 2];  // (step, min) of each
+  const void* rows[2][kWarpKeys];                                       // of tokens that are looked up one by one
+  uint32_t attended;                                                    // a bit for each key
+
+  __device__ Rows<X, kD> k() { return {k_rows}; }
+  __device__ Rows<X, kD> v() { return {v_rows}; }
+};
+
+// Whether the 16 keys of a tile may lie in different pages. If not, their rows follow each other.
+__host__ __device__ inline bool is_scattered(const Mask& mask) { return mask.unit % kWarpKeys != 0; }
+
+// Copies tiles into shared memory, kStages - 1 ahead of their use.
+//
+//   pipeline.run(sequence, tokens, first, last, D, [&](auto& stage) { ... });
+//
+// calls the body with 16 of the tokens [first, last) at a time: those at 64 i + 16 warp.
+template <typename T, typename X, int kD, int kStages, bool kGroups, bool kScattered>
+struct WarpPipeline {
+  using Tile = Stage<T, X, kD>;
+  static constexpr bool kCoded = Tile::kCoded;
+  Tile* stages;  // [kStages], the warp's own
+
+  template <typename Body>
+  __device__ __forceinline__ void run(const Sequence<T>& sequence, const Tokens& tokens, int first, int last, int D,
+                                      Body body) const {
+    const int tiles = (last - first + kKeys - 1) / kKeys, start = first + threadIdx.x / 32 * kWarpKeys;
+    Next next{};
+#pragma unroll 1
+    for (int i = 1 - kStages; i < tiles; ++i) {
+      cp_async_wait<kStages - 2>();
+      __syncwarp();  // tile i has come, and no lane needs tile i - 1 any more
+      if (i + kStages - 1 < tiles) copy(sequence, tokens, start, last, D, i + kStages - 1, next);
+      cp_async_commit();
+      if (i >= 0) body(stages[i % kStages]);
+    }
+    cp_async_wait<0>();
+    __syncwarp();
+  }
+
+ private:
+  // Of the lane's own tile, each lane having another of 32; or of its token in the next tile.
+  struct Next {
+    int count, slot, row;  // keys to read, from this row of a slot on; slot -1: of the residual buffer
+    int block, group;      // of statistics
+    Row token;
+  };
+
+  __device__ __forceinline__ static int position_of(const Tokens& tokens, int token, int last) {
+    if (token >= last) return kNever;
+    const int position = tokens.position(token);
+    return position > tokens.last ? kNever : position;
+  }
+
+  __device__ __forceinline__ void copy(const Sequence<T>& sequence, const Tokens& tokens, int start, int last, int D, int i,
+                                       Next& next) const {
+    if constexpr (kScattered) copy_tokens(sequence, tokens, start, last, D, i, next);
+    else copy_rows(sequence, tokens, start, last, D, i, next);
+  }
+
+  // Rows that follow each other. Where, is looked up for 32 tiles at once, one a lane.
+  __device__ __forceinline__ void copy_rows(const Sequence<T>& sequence, const Tokens& tokens, int start, int last, int D,
+                                            int i, Next& next) const {
+    const PagedKV& kv = sequence.kv;
+    const int lane = threadIdx.x % 32, source = i % 32;
+    if (source == 0) next = look_up(sequence, tokens, position_of(tokens, start + (i + lane) * kKeys, last));
+    const int count = __shfl_sync(~0u, next.count, source), slot = __shfl_sync(~0u, next.slot, source);
+    const int first_row = __shfl_sync(~0u, next.row, source);
+    Tile& stage = stages[i % kStages];
+    if (lane == 0) stage.attended = (1u << count) - 1;
+    const X *k = static_cast<const X*>(kv.k_pool) + slot * kv.k_stride,
+            *v = static_cast<const X*>(kv.v_pool) + slot * kv.v_stride;
+    if (!kCoded && slot < 0) {
+      const int64_t at = sequence.b * kv.residual_stride0 + sequence.h * kv.residual_stride1;
+      k = static_cast<const X*>(kv.residual_k) + at, v = static_cast<const X*>(kv.residual_v) + at;
+    }
+    copy_chunks(stage, D, [&](int row, int element, bool of_values) {
+      return Chunk{(of_values ? v : k) + (first_row + row) * D + element, row < count};
+    });
+    if constexpr (kCoded) {  // weights of 0 must meet no NaN
+      const float* const grid = kv.scales + slot * kv.scales_stride + 2 * first_row;
+      if (lane < 8) cp_async_16(stage.v_grid + 2 * lane, grid + 4 * lane, count > 0);
+      if (!kGroups && lane < 8) cp_async_16(stage.k_grid + 2 * lane, grid + 2 * kv.P + 4 * lane, count > 0);
+    }
+    if constexpr (kGroups) {
+      const int block = __shfl_sync(~0u, next.block, source), group = __shfl_sync(~0u, next.group, source);
+      const T* const stats = static_cast<const T*>(kv.stats) + block * kv.stats_stride + group * 2 * D;
+      for (int j = lane; j < 2 * kD / 8; j += 32) {
+        const int element = j % (kD / 8) * 8;
+        cp_async_16(stage.stats + j * 8, stats + j / (kD / 8) * D + element, count > 0 && element < D);
+      }
+    }
+  }
+
+  // Nothing where nobody attends, or the page is not held any more.
+  __device__ __forceinline__ static Next look_up(const Sequence<T>& sequence, const Tokens& tokens, int position) {
+    Next next{};
+    if (position == kNever) return next;
+    const PagedKV& kv = sequence.kv;
+    const int P = static_cast<int>(kv.P), page = position / P;
+    next.count = min(tokens.last - position + 1, kWarpKeys);
+    if (page >= kv.sealed[sequence.b]) {
+      next.slot = -1, next.row = position % (2 * P);
+      return next;
+    }
+    next.row = position - page * P;
+    next.block = kv.block_table[sequence.b * kv.block_stride0 + sequence.h * kv.block_stride1 + page];
+    next.slot = kv.slot_table[sequence.b * kv.slot_stride0 + sequence.h * kv.slot_stride1 + page];
+    if (next.block < 0) return {};
+    if (kGroups) next.group = next.row / static_cast<int>(kv.L);
+    return next;
+  }
+
+  // 16 tokens, each of them looked up a tile ahead of its copy.
+  __device__ __forceinline__ void copy_tokens(const Sequence<T>& sequence, const Tokens& tokens, int start, int last, int D,
+                                              int i, Next& next) const {
+    const int lane = threadIdx.x % 32, key = lane % kWarpKeys;
+    const auto look_up = [&](int tile) {
+      const int position = position_of(tokens, start + tile * kKeys + key, last);
+      next.token = Row{};
+      if (position != kNever) next.token = sequence.row(position);
+    };
+    if (i == 0) look_up(0);
+    Tile& stage = stages[i % kStages];
+    const uint32_t attended = __ballot_sync(~0u, next.token.k != nullptr) & 0xffff;
+    if (lane == 0) stage.attended = attended;
+    if (lane < kWarpKeys) {
+      stage.rows[0][key] = next.token.k, stage.rows[1][key] = next.token.v;
+      if constexpr (kCoded)
+        stage.k_grid[key] = next.token.k_grid, stage.v_grid[key] = next.token.v_grid;  // zeros without a key
+    }
+    look_up(i + 1);
+    __syncwarp();
+    copy_chunks(stage, D, [&](int row, int element, bool of_values) {
+      const X* const from = static_cast<const X*>(stage.rows[of_values][row]);
+      return Chunk{from ? from + element : from, from != nullptr};
+    });
+  }
+
+  struct Chunk {
+    const X* from;
+    bool read;  // else zeros
+  };
+
+  // Zeros beyond channel D, too.
+  template <typename ChunkOf>
+  __device__ __forceinline__ static void copy_chunks(Tile& stage, int D, ChunkOf chunk_of) {
+    constexpr int kChunk = Rows<X, kD>::kChunk, kChunks = kD / kChunk;
+#pragma unroll
+    for (int of_values = 0; of_values < 2; ++of_values)
+#pragma unroll
+      for (int j = 0; j < kWarpKeys * kChunks; j += 32) {
+        const int row = (j + threadIdx.x % 32) / kChunks, element = (j + threadIdx.x % 32) % kChunks * kChunk;
+        const Chunk chunk = chunk_of(row, element, of_values);
+        cp_async_16((of_values ? stage.v() : stage.k()).at(row, element), chunk.from, chunk.read && element < D);
+      }
+  }
+};
+
+// ---- operands of a warp's tile: keys [16, 16 channels] for S^T = K Q^T, and values [16 channels, 16] for O^T = V^T P^T
+
+template <typename T, int kD>
+struct FloatOperand {
+  Rows<T, kD> k, v;
+
+  __device__ __forceinline__ void keys(uint32_t (&a)[4], int step) const {
+    const int lane = threadIdx.x % 32;
+    ldmatrix_x4(a, k.at(lane % 16, 16 * step + lane / 16 * 8));
+  }
+  __device__ __forceinline__ void values(uint32_t (&a)[4], int step) const {
+    const int lane = threadIdx.x % 32;
+    ldmatrix_x4_trans(a, v.at(lane / 16 * 8 + lane % 8, 16 * step + lane / 8 % 2 * 8));
+  }
+};
+
+// Codes, dequantised in registers, two steps at a time: a lane gets four neighbouring channels of a key where it would
+// get two and two, so the queries lie in that order, too; and of a value it gets channels 2 r and 2 r + 1, which become
+// rows r and r + 8. See unpermute_channels.
+template <typename T, int kD, bool kGroups>
+struct Int8Operand {
+  Rows<uint8_t, kD> k, v;
+  const float* grid;  // [2, kD] with kGroups: minimum and step of the keys. Else keys stay codes, and logits are rescaled
+
+  __device__ __forceinline__ void keys(uint32_t (&a)[2][4], int pair) const {
     const int lane = threadIdx.x % 32;
     uint32_t codes[4];  // of channels 4 (lane % 4) and on: keys 0 to 7, 8 to 15; then the next 16 channels
-    ldmatrix_x4(codes, k.at(key + lane / 8 % 2 * 8 + lane % 8, 32 * pair + lane / 16 * 16));
+    ldmatrix_x4(codes, k.at(lane % 16, 32 * pair + lane / 16 * 16));
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
-      float min[4], width[4];
+      Vector<float, 4> min{}, width{};
       if (kGroups) {
-        const T* low = grid + 32 * pair + 16 * step + lane % 4 * 4;
-        const auto mins = load_vector<T, 4>(low), maxs = load_vector<T, 4>(low + kD);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          min[i] = static_cast<float>(mins.value[i]);
-          width[i] = static_cast<float>(maxs.value[i]) * (1.0f / 255) - min[i] * (1.0f / 255);
-        }
+        const float* const from = grid + 32 * pair + 16 * step + lane % 4 * 4;
+        min = load_vector<float, 4>(from), width = load_vector<float, 4>(from + kD);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -68,183 +248,279 @@ struct Coded {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           x[i] = code_value(codes[2 * step + half], i);
-          if (kGroups) x[i] = fmaf(width[i], x[i], min[i]);  // rounding to T brings what is past the maximum back to it
+          // Rounding to T brings what is past the maximum back to it.
+          if (kGroups) x[i] = fmaf(width.value[i], x[i], min.value[i]);
         }
-        b[step][2 * half] = pack<T>(x[0], x[1]);
-        b[step][2 * half + 1] = pack<T>(x[2], x[3]);
+        a[step][half] = pack<T>(x[0], x[1]), a[step][2 + half] = pack<T>(x[2], x[3]);
       }
     }
   }
 
-  __device__ __forceinline__ void values(uint32_t (&b)[2][4], int key, int pair) const {
+  __device__ __forceinline__ void values(uint32_t (&a)[2][4], int pair) const {
     const int lane = threadIdx.x % 32;
     uint32_t codes[4];  // bytes: two neighbouring channels of one key, then of the next key
-    ldmatrix_x4_trans(codes,
-                      reinterpret_cast<const uint16_t*>(v.at(key + lane / 8 % 2 * 8 + lane % 8, 32 * pair + lane / 16 * 16)));
+    ldmatrix_x4_trans(codes, reinterpret_cast<const uint16_t*>(v.at(lane % 16, 32 * pair + lane / 16 * 16)));
 #pragma unroll
-    for (int block = 0; block < 2; ++block)
+    for (int step = 0; step < 2; ++step)
 #pragma unroll
-      for (int odd = 0; odd < 2; ++odd)
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t word = codes[2 * block + half];
-          b[block][2 * odd + half] = pack<T>(code_value(word, odd), code_value(word, 2 + odd));
+        for (int odd = 0; odd < 2; ++odd) {
+          const uint32_t word = codes[2 * step + half];
+          a[step][2 * half + odd] = pack<T>(code_value(word, odd), code_value(word, 2 + odd));
         }
   }
 };
 
-// Channels 4c, 4c + 2 | 4c + 1, 4c + 3 of every 16, which lane c of a quad accumulates over codes, become 2c, 2c + 1 |
-// 2c + 8, 2c + 9, which it accumulates over plain values.
+// Queries as the other operand, [16 channels, 8], in registers for a whole split: row lane / 4, zeros where query(row) is
+// null and beyond channel D.
 template <typename T, int kD>
-__device__ __forceinline__ void natural_order(State<T, kD>& state) {
-  const int lane = threadIdx.x % 32, from = lane / 4 * 4 + lane % 4 / 2;
-  const bool upper = lane % 2;  // of the four channels that the lane `from` holds
+struct QueryOperand {
+  uint32_t b[kD / 16][2];
+
+  template <bool kCoded, typename Query>
+  __device__ __forceinline__ void load(int D, Query query) {
+    const int quad = threadIdx.x % 4;
+    const T* const from = query(threadIdx.x % 32 / 4);
 #pragma unroll
-  for (int n = 0; n < kD / 8; n += 2)
+    for (int step = 0; step < kD / 16; ++step)
 #pragma unroll
-    for (int r = 0; r < 4; r += 2) {
-      const float x[4] = {state.out[n][r], state.out[n + 1][r], state.out[n][r + 1], state.out[n + 1][r + 1]};
+      for (int i = 0; i < 2; ++i) {
+        const int d = 16 * step + (kCoded ? 4 * quad + 2 * i : 2 * quad + 8 * i);
+        b[step][i] = from && d < D ? *reinterpret_cast<const uint32_t*>(from + d) : 0;
+      }
+  }
+
+  // The sum of each query's channels, of queries 2 (lane % 4) and the next.
+  __device__ __forceinline__ void totals(float (&total)[2]) const {
+    float sum = 0;
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
+    for (const auto& words : b)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float low = __shfl_sync(~0u, x[e], from + 2 * half), high = __shfl_sync(~0u, x[2 + e], from + 2 * half);
-          state.out[n + half][r + e] = upper ? high : low;
-        }
-    }
+      for (const uint32_t word : words) {
+        const float2 x = unpack<T>(word);
+        sum += x.x + x.y;
+      }
+    sum = over_quad(sum, [](float a, float b) { return a + b; });
+    for (int e = 0; e < 2; ++e) total[e] = __shfl_sync(~0u, sum, (2 * (threadIdx.x % 4) + e) * 4);
+  }
+};
+
+// ---- softmax
+
+// x over the eight lanes that hold the same queries.
+template <typename Combine>
+__device__ __forceinline__ float over_keys(float x, Combine combine) {
+  for (int lanes = 4; lanes < 32; lanes *= 2) x = combine(x, __shfl_xor_sync(~0u, x, lanes));
+  return x;
 }
 
+// Attention of 8 queries over the keys that a warp has seen. A lane has of queries q = 2 (lane % 4) and q + 1, in C fragments:
+// logits of keys lane / 4 and lane / 4 + 8, and outputs of channels lane / 4 and lane / 4 + 8 of every 16.
+// Maxima and logits are in units of log2, sums are of this lane's keys.
 template <typename T, int kD>
-struct DecodeRings {
-  using Codes = Ring<T, uint8_t, kD, kD <= 128 ? 4 : 2>;
-  using Values = Ring<T, T, kD, kD <= 64 ? 4 : kD <= 96 ? 3 : 2>;
-  static constexpr int kTables = 5;    // one more than stages
-  static constexpr int kRow = kD + 4;  // floats of a row of results: neighbouring rows in different banks
-  static constexpr int kResults = 4 * kGroup * kRow * sizeof(float);
+struct OnlineSoftmax {
+  float out[kD / 16][4] = {};
+  float max[2] = {-INFINITY, -INFINITY}, sum[2] = {}, offset[2] = {};  // offset: sum of weight * V's minimum
 
-  // One stretch serves both rings, one after the other, and then the warps' results.
-  template <Storage kStorage>
-  static constexpr int kRing = kStorage == Storage::plain || Values::kBytes > Codes::kBytes ? Values::kBytes : Codes::kBytes;
-  template <Storage kStorage>
-  static constexpr int kData = kRing<kStorage> > kResults ? kRing<kStorage> : kResults;
+  // s: masked logits, become weights. What has been summed follows their maximum.
+  __device__ __forceinline__ void update(float (&s)[4]) {
+    float fade[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const auto larger = [](float a, float b) { return fmaxf(a, b); };
+      const float largest = over_keys(fmaxf(max[e], fmaxf(s[e], s[e + 2])), larger);
+      const float base = largest == -INFINITY ? 0.0f : largest;  // nothing attended yet: weights of 0, not of NaN
+      const float shift = base + kHeadroom<T>;
+      fade[e] = exp2_approx(max[e] - base);
+      max[e] = largest;
+      s[e] = exp2_approx(s[e] - shift), s[e + 2] = exp2_approx(s[e + 2] - shift);
+      sum[e] = fmaf(sum[e], fade[e], s[e] + s[e + 2]), offset[e] *= fade[e];
+    }
+    if (__any_sync(~0u, fade[0] != 1 || fade[1] != 1)) {
+#pragma unroll
+      for (auto& x : out) x[0] *= fade[0], x[1] *= fade[1], x[2] *= fade[0], x[3] *= fade[1];
+    }
+  }
 };
+
+// Rows r and r + 8 that are channels 2 r and 2 r + 1 of every 16 become channels r and r + 8.
+template <typename T, int kD>
+__device__ __forceinline__ void unpermute_channels(OnlineSoftmax<T, kD>& softmax) {
+  const int lane = threadIdx.x % 32;
+  const bool odd = lane / 4 % 2;
+#pragma unroll
+  for (auto& x : softmax.out) {
+    float natural[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // queries i % 2, channels + 8 (i / 2)
+      const int from = (lane / 8 + i / 2 * 4) * 4 + lane % 4;
+      const float low = __shfl_sync(~0u, x[i % 2], from), high = __shfl_sync(~0u, x[2 + i % 2], from);
+      natural[i] = odd ? high : low;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = natural[i];
+  }
+}
+
+// ---- a split
 
 // Whether a block goes on to another split. With the most channels there are no registers for what a loop keeps.
 template <int kD>
 constexpr bool kGoesOn = kD <= 128;
 
 // What the threads of a block share while they go through their splits.
-template <typename T, int kD, Storage kStorage>
+template <typename T, int kD, Storage kStorage, bool kScattered>
 struct DecodeMemory {
-  using Rings = DecodeRings<T, kD>;
-  static constexpr int kGrids = kStorage == Storage::codes_of_groups ? Rings::Codes::kGrids : 0;
-  static constexpr int kWarps = 4 * kGroup;  // floats
-  static constexpr int kBytes = shared_bytes(
-      {kGroup * Rows<T, kD>::kStride * int(sizeof(T)), Rings::kTables * int(sizeof(KeyTable)), Rings::template kData<kStorage>,
-       kWarps * int(sizeof(float)), kWarps * int(sizeof(float)), kGrids * int(sizeof(T)), int(sizeof(Tokens))});
-  Rows<T, kD> q;
-  KeyTable* tables;
-  char* data;            // of the rings, and then results [4, kGroup, kRow]
-  float *maxima, *sums;  // [4, kGroup]
+  static constexpr bool kGroups = kStorage == Storage::codes_of_groups;
+  static constexpr int kFloatStages = kD <= 128 ? 3 : 2, kCodeStages = 3;
+  using Floats = WarpPipeline<T, T, kD, kFloatStages, false, kScattered>;
+  using Codes = WarpPipeline<T, uint8_t, kD, kCodeStages, kGroups, kScattered>;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kRow = kD + 4;  // floats of a row of results: neighbouring rows in different banks
+  static constexpr int larger(int a, int b) { return a > b ? a : b; }
+  // One stretch of a warp serves both pipelines, one after the other; and then that of all, their results.
+  static constexpr int kStages = larger(kFloatStages * sizeof(typename Floats::Tile),
+                                        kStorage == Storage::plain ? 0 : kCodeStages * sizeof(typename Codes::Tile));
+  static constexpr int kData = larger(kWarps * kStages, kWarps * kGroup * kRow * sizeof(float));
+  static constexpr int kGrids = kGroups ? kWarps * 2 * kD : 0;  // floats
+  static constexpr int kBytes = shared_bytes({kData, kWarps * kGroup * int(sizeof(float)), kWarps * kGroup * int(sizeof(float)),
+                                              int(sizeof(Tokens)), kGrids * int(sizeof(float))});
+  char* data;
+  float *maxima, *sums;  // [kWarps, kGroup]
   Tokens* tokens;        // there, and not in registers, of which the loops need all
-  T* grids;              // or null
+  float* grid;           // the warp's [2, kD], or null
 
   __device__ explicit DecodeMemory(SharedMemory shared)
-      : q{shared.take<T>(kGroup * Rows<T, kD>::kStride)},
-        tables(shared.take<KeyTable>(Rings::kTables)),
-        data(shared.take<char>(Rings::template kData<kStorage>)),
-        maxima(shared.take<float>(kWarps)),
-        sums(shared.take<float>(kWarps)),
+      : data(shared.take<char>(kData)),
+        maxima(shared.take<float>(kWarps * kGroup)),
+        sums(shared.take<float>(kWarps * kGroup)),
         tokens(shared.take<Tokens>(1)),
-        grids(kGrids > 0 ? shared.take<T>(kGrids) : nullptr) {}
+        grid(kGroups ? shared.take<float>(kGrids) + threadIdx.x / 32 * 2 * kD : nullptr) {}
+
+  template <typename Pipeline>
+  __device__ Pipeline pipeline() const {
+    return {reinterpret_cast<typename Pipeline::Tile*>(data + threadIdx.x / 32 * kStages)};
+  }
 };
 
-// Attention over tokens [first, last): a warp takes 16 keys of every tile. query(row): the first channel, or null.
-template <typename T, int kD, Storage kStorage, typename Query>
-__device__ __forceinline__ State<T, kD> attend_split(const DecodeMemory<T, kD, kStorage>& memory, const Sequence<T>& sequence,
-                                                     const Tokens& tokens, int first, int last, int D, float scale,
-                                                     Query query) {
-  using Rings = DecodeRings<T, kD>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const auto& q = memory.q;
-  State<T, kD> state;
-
-  const auto attend = [&](const auto& source, const KeyTable& table, auto logit) {
-    float s[2][4] = {};
-    state.template multiply<16>(s, q, 0, source, warp * 16);
+// Minimum and step of the keys' group, once for the lanes that need them.
+template <typename T, int kD>
+__device__ __forceinline__ void expand_grid(const T* stats, float* grid) {
+  for (int d = threadIdx.x % 32 * 4; d < kD; d += 128) {
+    const auto low = load_vector<T, 4>(stats + d), high = load_vector<T, 4>(stats + kD + d);
+    Vector<float, 4> min, step;
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int key = warp * 16 + n * 8 + lane % 4 * 2 + e % 2;
-        s[n][e] = table.position[key] == kNever ? -INFINITY : logit(s[n][e], key, e / 2) * scale;
-      }
-    state.template soften<16>(s);
-    if constexpr (std::decay_t<decltype(source)>::kCoded) {
-#pragma unroll
-      for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {  // v = min + step * code: the step goes into the weight
-          const float2 grid = table.v_grid[warp * 16 + n * 8 + lane % 4 * 2 + e % 2];
-          state.offset[e / 2] += s[n][e] * grid.y;
-          s[n][e] *= grid.x;
-        }
+    for (int i = 0; i < 4; ++i) {
+      min.value[i] = static_cast<float>(low.value[i]);
+      step.value[i] = narrow_step(min.value[i], static_cast<float>(high.value[i]));
     }
-    state.template add<16>(s, source, warp * 16);
+    store_vector(grid + d, min), store_vector(grid + kD + d, step);
+  }
+  __syncwarp();
+}
+
+// Attention over tokens [first, last): a warp takes every fourth tile. query(row): the first channel, or null.
+template <typename T, int kD, Storage kStorage, bool kScattered, typename Query>
+__device__ __forceinline__ OnlineSoftmax<T, kD> attend_split(const DecodeMemory<T, kD, kStorage, kScattered>& memory,
+                                                             const Sequence<T>& sequence, const Tokens& tokens, int first,
+                                                             int last, int D, float scale, Query query) {
+  using Memory = DecodeMemory<T, kD, kStorage, kScattered>;
+  const int lane = threadIdx.x % 32;
+  OnlineSoftmax<T, kD> softmax;
+  QueryOperand<T, kD> q;
+  const auto weigh = [&](float (&s)[4], uint32_t attended, auto logit) {  // s: q · k, become weights
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int key = lane / 4 + i / 2 * 8;
+      s[i] = attended >> key & 1 ? logit(s[i], key, i % 2) * scale : -INFINITY;
+    }
+    softmax.update(s);
+  };
+  const auto weights = [](const float (&s)[4], uint32_t (&p)[2]) {  // [16 keys, 8], as an operand
+    for (int half = 0; half < 2; ++half) p[half] = transpose_8x8(pack<T>(s[2 * half], s[2 * half + 1]));
   };
 
   const int boundary = kStorage == Storage::plain ? first : max(first, min(last, tokens.sealed));
   if constexpr (kStorage != Storage::plain) {
-    constexpr bool kGroups = kStorage == Storage::codes_of_groups;
     if (first < boundary) {
-      load_queries<kGroup, true>(q, D, query);
-      typename Rings::Codes ring{reinterpret_cast<uint8_t*>(memory.data), memory.tables};
+      q.template load<true>(D, query);
       float total[2] = {};  // of q: k = min + step * code gives q · k = min * total + step * q · code
-      if (kGroups) {
-        ring.grids = memory.grids;
-      } else {
-        __syncthreads();
-        for (int d = lane % 4; d < kD; d += 4) {
-          total[0] += static_cast<float>(*q.at(lane / 4, d));
-          total[1] += static_cast<float>(*q.at(lane / 4 + 8, d));
+      if (!Memory::kGroups) q.totals(total);
+      memory.template pipeline<typename Memory::Codes>().run(sequence, tokens, first, boundary, D, [&](auto& stage) {
+        if constexpr (Memory::kGroups) expand_grid<T, kD>(stage.stats, memory.grid);
+        const Int8Operand<T, kD, Memory::kGroups> operand{stage.k(), stage.v(), memory.grid};
+        float s[4] = {};
+#pragma unroll
+        for (int pair = 0; pair < kD / 32; ++pair) {
+          uint32_t a[2][4];
+          operand.keys(a, pair);
+#pragma unroll
+          for (int step = 0; step < 2; ++step) mma_m16n8k16<T>(s, a[step], q.b[2 * pair + step][0], q.b[2 * pair + step][1]);
         }
-        for (float& x : total) x = over_quad(x, [](float a, float b) { return a + b; });
-      }
-      ring.run(sequence, tokens, first, boundary, D, [&](const auto& tile) {
-        attend(Coded<T, kD, kGroups>{tile.k, tile.v, tile.grids + warp * 2 * kD}, tile.table, [&](float s, int key, int r) {
-          return kGroups ? s : fmaf(tile.table.k_grid[key].x, s, tile.table.k_grid[key].y * total[r]);
+        weigh(s, stage.attended, [&](float x, int key, int e) {
+          return Memory::kGroups ? x : fmaf(stage.k_grid[key].x, x, stage.k_grid[key].y * total[e]);
         });
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // v = min + step * code: the step goes into the weight
+          const float2 grid = stage.v_grid[lane / 4 + i / 2 * 8];
+          softmax.offset[i % 2] += s[i] * grid.y;
+          s[i] *= grid.x;
+        }
+        uint32_t p[2];
+        weights(s, p);
+#pragma unroll
+        for (int pair = 0; pair < kD / 32; ++pair) {
+          uint32_t a[2][4];
+          operand.values(a, pair);
+#pragma unroll
+          for (int step = 0; step < 2; ++step) mma_m16n8k16<T>(softmax.out[2 * pair + step], a[step], p[0], p[1]);
+        }
       });
-      natural_order(state);
+      unpermute_channels(softmax);
     }
   }
   if (boundary < last) {
-    load_queries<kGroup, false>(q, D, query);
-    const typename Rings::Values ring{reinterpret_cast<T*>(memory.data), memory.tables};
-    ring.run(sequence, tokens, boundary, last, D,
-             [&](const auto& tile) { attend(Plain<T, kD>{tile.k, tile.v}, tile.table, [](float s, int, int) { return s; }); });
+    q.template load<false>(D, query);
+    memory.template pipeline<typename Memory::Floats>().run(sequence, tokens, boundary, last, D, [&](auto& stage) {
+      const FloatOperand<T, kD> operand{stage.k(), stage.v()};
+      float s[4] = {};
+      uint32_t a[4], p[2];
+#pragma unroll
+      for (int step = 0; step < kD / 16; ++step) {
+        operand.keys(a, step);
+        mma_m16n8k16<T>(s, a, q.b[step][0], q.b[step][1]);
+      }
+      weigh(s, stage.attended, [](float x, int, int) { return x; });
+      weights(s, p);
+#pragma unroll
+      for (int step = 0; step < kD / 16; ++step) {
+        operand.values(a, step);
+        mma_m16n8k16<T>(softmax.out[step], a, p[0], p[1]);
+      }
+    });
   }
-  return state;
+  return softmax;
 }
 
-// The four warps' states, of equal keys in equal order, become one: out(row, d, value) and lse(row, value).
-template <typename T, int kD, Storage kStorage, typename Out, typename Lse>
-__device__ __forceinline__ void join_warps(const DecodeMemory<T, kD, kStorage>& memory, State<T, kD>& state, int rows, int D,
-                                           Out out, Lse lse) {
-  using Rings = DecodeRings<T, kD>;
+// The four warps' results, of equal keys in equal order, become one: out(row, d, value) and lse(row, value).
+template <typename T, int kD, Storage kStorage, bool kScattered, typename Out, typename Lse>
+__device__ __forceinline__ void join_warps(const DecodeMemory<T, kD, kStorage, kScattered>& memory,
+                                           OnlineSoftmax<T, kD>& softmax, int rows, int D, Out out, Lse lse) {
+  constexpr int kRow = DecodeMemory<T, kD, kStorage, kScattered>::kRow;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float *const maxima = memory.maxima, *const sums = memory.sums, *const results = reinterpret_cast<float*>(memory.data);
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
+  for (int e = 0; e < 2; ++e) {
     const auto add = [](float a, float b) { return a + b; };
-    state.sum[r] = over_quad(state.sum[r], add);
-    state.offset[r] = over_quad(state.offset[r], add);
-    if (lane % 4 == 0) {
-      maxima[warp * kGroup + lane / 4 + 8 * r] = state.max[r];
-      sums[warp * kGroup + lane / 4 + 8 * r] = state.sum[r];
+    softmax.sum[e] = over_keys(softmax.sum[e], add);
+    softmax.offset[e] = over_keys(softmax.offset[e], add);
+    if (lane < 4) {
+      maxima[warp * kGroup + 2 * lane + e] = softmax.max[e];
+      sums[warp * kGroup + 2 * lane + e] = softmax.sum[e];
     }
   }
-  __syncthreads();
+  __syncthreads();  // and no warp needs the memory for keys any more
   const auto total_of = [&](int row, float& largest) {
     largest = fmaxf(fmaxf(maxima[row], maxima[kGroup + row]), fmaxf(maxima[2 * kGroup + row], maxima[3 * kGroup + row]));
     if (largest == -INFINITY) largest = 0;
@@ -253,21 +529,22 @@ __device__ __forceinline__ void join_warps(const DecodeMemory<T, kD, kStorage>& 
     return total;
   };
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = lane / 4 + 8 * r;
+  for (int e = 0; e < 2; ++e) {
+    const int row = 2 * (lane % 4) + e;
     float largest;
-    const float total = total_of(row, largest), share = exp2_approx(state.max[r] - largest) / (total == 0 ? 1 : total);
-    float* const to = results + (warp * kGroup + row) * Rings::kRow + lane % 4 * 2;
+    const float total = total_of(row, largest), share = exp2_approx(softmax.max[e] - largest) / (total == 0 ? 1 : total);
+    float* const to = results + (warp * kGroup + row) * kRow + lane / 4;
 #pragma unroll
-    for (int n = 0; n < kD / 8; ++n)
-      *reinterpret_cast<float2*>(to + n * 8) =
-          make_float2((state.out[n][2 * r] + state.offset[r]) * share, (state.out[n][2 * r + 1] + state.offset[r]) * share);
+    for (int step = 0; step < kD / 16; ++step) {
+      to[16 * step] = (softmax.out[step][e] + softmax.offset[e]) * share;
+      to[16 * step + 8] = (softmax.out[step][2 + e] + softmax.offset[e]) * share;
+    }
   }
   __syncthreads();
   for (int i = threadIdx.x; i < rows * D; i += kThreads) {
     const int row = i / D, d = i % D;
     float x = 0;
-    for (int w = 0; w < 4; ++w) x += results[(w * kGroup + row) * Rings::kRow + d];
+    for (int w = 0; w < 4; ++w) x += results[(w * kGroup + row) * kRow + d];
     out(row, d, x);
   }
   for (int row = threadIdx.x; row < rows; row += kThreads) {
@@ -277,15 +554,19 @@ __device__ __forceinline__ void join_warps(const DecodeMemory<T, kD, kStorage>& 
   }
 }
 
-// Two blocks share an SM: the rings leave no room for more.
-template <typename T, int kD, Storage kStorage>
-__global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_constant__ DecodeArgs a, const Partials partials) {
+// Blocks that an SM is to hold: three where both registers and shared memory allow it.
+template <int kD, Storage kStorage, bool kScattered>
+constexpr int kBlocks = kD > 128 || (kStorage != Storage::plain && (kScattered || kD == 96)) ? 2 : 3;
+
+template <typename T, int kD, Storage kStorage, bool kScattered>
+__global__ void __launch_bounds__(kThreads, (kBlocks<kD, kStorage, kScattered>))
+    decode_kernel(const __grid_constant__ DecodeArgs a, const Partials partials) {
   allow_next_kernel();
   const int b = blockIdx.z, parts = static_cast<int>(a.G + kGroup - 1) / kGroup, h = blockIdx.y / parts;
   const int head = static_cast<int>(h * a.G) + blockIdx.y % parts * kGroup;  // of the first query
   const int heads = min(kGroup, static_cast<int>((h + 1) * a.G) - head), D = static_cast<int>(a.kv.D);
 
-  const DecodeMemory<T, kD, kStorage> memory{SharedMemory()};
+  const DecodeMemory<T, kD, kStorage, kScattered> memory{SharedMemory()};
   const T* const queries = static_cast<const T*>(a.q.data) + b * a.q.stride0 + head * a.q.stride1;
   const auto query = [&](int row) { return row < heads ? queries + row * a.q.stride1 : nullptr; };
   const Sequence<T> sequence{a.kv, b, h, a.seq_lens[b]};
@@ -296,10 +577,11 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   for (int split = blockIdx.x;; split += gridDim.x) {
     const int size = split_tokens(a.mask, tokens.count), first = split * size, last = min(first + size, tokens.count);
     if (first >= last) return;
-    State<T, kD> state = attend_split<T, kD, kStorage>(memory, sequence, tokens, first, last, D, a.scale * kLog2e, query);
+    OnlineSoftmax<T, kD> softmax =
+        attend_split<T, kD, kStorage, kScattered>(memory, sequence, tokens, first, last, D, a.scale * kLog2e, query);
     const auto at = [&](int row) { return (b * (a.kv.H * a.G) + head + row) * partials.splits + split; };
-    join_warps<T, kD, kStorage>(
-        memory, state, heads, D, [&](int row, int d, float x) { partials.out[at(row) * D + d] = x; },
+    join_warps<T, kD, kStorage, kScattered>(
+        memory, softmax, heads, D, [&](int row, int d, float x) { partials.out[at(row) * D + d] = x; },
         [&](int row, float x) { partials.lse[at(row)] = x; });
     if (!kGoesOn<kD>) return;
     __syncthreads();  // the next split needs the memory

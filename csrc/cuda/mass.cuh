@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 6) mass_kernel(const __grid_constant
     load_keys<T, kD, kInt8>(table, D, keys);
     const int count = static_cast<int>(a.T) * G;
     for (int first = max(0, -start) * G; first < count; first += kMassRows) {
-      load_queries<kMassRows, false>(q, D, [&](int row) {
+      load_queries<kMassRows>(q, D, [&](int row) {
         const int i = first + row;
         const T* const from = static_cast<const T*>(a.q.data) + b * a.q.stride0 + i / G * a.q.stride1;
         return i < count ? from + (h * G + i % G) * a.q.stride2 : nullptr;

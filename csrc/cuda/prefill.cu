@@ -1,7 +1,6 @@
 #include "cuda/prefill.cuh"
 
-#include <algorithm>
-
+#include "cuda/sm90/prefill.h"
 #include "cuda/tiles.h"
 
 namespace lserve::cuda {
@@ -10,10 +9,7 @@ namespace {
 template <typename T, int kD, bool kInt8>
 void launch_tiles(const PrefillArgs& a, void* stream) {
   using Rings = PrefillRings<T, kD>;
-  // Dense heads need the first of the two, others the second.
-  const int64_t tiles =
-      std::max(tiles_before(a.kv.B, a.Nq, tile_span(kDense, a.kv.P)), tiles_before(a.kv.B, a.Nq, tile_span(0, a.kv.P)));
-  const dim3 grid(tiles, a.kv.H * a.G);
+  const dim3 grid(query_tiles(a), a.kv.H * a.G);
   const int shared = shared_bytes(
       {kQueries * Rows<T, kD>::kStride * int(sizeof(T)), Rings::kTables * int(sizeof(KeyTable)), Rings::template kData<kInt8>});
   launch("prefill", prefill_kernel<T, kD, kInt8>, grid, kThreads, shared, stream, a);
@@ -38,6 +34,9 @@ void launch_prefill(const PrefillArgs& a, void* stream) {
 
 void prefill(const PrefillArgs& a, void* stream) {
   if (a.Nq == 0 || a.kv.H == 0) return;
+#ifdef LSERVE_SM90
+  if (sm90::prefill(a, stream)) return;
+#endif
   with_dtype("prefill", a.kv.dtype, [&](auto zero) { launch_prefill<decltype(zero)>(a, stream); });
 }
 

@@ -25,6 +25,13 @@ __host__ __device__ inline int64_t tiles_before(int64_t b, int64_t queries, int 
   return queries * tiles_of_span(span) / span + 2 * tiles_of_span(span) * b;
 }
 
+// Of the grid. Dense heads need the first of the two, others the second.
+inline int64_t query_tiles(const PrefillArgs& a) {
+  const int64_t dense = tiles_before(a.kv.B, a.Nq, tile_span(kDense, a.kv.P));
+  const int64_t others = tiles_before(a.kv.B, a.Nq, tile_span(0, a.kv.P));
+  return dense > others ? dense : others;
+}
+
 __device__ __forceinline__ int held_tokens(const PrefillArgs& a, int b) { return a.context_lens ? a.context_lens[b] : 0; }
 
 __device__ __forceinline__ QueryTile query_tile(const PrefillArgs& a, int index, int32_t window) {
@@ -71,12 +78,12 @@ __device__ __forceinline__ Sequence<T> prefill_sequence(const PrefillArgs& a, in
           a.v.stride0};
 }
 
-// Dequantises a tile of codes, once for the four warps.
-template <typename T, int kD>
+// Dequantises a tile of codes, once for all warps.
+template <typename T, int kD, typename Tile>
 __device__ __forceinline__ void dequantize_tile(Rows<uint8_t, kD> from_k, Rows<uint8_t, kD> from_v, const KeyTable& table,
-                                                int D, Rows<T, kD> to_k, Rows<T, kD> to_v) {
+                                                int D, Tile to_k, Tile to_v) {
   constexpr int kN = 8;  // channels at a time
-  for (int j = threadIdx.x; j < kKeys * kD / kN; j += kThreads) {
+  for (int j = threadIdx.x; j < kKeys * kD / kN; j += blockDim.x) {
     const int key = j / (kD / kN), d = j % (kD / kN) * kN;
     const T* const stats = static_cast<const T*>(table.stats[key]);
     const Vector<uint32_t, kN / 2> k =
@@ -89,15 +96,15 @@ __device__ __forceinline__ void dequantize_tile(Rows<uint8_t, kD> from_k, Rows<u
 
 // A weight of 0 hides a later token from a query, but not its value if that is infinite: 0 * inf is NaN. Such values
 // become 0 in the tile, after the queries that do attend them have taken them.
-template <typename T, int kD>
-__device__ __forceinline__ void take_infinite_values(Rows<T, kD> v, const KeyTable& table, const QueryTile& tile,
+template <typename T, int kD, typename Tile>
+__device__ __forceinline__ void take_infinite_values(Tile v, const KeyTable& table, const QueryTile& tile,
                                                      State<T, kD>& state) {
   constexpr int kN = 8;  // channels at a time
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % (kQueries / 16);
   const auto hidden = [&](int key) { return table.position[key] > tile.position && table.position[key] != kNever; };
   const auto is_finite = [](T value) { return static_cast<float>(value) - static_cast<float>(value) == 0.0f; };
   bool found = false;
-  for (int j = threadIdx.x; j < kKeys * kD / kN; j += kThreads) {
+  for (int j = threadIdx.x; j < kKeys * kD / kN; j += blockDim.x) {
     const int key = j / (kD / kN), d = j % (kD / kN) * kN;
     if (!hidden(key)) continue;
 #pragma unroll
@@ -116,17 +123,39 @@ __device__ __forceinline__ void take_infinite_values(Rows<T, kD> v, const KeyTab
       }
   }
   __syncthreads();
-  for (int j = threadIdx.x; j < kKeys * kD; j += kThreads)
+  for (int j = threadIdx.x; j < kKeys * kD; j += blockDim.x)
     if (hidden(j / kD) && !is_finite(*v.at(j / kD, j % kD))) *v.at(j / kD, j % kD) = T(0.0f);
+  Tile::publish();
   __syncthreads();
+}
+
+// The results of a warp's 16 queries, the tile's from `query` on.
+template <typename T, int kD>
+__device__ __forceinline__ void store_rows(const PrefillArgs& a, const QueryTile& tile, int head, int query,
+                                           const State<T, kD>& state) {
+  const int lane = threadIdx.x % 32, D = static_cast<int>(a.kv.D);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float sum = over_quad(state.sum[r], [](float a, float b) { return a + b; }), share = sum == 0 ? 0.0f : 1 / sum;
+    const int own = query + lane / 4 + 8 * r;
+    if (own >= tile.count) continue;
+    const int64_t row = (a.cu_seqlens_q[tile.b] + tile.first + own) * (a.kv.H * a.G) + head;
+    T* const out = static_cast<T*>(a.out) + row * D;
+#pragma unroll
+    for (int n = 0; n < kD / 8; ++n) {
+      const int d = n * 8 + lane % 4 * 2;
+      if (d < D) *reinterpret_cast<uint32_t*>(out + d) = pack<T>(state.out[n][2 * r] * share, state.out[n][2 * r + 1] * share);
+    }
+    if (lane % 4 == 0) a.lse[row] = sum == 0 ? -INFINITY : (state.max[r] + kHeadroom<T> + log2f(sum)) * kLn2;
+  }
 }
 
 template <typename T, int kD>
 struct PrefillRings {
   using Codes = Ring<T, uint8_t, kD, 2>;
   using Values = Ring<T, T, kD, 2>;
-  static constexpr int kTables = 3;  // one more than stages
-  static constexpr int kTile = Values::kTile * sizeof(T);
+  static constexpr int kTables = Values::kTables;
+  static constexpr int kTile = Rows<T, kD>::kTile * sizeof(T);
   // One stretch serves the ring of values, or before it the ring of codes and the tile that they are unpacked to.
   template <bool kInt8>
   static constexpr int kData = kInt8 && Codes::kBytes + 2 * kTile > Values::kBytes ? Codes::kBytes + 2 * kTile : Values::kBytes;
@@ -148,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
 
   const int64_t first_row = a.cu_seqlens_q[tile.b] + tile.first;
   const T* const queries = static_cast<const T*>(a.q.data) + first_row * a.q.stride0 + head * a.q.stride1;
-  load_queries<kQueries, false>(q, D, [&](int row) { return row < tile.count ? queries + row * a.q.stride0 : nullptr; });
+  load_queries<kQueries>(q, D, [&](int row) { return row < tile.count ? queries + row * a.q.stride0 : nullptr; });
 
   const Tokens tokens = prefill_tokens(a, tile, h, window);
   const Sequence<T> sequence = prefill_sequence<T>(a, tile.b, h);
@@ -167,7 +196,9 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
         s[n][e] *= scale;
         if (masked && table.position[n * 8 + lane % 4 * 2 + e % 2] > query) s[n][e] = -INFINITY;
       }
-    state.template soften<kKeys>(s);
+    float fade[2];
+    state.template soften<kKeys>(s, fade);
+    state.rescale(fade);
     if constexpr (newest.value)
       if (masked) take_infinite_values(source.v, table, tile, state);
     state.template add<kKeys>(s, source, 0);
@@ -175,33 +206,28 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
 
   const int boundary = kInt8 ? tokens.sealed : 0;
   if constexpr (kInt8) {
-    const typename Rings::Codes ring{reinterpret_cast<uint8_t*>(data), tables};
+    const typename Rings::Codes ring{reinterpret_cast<uint8_t*>(data), tables, sequence, tokens, 0, boundary, D};
     const Rows<T, kD> k{reinterpret_cast<T*>(data + Rings::Codes::kBytes)};
     const Rows<T, kD> v{reinterpret_cast<T*>(data + Rings::Codes::kBytes + Rings::kTile)};
-    ring.run(sequence, tokens, 0, boundary, D, [&](const auto& codes) {
-      dequantize_tile(codes.k, codes.v, codes.table, D, k, v);
+    ring.start();
+    for (int i = 0; i < ring.tiles(); ++i) {
+      ring.wait();
+      ring.advance(i);
+      dequantize_tile<T, kD>(ring.keys(i), ring.values(i), ring.table_at(i), D, k, v);
       __syncthreads();
-      attend({k, v}, codes.table, std::false_type{});  // sealed: older than all queries
-    });
-  }
-  const typename Rings::Values ring{reinterpret_cast<T*>(data), tables};
-  ring.run(sequence, tokens, boundary, tokens.count, D,
-           [&](const auto& values) { attend({values.k, values.v}, values.table, std::true_type{}); });
-
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float sum = over_quad(state.sum[r], [](float a, float b) { return a + b; }), share = sum == 0 ? 0.0f : 1 / sum;
-    const int query = warp * 16 + lane / 4 + 8 * r;
-    if (query >= tile.count) continue;
-    const int64_t row = (first_row + query) * (a.kv.H * a.G) + head;
-    T* const out = static_cast<T*>(a.out) + row * D;
-#pragma unroll
-    for (int n = 0; n < kD / 8; ++n) {
-      const int d = n * 8 + lane % 4 * 2;
-      if (d < D) *reinterpret_cast<uint32_t*>(out + d) = pack<T>(state.out[n][2 * r] * share, state.out[n][2 * r + 1] * share);
+      attend({k, v}, ring.table_at(i), std::false_type{});  // sealed: older than all queries
     }
-    if (lane % 4 == 0) a.lse[row] = sum == 0 ? -INFINITY : (state.max[r] + kHeadroom<T> + log2f(sum)) * kLn2;
+    ring.finish();
   }
+  const typename Rings::Values ring{reinterpret_cast<T*>(data), tables, sequence, tokens, boundary, tokens.count, D};
+  ring.start();
+  for (int i = 0; i < ring.tiles(); ++i) {
+    ring.wait();
+    ring.advance(i);
+    attend({ring.keys(i), ring.values(i)}, ring.table_at(i), std::true_type{});
+  }
+  ring.finish();
+  store_rows(a, tile, head, warp * 16, state);
 }
 
 // The same without tensor cores: a warp for each query of each query head.

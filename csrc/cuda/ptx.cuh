@@ -55,6 +55,14 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                : "memory");
 }
 
+// An 8 x 8 matrix of 16-bit elements in registers: lane l gives elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4, and gets
+// those of the transposed matrix.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 // d [16, 8] += a [16, 16] b [16, 8], T is __half or __nv_bfloat16. With row = lane / 4 and column = 2 (lane % 4), a lane
 // holds of d: (row, column), (row, column + 1), then the same of row + 8;
 // of a: the pairs at (row, column), (row + 8, column), (row, column + 8), (row + 8, column + 8);

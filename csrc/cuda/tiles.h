@@ -32,7 +32,7 @@ template <typename T>
 bool rows_aligned(const PagedKV& kv) {
   const int64_t size = kv.kv_dtype == Dtype::u8 ? 1 : sizeof(T);
   return rows_aligned(kv.k_pool, size, {kv.k_stride}) && rows_aligned(kv.v_pool, size, {kv.v_stride}) &&
-         rows_aligned(kv.stats, sizeof(T), {kv.stats_stride}) &&
+         rows_aligned(kv.stats, sizeof(T), {kv.stats_stride}) && rows_aligned(kv.scales, sizeof(float), {kv.scales_stride}) &&
          rows_aligned(kv.residual_k, sizeof(T), {kv.residual_stride0, kv.residual_stride1}) &&
          rows_aligned(kv.residual_v, sizeof(T), {kv.residual_stride0, kv.residual_stride1});
 }

@@ -6,6 +6,7 @@
 #include <vector_functions.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <tuple>
 #include <type_traits>
@@ -209,7 +210,8 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : 9;  // a small GPU, of the newest architecture
+  const char* const major = std::getenv("SIMT_MAJOR");                                      // of the architecture
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : major ? std::atoi(major) : 9;  // a small GPU
   return cudaSuccess;
 }
 inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void*) {

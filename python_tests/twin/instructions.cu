@@ -5,6 +5,7 @@
 #include "cuda/convert.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
+#include "cuda/sm90/ptx.cuh"
 
 namespace lserve::cuda {
 
@@ -14,6 +15,7 @@ struct Input {
   uint16_t b[2][16][8];
   float c[16][8];
   float x[32];
+  uint16_t wide_a[2][64][16], wide_b[2][16][64];  // for wgmma
 };
 
 struct Output {
@@ -27,6 +29,8 @@ struct Output {
   float unpacked[2][32][2];
   float butterfly[32], up[32], down[32], broadcast[32];
   uint32_t ballot, any, all;
+  uint32_t turned[32];         // of r[0] in `matrices`
+  float wide_d[2][2][64][64];  // b by columns, by rows
 };
 
 template <typename T>
@@ -61,6 +65,7 @@ __global__ void __launch_bounds__(32) instructions_kernel(const Input* in, Outpu
   uint32_t r[4];
   ldmatrix_x4(r, rows[lane]);
   for (int i = 0; i < 4; ++i) out->matrices[lane][i] = r[i];
+  out->turned[lane] = transpose_8x8(r[0]);
   ldmatrix_x4_trans(r, rows[lane]);
   for (int i = 0; i < 4; ++i) out->transposed[lane][i] = r[i];
   cp_async_wait<0>();
@@ -88,6 +93,47 @@ __global__ void __launch_bounds__(32) instructions_kernel(const Input* in, Outpu
   if (lane == 0) out->ballot = ballot, out->any = any, out->all = all;
 }
 
+// d = 2 a b, in two groups; b is the second panel's, and for the columns the second 16 channels.
+template <typename T, bool kRows>
+__device__ void multiply_wide(const uint16_t (&a)[64][16], const uint16_t (&b)[16][64], T* panels, float (&d)[64][64]) {
+  T* const panel = panels + 64 * 64;
+  for (int i = threadIdx.x; i < 16 * 64; i += 128) {
+    const int k = i / 64, n = i % 64, row = kRows ? 16 + k : n, element = kRows ? n : 16 + k;
+    memcpy(panel + row * 64 + (element / 8 ^ row % 8) * 8 + element % 8, &b[k][n], sizeof(T));
+  }
+  sm90::fence_for_wgmma();
+  __syncthreads();
+  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+  const auto pair = [&](int row, int column) { return static_cast<uint32_t>(a[row][column + 1]) << 16 | a[row][column]; };
+  uint32_t fragment[1][4] = {{pair(row, column), pair(row + 8, column), pair(row, column + 8), pair(row + 8, column + 8)}};
+  float sums[8][4];
+  sm90::pin(fragment), sm90::pin(sums);
+  sm90::fence_registers();
+  for (int i = 0; i < 2; ++i) {
+    sm90::wgmma_m64n64k16<T, kRows>(sums, 0, fragment[0], panel + (kRows ? 16 * 64 : 16), i > 0);
+    sm90::commit_wgmma();
+  }
+  sm90::wait_wgmma<1>();
+  sm90::wait_wgmma<0>();
+  sm90::pin(sums);
+  for (int n = 0; n < 8; ++n)
+    for (int e = 0; e < 4; ++e) d[row + e / 2 * 8][n * 8 + column + e % 2] = sums[n][e];
+  __syncthreads();
+}
+
+__global__ void __launch_bounds__(128) wgmma_kernel(const Input* in, Output* out) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+  SharedMemory shared;
+  uint16_t* const panels = shared.take<uint16_t>(2 * 64 * 64);
+  __half* const half = reinterpret_cast<__half*>(panels);
+  __nv_bfloat16* const bf16 = reinterpret_cast<__nv_bfloat16*>(panels);
+  multiply_wide<__half, false>(in->wide_a[0], in->wide_b[0], half, out->wide_d[0][0]);
+  multiply_wide<__half, true>(in->wide_a[0], in->wide_b[0], half, out->wide_d[0][1]);
+  multiply_wide<__nv_bfloat16, false>(in->wide_a[1], in->wide_b[1], bf16, out->wide_d[1][0]);
+  multiply_wide<__nv_bfloat16, true>(in->wide_a[1], in->wide_b[1], bf16, out->wide_d[1][1]);
+#endif
+}
+
 }  // namespace lserve::cuda
 
 // Both in memory of the device. Returns their sizes in `sizes`.
@@ -97,4 +143,7 @@ extern "C" void run(const void* in, void* out, int* sizes) {
   if (!in) return;
   launch("instructions", instructions_kernel, 1, 32, shared_bytes({5, 512, 512}), nullptr, static_cast<const Input*>(in),
          static_cast<Output*>(out));
+  if (device_attribute("instructions", cudaDevAttrComputeCapabilityMajor) == 9)
+    launch("instructions", wgmma_kernel, 1, 128, shared_bytes({2 * 2 * 64 * 64}), nullptr, static_cast<const Input*>(in),
+           static_cast<Output*>(out));
 }

@@ -66,6 +66,13 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, SIMT_HERE) {
   simt::ldmatrix<true>(r, row, SIMT_SITE("ldmatrix_x4_trans"));
 }
 
+inline uint32_t transpose_8x8(uint32_t pair) {
+  const int lane = threadIdx.x % 32, shift = lane / 4 % 2 * 16;
+  uint32_t both = 0;
+  for (int i = 0; i < 2; ++i) both |= (__shfl_sync(~0u, pair, (lane % 4 * 2 + i) * 4 + lane / 8) >> shift & 0xffff) << 16 * i;
+  return both;
+}
+
 template <typename T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_HERE) {
   const uint32_t b[2] = {b0, b1};

@@ -1,0 +1,64 @@
+// Host twin of csrc/cuda/sm90/ptx.cuh. Products are taken where the kernel waits for them, and not before: who changes an
+// operand too early, or reads a result, finds out.
+#pragma once
+#include <deque>
+#include <functional>
+#include <vector>
+
+#include "../ptx.cuh"
+
+namespace simt {
+using Products = std::vector<std::function<void()>>;
+// Of every thread of the block: groups that have been committed, and at the end the one that has not.
+inline std::deque<Products>& wgmma_groups() {
+  static std::deque<Products> groups[1024];
+  auto& own = groups[threadIdx.x];
+  if (own.empty()) own.emplace_back();
+  return own;
+}
+}  // namespace simt
+
+namespace lserve::cuda::sm90 {
+
+inline void fence_for_wgmma() {}
+
+template <typename T, bool kRows, int N>
+void wgmma_m64n64k16(float (&d)[N][4], int i, const uint32_t (&a)[4], const T* b, bool add, SIMT_HERE) {
+  const simt::Site site = SIMT_SITE("wgmma");
+  if ((uintptr_t)b % 16) simt::fail(site, "addresses must be 16-byte aligned");
+  simt::wgmma_groups().back().push_back([=, &d, &a] {
+    for (int n = 0; n < 8; ++n) {
+      uint16_t fragment[4];
+      for (int j = 0; j < 4; ++j) {
+        const int k = simt::lane_id() % 4 * 2 + j / 2 * 8 + j % 2, column = n * 8 + simt::lane_id() / 4;
+        uintptr_t element = (uintptr_t)b + (kRows ? k * 128 + column * 2 : column * 128 + k * 2);
+        element ^= (element >> 7 & 7) << 4;
+        if (!simt::is_shared((const void*)element, 2)) simt::fail(site, "the matrix is not in shared memory");
+        memcpy(fragment + j, (const void*)element, 2);
+      }
+      uint32_t words[2];
+      memcpy(words, fragment, sizeof(words));
+      if (!add)
+        for (float& x : d[i + n]) x = 0;
+      mma_m16n8k16<T>(d[i + n], a, words[0], words[1], site.file, site.line);
+    }
+  });
+}
+
+inline void fence_registers() {}
+template <typename Registers>
+void pin(Registers&) {}
+
+inline void commit_wgmma() { simt::wgmma_groups().emplace_back(); }
+
+template <int keep>
+void wait_wgmma() {
+  auto& groups = simt::wgmma_groups();
+  while (groups.size() > keep + 1) {
+    const simt::Products products = std::move(groups.front());  // other threads' turns may come meanwhile
+    groups.pop_front();
+    for (const auto& product : products) product();
+  }
+}
+
+}  // namespace lserve::cuda::sm90
