@@ -34,7 +34,12 @@ BUGS = [
     Bug("nor is what was accumulated", "attention", "x[2] *= fade[1], x[3] *= fade[1];", ";"),
     Bug("a tile is used before it is there for all", "attention", "    Tile::publish();\n    __syncthreads();", ";"),
     Bug("a tile is used before its copies end", "attention", "cp_async_wait<kAhead - 1>", "cp_async_wait<kAhead>"),
-    Bug("a key table is overwritten while in use", "attention", "kTables = kAhead + 2;", "kTables = kAhead + 1;"),
+    Bug(
+        "a key table is overwritten while in use",
+        "attention",
+        "kTables = kAhead + 1 + kBatch;",
+        "kTables = kAhead + kBatch;",
+    ),
     Bug("keys after the query", "attention", "if (position > tokens.last) position = kNever;", ""),
     Bug("the other half of the residual buffer", "attention", "position % (2 * P) * kv.D", "position % P * kv.D"),
     Bug("a block taken for a slot", "attention", "slot * kv.k_stride", "block * kv.k_stride"),

@@ -146,9 +146,10 @@ template <typename T, typename X, int kD, int kStages, int kAhead = kStages - 1,
 struct Ring {
   using Tile = Layout<X, kD>;
   static constexpr int kBytes = 2 * kStages * Tile::kTile * sizeof(X);
-  static constexpr int kTables = kAhead + 2;  // a tile is looked up before it is copied, and its table is needed after that
-  X* data;                                    // [kStages, K and V, kTile]
-  KeyTable* table;                            // [kTables]
+  static constexpr int kBatch = kBlock / kKeys;        // tiles that are looked up together, before the first is copied
+  static constexpr int kTables = kAhead + 1 + kBatch;  // which are needed until a tile has been used
+  X* data;                                             // [kStages, K and V, kTile]
+  KeyTable* table;                                     // [kTables]
   const Sequence<T>& sequence;
   const Tokens& tokens;
   int first, last, D;
@@ -159,7 +160,7 @@ struct Ring {
   __device__ __forceinline__ KeyTable& table_at(int i) const { return table[i % kTables]; }
 
   __device__ __forceinline__ void start() const {
-    for (int i = 0; i <= kAhead && i < tiles(); ++i) look_up(i);
+    for (int i = 0; i <= kAhead; i += kBatch) look_up(i);
     __syncthreads();
     for (int i = 0; i < kAhead; ++i) {
       if (i < tiles()) copy(i);
@@ -175,7 +176,7 @@ struct Ring {
   __device__ __forceinline__ void advance(int i) const {
     if (i + kAhead < tiles()) copy(i + kAhead);
     cp_async_commit();
-    if (i + kAhead + 1 < tiles()) look_up(i + kAhead + 1);
+    if ((i + kAhead + 1) % kBatch == 0) look_up(i + kAhead + 1);
   }
   __device__ __forceinline__ void finish() const {
     cp_async_wait<0>();
@@ -184,9 +185,9 @@ struct Ring {
 
  private:
   __device__ __forceinline__ void look_up(int i) const {
-    if (threadIdx.x >= kKeys) return;
-    KeyTable& t = table_at(i);
-    const int key = threadIdx.x, token = first + i * kKeys + key;
+    const int own = i + threadIdx.x / kKeys, key = threadIdx.x % kKeys, token = first + own * kKeys + key;
+    if (own >= tiles()) return;
+    KeyTable& t = table_at(own);
     int position = kNever;
     if (token < last) {
       position = tokens.position(token);

@@ -373,7 +373,8 @@ constexpr bool kGoesOn = kD <= 128;
 template <typename T, int kD, Storage kStorage, bool kScattered>
 struct DecodeMemory {
   static constexpr bool kGroups = kStorage == Storage::codes_of_groups;
-  static constexpr int kFloatStages = kD <= 128 ? 3 : 2, kCodeStages = 3;
+  // Codes leave few tokens to the other pipeline.
+  static constexpr int kFloatStages = kStorage == Storage::plain && kD <= 128 ? 3 : 2, kCodeStages = 3;
   using Floats = WarpPipeline<T, T, kD, kFloatStages, false, kScattered>;
   using Codes = WarpPipeline<T, uint8_t, kD, kCodeStages, kGroups, kScattered>;
   static constexpr int kWarps = kThreads / 32;

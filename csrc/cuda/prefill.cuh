@@ -78,19 +78,42 @@ __device__ __forceinline__ Sequence<T> prefill_sequence(const PrefillArgs& a, in
           a.v.stride0};
 }
 
-// Dequantises a tile of codes, once for all warps.
+// Dequantises a tile of codes, once for all warps. A thread takes 8 channels of neighbouring keys, which mostly share a grid.
 template <typename T, int kD, typename Tile>
 __device__ __forceinline__ void dequantize_tile(Rows<uint8_t, kD> from_k, Rows<uint8_t, kD> from_v, const KeyTable& table,
                                                 int D, Tile to_k, Tile to_v) {
-  constexpr int kN = 8;  // channels at a time
-  for (int j = threadIdx.x; j < kKeys * kD / kN; j += blockDim.x) {
-    const int key = j / (kD / kN), d = j % (kD / kN) * kN;
-    const T* const stats = static_cast<const T*>(table.stats[key]);
-    const Vector<uint32_t, kN / 2> k =
-        key_of_codes<T>(from_k.at(key, d), stats && d < D ? stats + d : nullptr, D, table.k_grid[key]);
-    const Vector<uint32_t, kN / 2> v = value_of_codes<T>(from_v.at(key, d), table.v_grid[key]);
-    store_vector(reinterpret_cast<uint32_t*>(to_k.at(key, d)), k);
-    store_vector(reinterpret_cast<uint32_t*>(to_v.at(key, d)), v);
+  constexpr int kN = 8, kRun = 4;
+  for (int j = threadIdx.x; j < kKeys / kRun * kD / kN; j += blockDim.x) {
+    const int first = j / (kD / kN) * kRun, d = j % (kD / kN) * kN;
+    const T* grid_of = nullptr;
+    float step[kN] = {}, min[kN] = {};
+#pragma unroll
+    for (int key = first; key < first + kRun; ++key) {
+      const T* const stats = d < D ? static_cast<const T*>(table.stats[key]) : nullptr;
+      if (stats && stats != grid_of) {
+        const auto low = load_global<T, kN>(stats + d), high = load_global<T, kN>(stats + D + d);
+#pragma unroll
+        for (int i = 0; i < kN; ++i) {
+          min[i] = static_cast<float>(low.value[i]);
+          step[i] = narrow_step(min[i], static_cast<float>(high.value[i]));
+        }
+        grid_of = stats;
+      }
+      Vector<uint32_t, kN / 2> k;
+      if (stats) {
+        const auto codes = load_vector<uint32_t, kN / 4>(reinterpret_cast<const uint32_t*>(from_k.at(key, d)));
+#pragma unroll
+        for (int i = 0; i < kN; i += 2) {
+          // Rounding to T brings what is past the maximum back to it.
+          k.value[i / 2] = pack<T>(fmaf(step[i], code_value(codes.value[i / 4], i % 4), min[i]),
+                                   fmaf(step[i + 1], code_value(codes.value[i / 4], i % 4 + 1), min[i + 1]));
+        }
+      } else {
+        k = value_of_codes<T>(from_k.at(key, d), table.k_grid[key]);
+      }
+      store_vector(reinterpret_cast<uint32_t*>(to_k.at(key, d)), k);
+      store_vector(reinterpret_cast<uint32_t*>(to_v.at(key, d)), value_of_codes<T>(from_v.at(key, d), table.v_grid[key]));
+    }
   }
 }
 

@@ -122,21 +122,24 @@ __global__ void __launch_bounds__(kHeads* kWarpgroup, kHeads == 1 ? 2 : 1)
     for (int step = 0; step < kD / 16; ++step) wgmma_m64n64k16<T, false>(s, 0, q.a[step], k.channels(step), step > 0);
     commit_wgmma();
     if constexpr (!first.value) add_values();
-    advance();
     wait_wgmma<first.value ? 0 : 1>();
     pin(s);
 
     const bool masked = max(table.newest[0], table.newest[1]) > tile.position;
 #pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n)
+    for (auto& fragment : s)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        s[n][e] *= scale;
-        const int query = tile.position + row + lane / 4 + e / 2 * 8;
-        if (masked && table.position[n * 8 + lane % 4 * 2 + e % 2] > query) s[n][e] = -INFINITY;
-      }
+      for (float& x : fragment) x *= scale;
+    if (masked) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (table.position[n * 8 + lane % 4 * 2 + e % 2] > tile.position + row + lane / 4 + e / 2 * 8) s[n][e] = -INFINITY;
+    }
     float fade[2];
     state.template soften<kKeys>(s, fade);
+    advance();  // its branches keep the compiler from waiting before it has computed the weights
     if constexpr (!first.value) wait_for_values();
     state.rescale(fade);
     if constexpr (newest.value)
