@@ -30,7 +30,7 @@ OUTPUT = np.dtype(
         ("d", "f4", (2, 16, 8)), ("power", "f4", 32), ("codes", "f4", (32, 4)), ("packed", "u4", (2, 32)),
         ("unpacked", "f4", (2, 32, 2)), ("butterfly", "f4", 32), ("up", "f4", 32), ("down", "f4", 32),
         ("broadcast", "f4", 32), ("ballot", "u4"), ("any", "u4"), ("all", "u4"), ("turned", "u4", 32),
-        ("wide_d", "f4", (2, 2, 64, 64)),
+        ("wide_d", "f4", (2, 2, 64, 64)), ("met", "u4", (128, 3)),
     ]
 )  # fmt: skip
 DTYPES = (torch.float16, torch.bfloat16)
@@ -104,6 +104,7 @@ def test_instructions(device: str, tmp_path: Path) -> None:
     assert (out["turned"] == out["transposed"][:, 0]).all()
     if device == "cpu" or torch.cuda.get_device_capability()[0] == 9:
         assert (out["wide_d"] == 2 * (wide_a @ wide_b).numpy()).all()
+        assert (out["met"] == np.stack([np.ones(128), np.zeros(128), 2 * (127 - np.arange(128)) + 1], 1)).all()
     with np.errstate(under="ignore"):
         np.testing.assert_allclose(out["power"], np.exp2(x), rtol=4e-7, atol=1e-37)
     lane = np.arange(32)

@@ -107,13 +107,29 @@ BUGS = [
     ),
     Bug("a row too many", "prefill", "if (own >= tile.count) continue;", "if (own > tile.count) continue;"),
     Bug("logits before they are there", "sm90/prefill", "wait_wgmma<first.value ? 0 : 1>();", "wait_wgmma<1>();"),
-    Bug("values overwritten while in use", "sm90/prefill", "Ring<T, T, kD, kAhead + 2,", "Ring<T, T, kD, kAhead + 1,"),
+    Bug("a tile before it has come", "sm90/prefill", "cp_async_wait<1>();", "cp_async_wait<2>();"),
+    Bug(
+        "values overwritten while in use", "sm90/prefill", "handover.arrive_empty(i - 1);", "handover.arrive_empty(i);"
+    ),
+    Bug(
+        "a table for fewer tiles than are in use",
+        "sm90/prefill",
+        "kD, kStages, kStages - 1,",
+        "kD, kStages, kStages - 3,",
+    ),
+    Bug("tables while they are filled", "sm90/prefill", "        sync_threads(2, kWarpgroup);\n", ""),
+    Bug(
+        "a tile unpacked over one in use",
+        "sm90/prefill",
+        "      Consumers::sync();  // all have done with",
+        "      // all have done with",
+    ),
     Bug("chunks in their natural order", "sm90/prefill", "(element % 64 / 8 ^ row % 8)", "element % 64 / 8"),
     Bug(
         "the last tile's values are left out",
         "sm90/prefill",
-        "i, std::false_type{});\n    attend_last();",
-        "i, std::false_type{});",
+        "attend_tile(i, std::false_type{});\n      attend_last();",
+        "attend_tile(i, std::false_type{});",
     ),
     Bug(
         "raw rows overwritten while a page is sealed",
@@ -188,7 +204,7 @@ BUGS = [
     Bug(
         "an infinite value behind a mask",
         "prefill",
-        "if (!__syncthreads_or(found)) return;",
+        "if (!Crew::sync_or(found)) return;",
         "return;",
         "python_tests/test_attention.py -k later_token",
     ),

@@ -183,7 +183,7 @@ struct Ring {
     __syncthreads();
   }
 
- private:
+  // Tiles [i, i + kBatch).
   __device__ __forceinline__ void look_up(int i) const {
     const int own = i + threadIdx.x / kKeys, key = threadIdx.x % kKeys, token = first + own * kKeys + key;
     if (own >= tiles()) return;

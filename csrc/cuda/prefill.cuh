@@ -78,12 +78,20 @@ __device__ __forceinline__ Sequence<T> prefill_sequence(const PrefillArgs& a, in
           a.v.stride0};
 }
 
+// Who works on a tile together: all threads of a block.
+struct Block {
+  __device__ static int thread() { return threadIdx.x; }
+  __device__ static constexpr int threads() { return kThreads; }
+  __device__ static void sync() { __syncthreads(); }
+  __device__ static bool sync_or(bool x) { return __syncthreads_or(x); }
+};
+
 // Dequantises a tile of codes, once for all warps. A thread takes 8 channels of neighbouring keys, which mostly share a grid.
-template <typename T, int kD, typename Tile>
+template <typename T, int kD, typename Crew, typename Tile>
 __device__ __forceinline__ void dequantize_tile(Rows<uint8_t, kD> from_k, Rows<uint8_t, kD> from_v, const KeyTable& table,
                                                 int D, Tile to_k, Tile to_v) {
   constexpr int kN = 8, kRun = 4;
-  for (int j = threadIdx.x; j < kKeys / kRun * kD / kN; j += blockDim.x) {
+  for (int j = Crew::thread(); j < kKeys / kRun * kD / kN; j += Crew::threads()) {
     const int first = j / (kD / kN) * kRun, d = j % (kD / kN) * kN;
     const T* grid_of = nullptr;
     float step[kN] = {}, min[kN] = {};
@@ -119,21 +127,21 @@ __device__ __forceinline__ void dequantize_tile(Rows<uint8_t, kD> from_k, Rows<u
 
 // A weight of 0 hides a later token from a query, but not its value if that is infinite: 0 * inf is NaN. Such values
 // become 0 in the tile, after the queries that do attend them have taken them.
-template <typename T, int kD, typename Tile>
+template <typename T, int kD, typename Crew, typename Tile>
 __device__ __forceinline__ void take_infinite_values(Tile v, const KeyTable& table, const QueryTile& tile,
                                                      State<T, kD>& state) {
-  constexpr int kN = 8;  // channels at a time
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % (kQueries / 16);
+  constexpr int kN = 8;                                                          // channels at a time
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % (kQueries / 16);  // of a tile of queries
   const auto hidden = [&](int key) { return table.position[key] > tile.position && table.position[key] != kNever; };
   const auto is_finite = [](T value) { return static_cast<float>(value) - static_cast<float>(value) == 0.0f; };
   bool found = false;
-  for (int j = threadIdx.x; j < kKeys * kD / kN; j += blockDim.x) {
+  for (int j = Crew::thread(); j < kKeys * kD / kN; j += Crew::threads()) {
     const int key = j / (kD / kN), d = j % (kD / kN) * kN;
     if (!hidden(key)) continue;
 #pragma unroll
     for (int i = 0; i < kN; ++i) found |= !is_finite(*v.at(key, d + i));
   }
-  if (!__syncthreads_or(found)) return;
+  if (!Crew::sync_or(found)) return;
   for (int key = 0; key < kKeys; ++key) {
     if (!hidden(key)) continue;
 #pragma unroll
@@ -145,11 +153,11 @@ __device__ __forceinline__ void take_infinite_values(Tile v, const KeyTable& tab
         if (table.position[key] <= query && !is_finite(value)) state.out[n][e] += static_cast<float>(value);
       }
   }
-  __syncthreads();
-  for (int j = threadIdx.x; j < kKeys * kD; j += blockDim.x)
+  Crew::sync();
+  for (int j = Crew::thread(); j < kKeys * kD; j += Crew::threads())
     if (hidden(j / kD) && !is_finite(*v.at(j / kD, j % kD))) *v.at(j / kD, j % kD) = T(0.0f);
   Tile::publish();
-  __syncthreads();
+  Crew::sync();
 }
 
 // The results of a warp's 16 queries, the tile's from `query` on.
@@ -223,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
     state.template soften<kKeys>(s, fade);
     state.rescale(fade);
     if constexpr (newest.value)
-      if (masked) take_infinite_values(source.v, table, tile, state);
+      if (masked) take_infinite_values<T, kD, Block>(source.v, table, tile, state);
     state.template add<kKeys>(s, source, 0);
   };
 
@@ -236,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
     for (int i = 0; i < ring.tiles(); ++i) {
       ring.wait();
       ring.advance(i);
-      dequantize_tile<T, kD>(ring.keys(i), ring.values(i), ring.table_at(i), D, k, v);
+      dequantize_tile<T, kD, Block>(ring.keys(i), ring.values(i), ring.table_at(i), D, k, v);
       __syncthreads();
       attend({k, v}, ring.table_at(i), std::false_type{});  // sealed: older than all queries
     }

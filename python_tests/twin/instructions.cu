@@ -31,6 +31,7 @@ struct Output {
   uint32_t ballot, any, all;
   uint32_t turned[32];         // of r[0] in `matrices`
   float wide_d[2][2][64][64];  // b by columns, by rows
+  uint32_t met[128][3];        // whether any thread says so, and none does; what another wrote before it arrived
 };
 
 template <typename T>
@@ -127,6 +128,23 @@ __global__ void __launch_bounds__(128) wgmma_kernel(const Input* in, Output* out
   uint16_t* const panels = shared.take<uint16_t>(2 * 64 * 64);
   __half* const half = reinterpret_cast<__half*>(panels);
   __nv_bfloat16* const bf16 = reinterpret_cast<__nv_bfloat16*>(panels);
+  uint64_t* const barrier = shared.take<uint64_t>(1);
+  uint32_t* const written = shared.take<uint32_t>(128);
+  const int thread = threadIdx.x;
+  if (thread == 0) sm90::mbarrier_init(barrier, 128);
+  __syncthreads();
+  out->met[thread][0] = sm90::sync_threads_or(3, 128, thread == 77);
+  out->met[thread][1] = sm90::sync_threads_or(3, 128, thread == 128);
+  sm90::mbarrier_wait(barrier, 1);  // the phase before the first one
+  uint32_t sum = 0;
+  for (int phase = 0; phase < 2; ++phase) {
+    written[thread] = thread + phase;
+    sm90::mbarrier_arrive(barrier);
+    sm90::mbarrier_wait(barrier, phase);
+    sum += written[127 - thread];
+    sm90::sync_threads(4, 128);
+  }
+  out->met[thread][2] = sum;
   multiply_wide<__half, false>(in->wide_a[0], in->wide_b[0], half, out->wide_d[0][0]);
   multiply_wide<__half, true>(in->wide_a[0], in->wide_b[0], half, out->wide_d[0][1]);
   multiply_wide<__nv_bfloat16, false>(in->wide_a[1], in->wide_b[1], bf16, out->wide_d[1][0]);
@@ -144,6 +162,6 @@ extern "C" void run(const void* in, void* out, int* sizes) {
   launch("instructions", instructions_kernel, 1, 32, shared_bytes({5, 512, 512}), nullptr, static_cast<const Input*>(in),
          static_cast<Output*>(out));
   if (device_attribute("instructions", cudaDevAttrComputeCapabilityMajor) == 9)
-    launch("instructions", wgmma_kernel, 1, 128, shared_bytes({2 * 2 * 64 * 64}), nullptr, static_cast<const Input*>(in),
-           static_cast<Output*>(out));
+    launch("instructions", wgmma_kernel, 1, 128, shared_bytes({2 * 2 * 64 * 64, 8, 512}), nullptr,
+           static_cast<const Input*>(in), static_cast<Output*>(out));
 }

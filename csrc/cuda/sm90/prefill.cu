@@ -6,28 +6,24 @@
 namespace lserve::cuda::sm90 {
 namespace {
 
-template <typename T, int kD, bool kInt8, int kHeads>
+template <typename T, int kD, bool kInt8>
 void launch_tiles(const PrefillArgs& a, void* stream) {
-  using Rings = PrefillRings<T, kD, kHeads>;
   const dim3 grid(query_tiles(a), a.kv.H * ((a.G + kHeads - 1) / kHeads));
-  const int shared = shared_bytes({Rings::template kData<kInt8>, Rings::kTables * int(sizeof(KeyTable))});
-  launch("prefill", prefill_kernel<T, kD, kInt8, kHeads>, grid, kHeads * kWarpgroup, shared, stream, a);
+  launch("prefill", prefill_kernel<T, kD, kInt8>, grid, kBlockThreads, PrefillMemory<T, kD>::template kBytes<kInt8>, stream, a);
 }
 
 template <typename T, int kD>
 void launch_tiles(const PrefillArgs& a, void* stream) {
-  const bool int8 = a.kv.kv_dtype == Dtype::u8, pairs = a.G % 2 == 0;
-  if (int8 && pairs) return launch_tiles<T, kD, true, 2>(a, stream);
-  if (int8) return launch_tiles<T, kD, true, 1>(a, stream);
-  if (pairs) return launch_tiles<T, kD, false, 2>(a, stream);
-  launch_tiles<T, kD, false, 1>(a, stream);
+  if (a.kv.kv_dtype == Dtype::u8) launch_tiles<T, kD, true>(a, stream);
+  else launch_tiles<T, kD, false>(a, stream);
 }
 
 }  // namespace
 
-// Accumulators of more than 128 channels would leave no registers.
+// A head that shares its keys with no other would leave half of a block idle. Accumulators of more than 128 channels would
+// leave no registers.
 bool prefill(const PrefillArgs& a, void* stream) {
-  if (device_attribute("prefill", cudaDevAttrComputeCapabilityMajor) != 9) return false;
+  if (a.G == 1 || device_attribute("prefill", cudaDevAttrComputeCapabilityMajor) != 9) return false;
   bool done = false;
   with_dtype("prefill", a.kv.dtype, [&](auto zero) {
     using T = decltype(zero);

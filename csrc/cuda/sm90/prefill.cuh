@@ -1,13 +1,16 @@
-// prefill by wgmma. A block of threads takes 64 neighbouring queries of kHeads query heads that share a kv head, one a
-// warpgroup, so that keys are copied once for all of them. The product of a tile's weights with its values runs while the
-// logits of the next tile become weights.
+// prefill by wgmma. A block of threads takes 64 neighbouring queries of two query heads that share a kv head. Its first
+// warpgroup copies keys and values; each of the others multiplies for one head. The product of a tile's weights with its
+// values runs while the logits of the next tile become weights.
 #pragma once
+#include "cuda/launch.h"
 #include "cuda/prefill.cuh"
 #include "cuda/sm90/ptx.cuh"
 
 namespace lserve::cuda::sm90 {
 
-constexpr int kWarpgroup = 128;  // threads
+constexpr int kWarpgroup = 128, kHeads = 2, kBlockThreads = (1 + kHeads) * kWarpgroup;
+// Of 65,536 registers. Copying needs few, and gives the others to those who multiply.
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 
 // A tile as wgmma reads it: panels of 64 channels.
 template <typename T, int kD>
@@ -55,139 +58,212 @@ struct Weights {
   }
 };
 
-template <typename T, int kD, int kHeads>
-struct PrefillRings {
-  static constexpr int kBlock = kHeads * kWarpgroup, kAhead = kHeads == 1 ? 1 : 2;
-  // The tile before is still in use while the next is copied.
-  using Values = Ring<T, T, kD, kAhead + 2, kAhead, kBlock, Panels>;
-  using Codes = Ring<T, uint8_t, kD, kAhead + 1, kAhead, kBlock>;
+// How the producer and the consumers of a pipeline wait for each other, a barrier a stage.
+template <int kStages>
+struct Handover {
+  uint64_t full[kStages], empty[kStages];
+
+  __device__ void init() {
+    for (int i = 0; i < kStages; ++i) {
+      mbarrier_init(full + i, kWarpgroup);                 // every producer has copied its part
+      mbarrier_init(empty + i, kHeads * kWarpgroup / 32);  // every warp of the consumers has done with it
+    }
+  }
+  __device__ void wait_full(int i) { mbarrier_wait(full + i % kStages, i / kStages % 2); }
+  __device__ void wait_empty(int i) { mbarrier_wait(empty + i % kStages, (i / kStages + 1) % 2); }
+  __device__ void arrive_full(int i) { mbarrier_arrive(full + i % kStages); }
+  __device__ void arrive_empty(int i) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + i % kStages);
+  }
+};
+
+// The threads that multiply.
+struct Consumers {
+  __device__ static int thread() { return threadIdx.x - kWarpgroup; }
+  __device__ static constexpr int threads() { return kHeads * kWarpgroup; }
+  __device__ static void sync() { sync_threads(1, threads()); }
+  __device__ static bool sync_or(bool x) { return sync_threads_or(1, threads(), x); }
+};
+
+template <typename T, int kD>
+struct PrefillMemory {
+  // Consumers hold two tiles: of one they take logits, of the one before they add values.
+  static constexpr int kStages = 4, kCodeStages = 3;
+  // A batch of tiles is looked up while consumers may still need the tables of those whose stages come next.
+  using Values = Ring<T, T, kD, kStages, kStages - 1, kWarpgroup, Panels>;
+  using Codes = Ring<T, uint8_t, kD, kCodeStages, kStages - 1, kWarpgroup>;
   static constexpr int kTables = Values::kTables;
   static constexpr int kTile = Panels<T, kD>::kTile * sizeof(T);
-  // One stretch serves the ring of values; or before it two tiles that codes are unpacked to in turn, and their ring.
+  // One stretch serves the tiles of values; or before them two tiles that codes are unpacked to in turn, and the codes.
   static constexpr int kUnpacked = 2 * 2 * kTile;
   template <bool kInt8>
   static constexpr int kData = kInt8 && kUnpacked + Codes::kBytes > Values::kBytes ? kUnpacked + Codes::kBytes : Values::kBytes;
+  template <bool kInt8>
+  static constexpr int kBytes = shared_bytes(
+      {kData<kInt8>, kTables * int(sizeof(KeyTable)), int(sizeof(Handover<kStages>)), int(sizeof(Handover<kCodeStages>))});
 };
 
-template <typename T, int kD, bool kInt8, int kHeads>
-__global__ void __launch_bounds__(kHeads* kWarpgroup, kHeads == 1 ? 2 : 1)
-    prefill_kernel(const __grid_constant__ PrefillArgs a) {
-  using Rings = PrefillRings<T, kD, kHeads>;
+// Copies all tiles of a ring.
+template <typename Ring, int kStages>
+__device__ __forceinline__ void produce(const Ring& ring, Handover<kStages>& handover) {
+  const int tiles = ring.tiles();
+  for (int i = 0; i <= tiles; ++i) {
+    if (i < tiles) {
+      if (i % Ring::kBatch == 0) {
+        ring.look_up(i);
+        sync_threads(2, kWarpgroup);
+      }
+      handover.wait_empty(i);
+      ring.copy(i);
+    }
+    cp_async_commit();
+    if (i > 0) {
+      cp_async_wait<1>();  // the tile before has come
+      Ring::Tile::publish();
+      handover.arrive_full(i - 1);
+    }
+  }
+}
+
+template <typename T, int kD, bool kInt8>
+__global__ void __launch_bounds__(kBlockThreads, 1) prefill_kernel(const __grid_constant__ PrefillArgs a) {
+  using Memory = PrefillMemory<T, kD>;
   using Tile = Panels<T, kD>;
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16, G = static_cast<int>(a.G);
-  const int parts = (G + kHeads - 1) / kHeads, h = blockIdx.y / parts, D = static_cast<int>(a.kv.D);
-  const int own = blockIdx.y % parts * kHeads + threadIdx.x / kWarpgroup, head = h * G + own;
+  const int G = static_cast<int>(a.G), parts = (G + kHeads - 1) / kHeads, h = blockIdx.y / parts;
+  const int D = static_cast<int>(a.kv.D);
   const int32_t window = a.mask.windows[h];
   const QueryTile tile = query_tile(a, gridDim.x - 1 - blockIdx.x, window);  // the last tiles have most to do
   if (tile.count == 0) return;
 
   SharedMemory shared;
-  char* const data = shared.take<char>(Rings::template kData<kInt8>);
-  KeyTable* const tables = shared.take<KeyTable>(Rings::kTables);
+  char* const data = shared.take<char>(Memory::template kData<kInt8>);
+  KeyTable* const tables = shared.take<KeyTable>(Memory::kTables);
+  auto& handover = *shared.take<Handover<Memory::kStages>>(1);
+  auto& code_handover = *shared.take<Handover<Memory::kCodeStages>>(1);
+  if (threadIdx.x == 0) handover.init(), code_handover.init();
+  const auto sync_block = [] { __syncthreads(); };
+  sync_block();
 
   const Tokens tokens = prefill_tokens(a, tile, h, window);
   const Sequence<T> sequence = prefill_sequence<T>(a, tile.b, h);
-  const T* const queries =
-      static_cast<const T*>(a.q.data) + (a.cu_seqlens_q[tile.b] + tile.first + row) * a.q.stride0 + head * a.q.stride1;
-  QueryFragments<T, kD> q(queries, a.q.stride0, own < G ? tile.count - row : 0, D);
-  const float scale = a.scale * kLog2e;
-  State<T, kD> state;
-  Weights<T> weights;  // of the tile before,
-  Tile values;         // and its values
+  const int boundary = kInt8 ? tokens.sealed : 0;
+  const typename Memory::Codes codes{
+      reinterpret_cast<uint8_t*>(data + Memory::kUnpacked), tables, sequence, tokens, 0, boundary, D};
+  const typename Memory::Values ring{reinterpret_cast<T*>(data), tables, sequence, tokens, boundary, tokens.count, D};
 
-  const auto add_values = [&] {
-#pragma unroll
-    for (int step = 0; step < kKeys / 16; ++step)
-#pragma unroll
-      for (int panel = 0; panel < kD / 64; ++panel)
-        wgmma_m64n64k16<T, true>(state.out, 8 * panel, weights.a[step], values.keys(step, panel), true);
-    commit_wgmma();
-  };
-  const auto wait_for_values = [&] {
-    wait_wgmma<0>();
-    pin(state.out);
-  };
+  if (threadIdx.x < kWarpgroup) {
+    give_registers<kProducerRegisters>();
+    if constexpr (kInt8) {
+      produce(codes, code_handover);
+      sync_block();
+    }
+    produce(ring, handover);
+  } else {
+    take_registers<kConsumerRegisters>();
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16;
+    const int own = blockIdx.y % parts * kHeads + Consumers::thread() / kWarpgroup, head = h * G + own;
+    const T* const queries =
+        static_cast<const T*>(a.q.data) + (a.cu_seqlens_q[tile.b] + tile.first + row) * a.q.stride0 + head * a.q.stride1;
+    QueryFragments<T, kD> q(queries, a.q.stride0, own < G ? tile.count - row : 0, D);
+    const float scale = a.scale * kLog2e;
+    State<T, kD> state;
+    Weights<T> weights;  // of the tile before,
+    Tile values;         // and its values
 
-  // first: there is no tile before. newest: some keys may be newer than some queries.
-  const auto attend = [&](Tile k, Tile v, const KeyTable& table, auto first, auto newest, auto advance) {
-    float s[kKeys / 8][4];
-    pin(s);
-    pin(q.a);
-    if constexpr (!first.value) {
+    const auto add_values = [&] {
+#pragma unroll
+      for (int step = 0; step < kKeys / 16; ++step)
+#pragma unroll
+        for (int panel = 0; panel < kD / 64; ++panel)
+          wgmma_m64n64k16<T, true>(state.out, 8 * panel, weights.a[step], values.keys(step, panel), true);
+      commit_wgmma();
+    };
+    const auto wait_for_values = [&] {
+      wait_wgmma<0>();
+      pin(state.out);
+    };
+
+    // first: there is no tile before. newest: some keys may be newer than some queries. done(): the tile before is not needed
+    // any more.
+    const auto attend = [&](Tile k, Tile v, const KeyTable& table, auto first, auto newest, auto done) {
+      float s[kKeys / 8][4];
+      pin(s);
+      pin(q.a);
+      if constexpr (!first.value) {
+        pin(state.out);
+        pin(weights.a);
+      }
+      fence_registers();
+#pragma unroll
+      for (int step = 0; step < kD / 16; ++step) wgmma_m64n64k16<T, false>(s, 0, q.a[step], k.channels(step), step > 0);
+      commit_wgmma();
+      if constexpr (!first.value) add_values();
+      wait_wgmma<first.value ? 0 : 1>();
+      pin(s);
+
+      const bool masked = max(table.newest[0], table.newest[1]) > tile.position;
+#pragma unroll
+      for (auto& fragment : s)
+#pragma unroll
+        for (float& x : fragment) x *= scale;
+      if (masked) {
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            if (table.position[n * 8 + lane % 4 * 2 + e % 2] > tile.position + row + lane / 4 + e / 2 * 8) s[n][e] = -INFINITY;
+      }
+      float fade[2];
+      state.template soften<kKeys>(s, fade);
+      if constexpr (!first.value) {
+        compute_first(state.sum[0] + state.sum[1]);  // weights are taken while the values of the tile before are multiplied
+        wait_for_values();
+        done();
+      }
+      state.rescale(fade);
+      if constexpr (newest.value)
+        if (masked) take_infinite_values<T, kD, Consumers>(v, table, tile, state);
+      weights.pack_from(s);
+      values = v;
+    };
+    const auto attend_last = [&] {
       pin(state.out);
       pin(weights.a);
-    }
-    fence_registers();
-#pragma unroll
-    for (int step = 0; step < kD / 16; ++step) wgmma_m64n64k16<T, false>(s, 0, q.a[step], k.channels(step), step > 0);
-    commit_wgmma();
-    if constexpr (!first.value) add_values();
-    wait_wgmma<first.value ? 0 : 1>();
-    pin(s);
-
-    const bool masked = max(table.newest[0], table.newest[1]) > tile.position;
-#pragma unroll
-    for (auto& fragment : s)
-#pragma unroll
-      for (float& x : fragment) x *= scale;
-    if (masked) {
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          if (table.position[n * 8 + lane % 4 * 2 + e % 2] > tile.position + row + lane / 4 + e / 2 * 8) s[n][e] = -INFINITY;
-    }
-    float fade[2];
-    state.template soften<kKeys>(s, fade);
-    advance();  // its branches keep the compiler from waiting before it has computed the weights
-    if constexpr (!first.value) wait_for_values();
-    state.rescale(fade);
-    if constexpr (newest.value)
-      if (masked) take_infinite_values(v, table, tile, state);
-    weights.pack_from(s);
-    values = v;
-  };
-  const auto attend_last = [&] {
-    pin(state.out);
-    pin(weights.a);
-    fence_registers();
-    add_values();
-    wait_for_values();
-  };
-
-  const int boundary = kInt8 ? tokens.sealed : 0;
-  if constexpr (kInt8) {
-    const typename Rings::Codes ring{
-        reinterpret_cast<uint8_t*>(data + Rings::kUnpacked), tables, sequence, tokens, 0, boundary, D};
-    const auto attend_codes = [&](int i, auto first) {
-      const Tile k{reinterpret_cast<T*>(data + i % 2 * 2 * Rings::kTile)}, v{k.data + Tile::kTile};
-      ring.wait();
-      dequantize_tile<T, kD>(ring.keys(i), ring.values(i), ring.table_at(i), D, k, v);
-      Tile::publish();
-      __syncthreads();
-      attend(k, v, ring.table_at(i), first, std::false_type{}, [&] { ring.advance(i); });  // older than all queries
+      fence_registers();
+      add_values();
+      wait_for_values();
     };
-    ring.start();
+
+    if constexpr (kInt8) {
+      const auto attend_codes = [&](int i, auto first) {
+        const Tile k{reinterpret_cast<T*>(data + i % 2 * 2 * Memory::kTile)}, v{k.data + Tile::kTile};
+        code_handover.wait_full(i);
+        Consumers::sync();  // all have done with what lay in k and v
+        dequantize_tile<T, kD, Consumers>(codes.keys(i), codes.values(i), codes.table_at(i), D, k, v);
+        Tile::publish();
+        Consumers::sync();
+        attend(k, v, codes.table_at(i), first, std::false_type{}, [] {});  // older than all queries
+        code_handover.arrive_empty(i);
+      };
+      if (codes.tiles() > 0) {
+        attend_codes(0, std::true_type{});
+        for (int i = 1; i < codes.tiles(); ++i) attend_codes(i, std::false_type{});
+        attend_last();
+      }
+      sync_block();
+    }
+    const auto attend_tile = [&](int i, auto first) {
+      handover.wait_full(i);
+      attend(ring.keys(i), ring.values(i), ring.table_at(i), first, std::true_type{}, [&] { handover.arrive_empty(i - 1); });
+    };
     if (ring.tiles() > 0) {
-      attend_codes(0, std::true_type{});
-      for (int i = 1; i < ring.tiles(); ++i) attend_codes(i, std::false_type{});
+      attend_tile(0, std::true_type{});
+      for (int i = 1; i < ring.tiles(); ++i) attend_tile(i, std::false_type{});
       attend_last();
     }
-    ring.finish();
+    if (own < G) store_rows(a, tile, head, row, state);
   }
-  const typename Rings::Values ring{reinterpret_cast<T*>(data), tables, sequence, tokens, boundary, tokens.count, D};
-  const auto attend_tile = [&](int i, auto first) {
-    ring.wait();
-    attend(ring.keys(i), ring.values(i), ring.table_at(i), first, std::true_type{}, [&] { ring.advance(i); });
-  };
-  ring.start();
-  if (ring.tiles() > 0) {
-    attend_tile(0, std::true_type{});
-    for (int i = 1; i < ring.tiles(); ++i) attend_tile(i, std::false_type{});
-    attend_last();
-  }
-  ring.finish();
-  if (own < G) store_rows(a, tile, head, row, state);
 }
 
 }  // namespace lserve::cuda::sm90

@@ -1,4 +1,4 @@
-// Products by the four warps of a warpgroup together, on sm_90a alone.
+// Products by the four warps of a warpgroup together, and how warpgroups wait for each other, on sm_90a alone.
 #pragma once
 #include "cuda/ptx.cuh"
 
@@ -56,6 +56,12 @@ __device__ __forceinline__ void pin(uint32_t (&a)[N][4]) {
   for (auto& x : a) asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])::"memory");
 }
 
+// Has the compiler compute x, which is not negative, before what follows: it would wait first and compute then. It leaves
+// the order alone across a branch that something could depend on.
+__device__ __forceinline__ void compute_first(float x) {
+  if (x < 0) __nanosleep(0);
+}
+
 __device__ __forceinline__ void commit_wgmma() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
 
 // Waits for all but the newest `keep` groups.
@@ -64,5 +70,46 @@ __device__ __forceinline__ void wait_wgmma() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(keep) : "memory");
 }
 #undef LSERVE_SUMS
+
+// ---- barriers in shared memory. A phase ends with the last arrival; phases are told apart by their parity, 0 first.
+
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];\n" ::"r"(shared_address(barrier)) : "memory");
+}
+// Waits for the end of a phase of this parity. The phase before the first one counts as ended.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@done bra ended;\nbra "
+      "again;\nended:\n}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// ---- some of a block's threads. id: 1 to 15
+
+__device__ __forceinline__ void sync_threads(int id, int threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ bool sync_threads_or(int id, int threads, bool x) {
+  int any;
+  asm volatile("{\n.reg .pred in, out;\nsetp.ne.b32 in, %3, 0;\nbar.red.or.pred out, %1, %2, in;\nselp.b32 %0, 1, 0, out;\n}\n"
+               : "=r"(any)
+               : "r"(id), "r"(threads), "r"(static_cast<int>(x))
+               : "memory");
+  return any;
+}
+
+// The warpgroup gives registers back, or gets some: a multiple of 8.
+template <int registers>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(registers));
+}
+template <int registers>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(registers));
+}
 
 }  // namespace lserve::cuda::sm90

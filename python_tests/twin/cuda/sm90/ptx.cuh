@@ -49,6 +49,7 @@ inline void fence_registers() {}
 template <typename Registers>
 void pin(Registers&) {}
 
+inline void compute_first(float) {}
 inline void commit_wgmma() { simt::wgmma_groups().emplace_back(); }
 
 template <int keep>
@@ -60,5 +61,31 @@ void wait_wgmma() {
     for (const auto& product : products) product();
   }
 }
+
+inline void mbarrier_init(uint64_t* barrier, int arrivals, SIMT_HERE) {
+  simt::mbarrier_init(barrier, arrivals, SIMT_SITE("mbarrier_init"));
+}
+inline void mbarrier_arrive(uint64_t* barrier, SIMT_HERE) { simt::mbarrier_arrive(barrier, 0, SIMT_SITE("mbarrier_arrive")); }
+inline void mbarrier_wait(uint64_t* barrier, int parity, SIMT_HERE) {
+  simt::mbarrier_wait(barrier, parity, SIMT_SITE("mbarrier_wait"));
+}
+
+inline void sync_threads(int id, int threads, SIMT_HERE) { simt::barrier(id, threads, SIMT_SITE("sync_threads")); }
+inline bool sync_threads_or(int id, int threads, bool x, SIMT_HERE) {
+  static bool any[16];  // a block at a time
+  const simt::Site site = SIMT_SITE("sync_threads_or");
+  if (x) __atomic_store_n(any + id, true, __ATOMIC_RELAXED);
+  simt::barrier(id, threads, site);
+  const bool result = __atomic_load_n(any + id, __ATOMIC_RELAXED);
+  simt::barrier(id, threads, site);
+  __atomic_store_n(any + id, false, __ATOMIC_RELAXED);
+  simt::barrier(id, threads, site);
+  return result;
+}
+
+template <int registers>
+void give_registers() {}
+template <int registers>
+void take_registers() {}
 
 }  // namespace lserve::cuda::sm90
