@@ -479,7 +479,9 @@ def main() -> None:
     print(
         f"{'op, shape, tokens x batch, dtype, pools':60}{'us':>11}{'rate':>9} {'':8}{'share':>6}  peers' us (speedup)"
     )
-    machine, results = Machine(options.cold << 20, options.device), []
+    machine, results = Machine(options.cold << 20, options.device), list[dict[str, Any]]()
+    if options.save:
+        options.out = options.out or Path(__file__).parent / "results" / f"kernels-{name}.json"
     axes = product(options.shapes, options.tokens, options.batches, options.dtypes, options.kv)
     for shape, tokens, batch, dtype, kv in axes:
         pools_only = "" if kv == options.kv[0] else READS_POOLS
@@ -502,11 +504,10 @@ def main() -> None:
             peers = "  ".join(f"{name} {us:,.1f} ({us / result['us']:.2f}x)" for name, us in result["peers_us"].items())
             rate = f"{result['rate']:>9.3g} {result['unit']:8}{result['share']:>6.1%}"
             print(f"{line:60}{result['us']:>11,.1f}{rate}  {peers}", flush=True)
-    if options.save:
-        options.out = options.out or Path(__file__).parent / "results" / f"kernels-{name}.json"
+            if options.out:  # after every case: a run that is cut short leaves what it had
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(head | {"results": results}, indent=2) + "\n", encoding="utf-8")
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(head | {"results": results}, indent=2) + "\n", encoding="utf-8")
         plot(head, results, options.out.with_suffix(".png"))
 
 

@@ -8,10 +8,11 @@ find out, and where a kernel lacks the instructions that it is written for, or t
 threads that should share an SM leave to it.
 
 The table is a roofline without a GPU. A main loop is the innermost one that both copies a tile to shared memory and
-multiplies, and its instructions are counted as they stand, whichever way a warp takes through them. Each of an SM's
-four schedulers issues one instruction a cycle, and each of a block's four warps goes through the loop once a tile; so
-a tile takes at least that many cycles of a block, in which an H100's memory (3.0 TB/s as measured, 132 SMs at
-1.755 GHz) brings 12.9 bytes each. Headroom is what the tile brings over what memory could have brought: a kernel that
+multiplies (by wgmma: one that multiplies, for other warps copy), and its instructions are counted as they stand,
+whichever way a warp takes through them. Each of an SM's four schedulers issues one instruction a cycle, and each of
+a block's four warps goes through the loop once a tile, in decode with a quarter of it; so a tile takes at least that
+many cycles of a block, in which an H100's memory (3.0 TB/s as measured, 132 SMs at 1.755 GHz) brings 12.9 bytes
+each. Headroom is what the tile brings over what memory could have brought: a kernel that
 memory is to bind wants 2 or more, since schedulers rarely issue in more than 60 to 70% of cycles. Prefill, which
 tensor cores are to bind, has the share of its instructions that are theirs.
 """
@@ -31,7 +32,7 @@ from pathlib import Path
 # registers, blocks of 128 threads with 168 each fit three times, with 128 four times. The shared memory of prefill
 # leaves two blocks, or one of 256 threads, to which all 255 belong.
 RULES: list[tuple[str, int, list[str]]] = [
-    (r"^decode_kernel<\w+, (64|128), (plain, \w+|\w+, false)>", 168, ["HMMA", "LDSM", "LDGSTS.128"]),
+    (r"^decode_kernel<\w+, (64|128), (plain|codes_of_groups),", 168, ["HMMA", "LDSM", "LDGSTS.128"]),
     (r"^(decode|prefill)_kernel<", 255, ["HMMA", "LDSM", "LDGSTS.128"]),
     (r"^sm90::prefill_kernel", 255, ["HGMMA", "LDGSTS.128"]),
     (r"^general_(decode|prefill|mass)_kernel", 128, []),
@@ -46,7 +47,7 @@ RULES: list[tuple[str, int, list[str]]] = [
 ]
 STORAGE = {"0": "plain", "1": "codes_of_groups", "2": "codes_of_tokens"}
 CLASSES = {
-    "tensor cores": "HMMA",
+    "tensor cores": "H?GMMA|HMMA",
     "floats": "F(ADD|MUL|FMA|MNMX|SEL|SETP)|MUFU|F2F|F2FP|I2F|I2FP|H(ADD2|FMA2|MUL2)|PRMT",
     "shared memory": "LDSM|LDS|STS|LDGSTS|LDGDEPBAR|DEPBAR|SHFL",
     "global memory": "LDG|STG|LD|LDC|ULDC",
@@ -54,7 +55,14 @@ CLASSES = {
 """Of operations, by regular expressions; the others are addresses, predicates and branches."""
 BYTES_A_CYCLE = 3.0e12 / 132 / 1.755e9
 """Of an SM."""
-LEAST = {"decode plain": 3.4, "decode codes_of_groups": 0.9, "decode codes_of_tokens": 1.2, "page_scores": 4.0}
+LEAST = {
+    "decode plain": 4.2,
+    "decode plain scattered": 3.0,
+    "decode codes_of_groups": 1.4,
+    "decode codes_of_tokens": 1.5,
+    "decode codes_of_tokens scattered": 1.1,
+    "page_scores": 4.0,
+}
 """Headroom of bfloat16 and 128 channels that a change must not fall below."""
 
 
@@ -74,9 +82,11 @@ class Kernel:
         for end, _, start in self.code:
             if start is not None and start <= end:
                 ops = {op for address, op, _ in self.code if start <= address <= end}
-                if "HMMA" in ops and any(op.startswith("LDGSTS") for op in ops):
+                if "HGMMA" in ops or ("HMMA" in ops and any(op.startswith("LDGSTS") for op in ops)):
                     found.append((start, end))
-        inner = [a for a in found if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+        # What was set apart from a loop, and jumps back into it, is no other loop.
+        loops = [a for a in found if not any(b[0] < a[0] <= b[1] < a[1] for b in found)]
+        inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
         if not inner:
             return Counter()
         start, end = max(inner, key=lambda loop: loop[1] - loop[0])
@@ -84,14 +94,15 @@ class Kernel:
 
     def tile_bytes(self) -> tuple[str, int]:
         """What the kernel is called in `LEAST`, and the bytes that its loop brings; 0: that is not what binds it."""
-        kind = re.match(r"(\w+?)_kernel<(\w+), (\d+)(?:, (\w+))?>", self.name)
+        kind = re.match(r"(?:sm90::)?(\w+?)_kernel<(\w+), (\d+)(?:, (\w+))?(?:, (true|false))?>", self.name)
         if kind is None:
             return self.name, 0
         op, dtype, D, storage = kind[1], kind[2], int(kind[3]), kind[4] or ""
         size = 4 if dtype == "float" else 2
         if op == "decode":  # 64 keys and values; of codes the grid of 16 keys or of each, and that of each value
             grid = {"plain": 0, "codes_of_groups": 4 * 2 * D * size + 64 * 8, "codes_of_tokens": 64 * 16}[storage]
-            return f"decode {storage}", 64 * 2 * D * (size if storage == "plain" else 1) + grid
+            name = f"decode {storage}{' scattered' * (kind[5] == 'true')}"
+            return name, 64 * 2 * D * (size if storage == "plain" else 1) + grid
         if op == "page_scores":  # minimum and maximum of 32 groups
             return op, 32 * 2 * D * size
         return f"{op} {storage}".strip(), 0
@@ -179,7 +190,7 @@ def roofline(kernel: Kernel) -> list[str] | None:
         counts.append(sum(rest.pop(op) for op in own))
     bound = (
         f"{size:,}" if size else "",
-        f"{headroom(kernel):.2f}" if size else f"{loop['HMMA'] / total:.0%} tensor cores",
+        f"{headroom(kernel):.2f}" if size else f"{(loop['HMMA'] + loop['HGMMA']) / total:.0%} tensor cores",
     )
     return [kernel.name, str(kernel.registers), str(total), *map(str, counts), str(rest.total()), *bound]
 

@@ -29,7 +29,8 @@ OUTPUT = np.dtype(
         ("misaligned", "u4"), ("copied", "u2", (2, 32, 8)), ("matrices", "u4", (32, 4)), ("transposed", "u4", (32, 4)),
         ("d", "f4", (2, 16, 8)), ("power", "f4", 32), ("codes", "f4", (32, 4)), ("packed", "u4", (2, 32)),
         ("unpacked", "f4", (2, 32, 2)), ("butterfly", "f4", 32), ("up", "f4", 32), ("down", "f4", 32),
-        ("broadcast", "f4", 32), ("ballot", "u4"), ("any", "u4"), ("all", "u4"), ("turned", "u4", 32),
+        ("broadcast", "f4", 32), ("ballot", "u4"), ("any", "u4"), ("all", "u4"), ("quotients", "f4", (2, 65536)),
+        ("turned", "u4", 32),
         ("wide_d", "f4", (2, 2, 64, 64)), ("met", "u4", (128, 3)),
     ]
 )  # fmt: skip
@@ -113,6 +114,10 @@ def test_instructions(device: str, tmp_path: Path) -> None:
         rounded = torch.from_numpy(np.stack([x, -x], 1)).to(dtype)
         assert (out["packed"][i] == as_words(rounded).astype(np.uint32) @ np.array([1, 2**16], np.uint32)).all()
         assert (out["unpacked"][i] == rounded.float().numpy()).all()
+    every = torch.arange(65536).to(torch.int16)  # wraps around
+    for quotients, dtype in zip(out["quotients"], DTYPES, strict=True):
+        with np.errstate(invalid="ignore"):
+            np.testing.assert_array_equal(quotients, every.view(dtype).float().numpy() / np.float32(255))
     assert (out["butterfly"] == x[lane ^ 5]).all() and (out["broadcast"] == x[31 - lane]).all()
     assert (out["up"] == x[np.where(lane < 3, lane, lane - 3)]).all()
     assert (out["down"] == x[np.where(lane > 24, lane, lane + 7)]).all()

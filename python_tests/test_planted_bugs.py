@@ -68,9 +68,9 @@ BUGS = [
     Bug("a lane's copies are there, not the warp's", "decode", "__syncwarp();  // tile i has", "// tile i has"),
     Bug("a stage in use is overwritten", "decode", "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>"),
     Bug("decode reads beyond the query", "decode", "position > tokens.last ? kNever : position", "position"),
-    Bug("raw rows of the other page", "decode", "next.row = position % (2 * P)", "next.row = position % P"),
+    Bug("raw rows of the other page", "decode", "page % 2 * P + row", "row"),
     Bug("codes where their statistics lie", "decode", "if (next.block < 0) return {};", "next.slot = next.block;"),
-    Bug("a grid of another group", "decode", "next.row / static_cast<int>(kv.L)", "next.row % static_cast<int>(kv.L)"),
+    Bug("a grid of another group", "decode", "row / static_cast<int>(kv.L)", "row % static_cast<int>(kv.L)"),
     Bug(
         "a grid in use while it is expanded",
         "decode",

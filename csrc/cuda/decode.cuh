@@ -74,13 +74,18 @@ struct WarpPipeline {
   template <typename Body>
   __device__ __forceinline__ void run(const Sequence<T>& sequence, const Tokens& tokens, int first, int last, int D,
                                       Body body) const {
-    const int tiles = (last - first + kKeys - 1) / kKeys, start = first + threadIdx.x / 32 * kWarpKeys;
+    const int lane = threadIdx.x % 32, start = first + threadIdx.x / 32 * kWarpKeys;
+    const int tiles = (last - first + kKeys - 1) / kKeys;
     Next next{};
 #pragma unroll 1
     for (int i = 1 - kStages; i < tiles; ++i) {
       cp_async_wait<kStages - 2>();
       __syncwarp();  // tile i has come, and no lane needs tile i - 1 any more
-      if (i + kStages - 1 < tiles) copy(sequence, tokens, start, last, D, i + kStages - 1, next);
+      if (const int coming = i + kStages - 1; coming < tiles) {
+        if (!kScattered && coming % 32 == 0)  // of 32 tiles at once, one a lane
+          next = look_up(sequence, tokens, position_of(tokens, start + (coming + lane) * kKeys, last));
+        copy(sequence, tokens, start, last, D, coming, next);
+      }
       cp_async_commit();
       if (i >= 0) body(stages[i % kStages]);
     }
@@ -91,8 +96,9 @@ struct WarpPipeline {
  private:
   // Of the lane's own tile, each lane having another of 32; or of its token in the next tile.
   struct Next {
-    int count, slot, row;  // keys to read, from this row of a slot on; slot -1: of the residual buffer
-    int block, group;      // of statistics
+    int rows;          // 32 times the first, and how many of them to read
+    int slot;          // -1: the residual buffer
+    int block, group;  // of statistics
     Row token;
   };
 
@@ -105,17 +111,15 @@ struct WarpPipeline {
   __device__ __forceinline__ void copy(const Sequence<T>& sequence, const Tokens& tokens, int start, int last, int D, int i,
                                        Next& next) const {
     if constexpr (kScattered) copy_tokens(sequence, tokens, start, last, D, i, next);
-    else copy_rows(sequence, tokens, start, last, D, i, next);
+    else copy_rows(sequence, D, i, next);
   }
 
-  // Rows that follow each other. Where, is looked up for 32 tiles at once, one a lane.
-  __device__ __forceinline__ void copy_rows(const Sequence<T>& sequence, const Tokens& tokens, int start, int last, int D,
-                                            int i, Next& next) const {
+  // Rows that follow each other. Where, has been looked up for 32 tiles at once, one a lane.
+  __device__ __forceinline__ void copy_rows(const Sequence<T>& sequence, int D, int i, const Next& next) const {
     const PagedKV& kv = sequence.kv;
     const int lane = threadIdx.x % 32, source = i % 32;
-    if (source == 0) next = look_up(sequence, tokens, position_of(tokens, start + (i + lane) * kKeys, last));
-    const int count = __shfl_sync(~0u, next.count, source), slot = __shfl_sync(~0u, next.slot, source);
-    const int first_row = __shfl_sync(~0u, next.row, source);
+    const int rows = __shfl_sync(~0u, next.rows, source), slot = __shfl_sync(~0u, next.slot, source);
+    const int first_row = rows >> 5, count = rows & 31;
     Tile& stage = stages[i % kStages];
     if (lane == 0) stage.attended = (1u << count) - 1;
     const X *k = static_cast<const X*>(kv.k_pool) + slot * kv.k_stride,
@@ -148,16 +152,16 @@ struct WarpPipeline {
     if (position == kNever) return next;
     const PagedKV& kv = sequence.kv;
     const int P = static_cast<int>(kv.P), page = position / P;
-    next.count = min(tokens.last - position + 1, kWarpKeys);
+    const int row = position - page * P, count = min(tokens.last - position + 1, kWarpKeys);
     if (page >= kv.sealed[sequence.b]) {
-      next.slot = -1, next.row = position % (2 * P);
+      next.slot = -1, next.rows = (page % 2 * P + row) * 32 + count;
       return next;
     }
-    next.row = position - page * P;
+    next.rows = row * 32 + count;
     next.block = kv.block_table[sequence.b * kv.block_stride0 + sequence.h * kv.block_stride1 + page];
     next.slot = kv.slot_table[sequence.b * kv.slot_stride0 + sequence.h * kv.slot_stride1 + page];
     if (next.block < 0) return {};
-    if (kGroups) next.group = next.row / static_cast<int>(kv.L);
+    if (kGroups) next.group = row / static_cast<int>(kv.L);
     return next;
   }
 
@@ -555,12 +559,12 @@ __device__ __forceinline__ void join_warps(const DecodeMemory<T, kD, kStorage, k
   }
 }
 
-// Blocks that an SM is to hold: three where both registers and shared memory allow it.
-template <int kD, Storage kStorage, bool kScattered>
-constexpr int kBlocks = kD > 128 || (kStorage != Storage::plain && (kScattered || kD == 96)) ? 2 : 3;
+// Blocks that an SM is to hold: three, where that many registers do without spills.
+template <int kD, Storage kStorage>
+constexpr int kBlocks = kD <= 128 && (kStorage == Storage::plain || (kStorage == Storage::codes_of_groups && kD != 96)) ? 3 : 2;
 
 template <typename T, int kD, Storage kStorage, bool kScattered>
-__global__ void __launch_bounds__(kThreads, (kBlocks<kD, kStorage, kScattered>))
+__global__ void __launch_bounds__(kThreads, (kBlocks<kD, kStorage>))
     decode_kernel(const __grid_constant__ DecodeArgs a, const Partials partials) {
   allow_next_kernel();
   const int b = blockIdx.z, parts = static_cast<int>(a.G + kGroup - 1) / kGroup, h = blockIdx.y / parts;

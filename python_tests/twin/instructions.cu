@@ -29,6 +29,7 @@ struct Output {
   float unpacked[2][32][2];
   float butterfly[32], up[32], down[32], broadcast[32];
   uint32_t ballot, any, all;
+  float quotients[2][65536];   // by 255, of every half, of every bfloat16
   uint32_t turned[32];         // of r[0] in `matrices`
   float wide_d[2][2][64][64];  // b by columns, by rows
   uint32_t met[128][3];        // whether any thread says so, and none does; what another wrote before it arrived
@@ -84,6 +85,12 @@ __global__ void __launch_bounds__(32) instructions_kernel(const Input* in, Outpu
   const float2 half = unpack<__half>(out->packed[0][lane]), bf16 = unpack<__nv_bfloat16>(out->packed[1][lane]);
   out->unpacked[0][lane][0] = half.x, out->unpacked[0][lane][1] = half.y;
   out->unpacked[1][lane][0] = bf16.x, out->unpacked[1][lane][1] = bf16.y;
+
+  for (int i = lane; i < 65536; i += 32) {
+    const uint32_t bits = i;
+    out->quotients[0][i] = divided_by_255(unpack<__half>(bits).x);
+    out->quotients[1][i] = divided_by_255(unpack<__nv_bfloat16>(bits).x);
+  }
 
   out->butterfly[lane] = __shfl_xor_sync(~0u, x, 5);
   out->up[lane] = __shfl_up_sync(~0u, x, 3);
