@@ -32,7 +32,7 @@ from pathlib import Path
 # registers, blocks of 128 threads with 168 each fit three times, with 128 four times. The shared memory of prefill
 # leaves two blocks, or one of 256 threads, to which all 255 belong.
 RULES: list[tuple[str, int, list[str]]] = [
-    (r"^decode_kernel<\w+, (64|128), (plain|codes_of_groups),", 168, ["HMMA", "LDSM", "LDGSTS.128"]),
+    (r"^decode_kernel<\w+, (64|128), (plain|int8_per_group),", 168, ["HMMA", "LDSM", "LDGSTS.128"]),
     (r"^(decode|prefill)_kernel<", 255, ["HMMA", "LDSM", "LDGSTS.128"]),
     (r"^sm90::prefill_kernel", 255, ["HGMMA", "LDGSTS.128"]),
     (r"^general_(decode|prefill|mass)_kernel", 128, []),
@@ -45,7 +45,7 @@ RULES: list[tuple[str, int, list[str]]] = [
     (r"^page_stats_kernel<.*, [48], ", 128, ["LDG.128", "STG.128"]),
     (r"", 128, []),
 ]
-STORAGE = {"0": "plain", "1": "codes_of_groups", "2": "codes_of_tokens"}
+STORAGE = {"0": "plain", "1": "int8_per_group", "2": "int8_per_token"}
 CLASSES = {
     "tensor cores": "H?GMMA|HMMA",
     "floats": "F(ADD|MUL|FMA|MNMX|SEL|SETP)|MUFU|F2F|F2FP|I2F|I2FP|H(ADD2|FMA2|MUL2)|PRMT",
@@ -58,9 +58,9 @@ BYTES_A_CYCLE = 3.0e12 / 132 / 1.755e9
 LEAST = {
     "decode plain": 4.2,
     "decode plain scattered": 3.0,
-    "decode codes_of_groups": 1.4,
-    "decode codes_of_tokens": 1.5,
-    "decode codes_of_tokens scattered": 1.1,
+    "decode int8_per_group": 1.4,
+    "decode int8_per_token": 1.5,
+    "decode int8_per_token scattered": 1.1,
     "page_scores": 4.0,
 }
 """Headroom of bfloat16 and 128 channels that a change must not fall below."""
@@ -100,7 +100,7 @@ class Kernel:
         op, dtype, D, storage = kind[1], kind[2], int(kind[3]), kind[4] or ""
         size = 4 if dtype == "float" else 2
         if op == "decode":  # 64 keys and values; of codes the grid of 16 keys or of each, and that of each value
-            grid = {"plain": 0, "codes_of_groups": 4 * 2 * D * size + 64 * 8, "codes_of_tokens": 64 * 16}[storage]
+            grid = {"plain": 0, "int8_per_group": 4 * 2 * D * size + 64 * 8, "int8_per_token": 64 * 16}[storage]
             name = f"decode {storage}{' scattered' * (kind[5] == 'true')}"
             return name, 64 * 2 * D * (size if storage == "plain" else 1) + grid
         if op == "page_scores":  # minimum and maximum of 32 groups

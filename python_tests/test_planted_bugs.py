@@ -30,30 +30,28 @@ class Bug(NamedTuple):
 
 
 BUGS = [
-    Bug("the sum of weights is not rescaled", "attention", "max[r] = largest, sum[r] *= fade[r];", "max[r] = largest;"),
-    Bug("nor is what was accumulated", "attention", "x[2] *= fade[1], x[3] *= fade[1];", ";"),
-    Bug("a tile is used before it is there for all", "attention", "    Tile::publish();\n    __syncthreads();", ";"),
-    Bug("a tile is used before its copies end", "attention", "cp_async_wait<kAhead - 1>", "cp_async_wait<kAhead>"),
+    Bug("the sum of weights is not rescaled", "softmax", "max[r] = largest, sum[r] *= factor[r];", "max[r] = largest;"),
+    Bug("nor is what was accumulated", "softmax", "x[2] *= factor[1], x[3] *= factor[1];", ";"),
+    Bug("a tile is used before it is there for all", "pipeline", "    Tile::publish();\n    __syncthreads();", ";"),
+    Bug("a tile is used before its copies end", "pipeline", "cp_async_wait<kAhead - 1>", "cp_async_wait<kAhead>"),
     Bug(
         "a key table is overwritten while in use",
-        "attention",
+        "pipeline",
         "kTables = kAhead + 1 + kBatch;",
         "kTables = kAhead + kBatch;",
     ),
-    Bug("keys after the query", "attention", "if (position > tokens.last) position = kNever;", ""),
-    Bug("the other half of the residual buffer", "attention", "position % (2 * P) * kv.D", "position % P * kv.D"),
-    Bug("a block taken for a slot", "attention", "slot * kv.k_stride", "block * kv.k_stride"),
-    Bug(
-        "the group of another token", "attention", "offset / static_cast<int>(kv.L)", "offset % static_cast<int>(kv.L)"
-    ),
-    Bug("bank conflicts", "attention", "(kD / kChunk | 1) * kChunk", "(kD / kChunk) * kChunk"),
+    Bug("keys after the query", "pipeline", "if (position > tokens.last) position = kMasked;", ""),
+    Bug("the other half of the residual buffer", "paged_kv", "position % (2 * P) * kv.D", "position % P * kv.D"),
+    Bug("a block taken for a slot", "paged_kv", "slot * kv.k_stride", "block * kv.k_stride"),
+    Bug("the group of another token", "paged_kv", "offset / static_cast<int>(kv.L)", "offset % static_cast<int>(kv.L)"),
+    Bug("bank conflicts", "pipeline", "(kD / kChunk | 1) * kChunk", "(kD / kChunk) * kChunk"),
     Bug(
         "keys in another order",
-        "attention",
+        "operands",
         "k.at(key + lane / 16 * 8 + lane % 8",
         "k.at(key + lane / 8 % 2 * 8 + lane % 8",
     ),
-    Bug("grids of keys that are not there", "attention", "if (position == kNever) t.v_grid", "if (false) t.v_grid"),
+    Bug("grids of keys that are not there", "pipeline", "if (position == kMasked) t.v_grid", "if (false) t.v_grid"),
     Bug("channels in the order of codes", "decode", "      unpermute_channels(softmax);", "      ;"),
     Bug(
         "V's minimum is forgotten",
@@ -62,15 +60,20 @@ BUGS = [
         "softmax.out[step][e] * share",
     ),
     Bug(
-        "decode's sums are not rescaled", "decode", "fmaf(sum[e], fade[e], s[e] + s[e + 2])", "sum[e] + s[e] + s[e + 2]"
+        "decode's sums are not rescaled",
+        "decode",
+        "fmaf(sum[e], factor[e], s[e] + s[e + 2])",
+        "sum[e] + s[e] + s[e + 2]",
     ),
-    Bug("nor are its outputs", "decode", "x[2] *= fade[0], x[3] *= fade[1];", ";"),
-    Bug("a lane's copies are there, not the warp's", "decode", "__syncwarp();  // tile i has", "// tile i has"),
-    Bug("a stage in use is overwritten", "decode", "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>"),
-    Bug("decode reads beyond the query", "decode", "position > tokens.last ? kNever : position", "position"),
-    Bug("raw rows of the other page", "decode", "page % 2 * P + row", "row"),
-    Bug("codes where their statistics lie", "decode", "if (next.block < 0) return {};", "next.slot = next.block;"),
-    Bug("a grid of another group", "decode", "row / static_cast<int>(kv.L)", "row % static_cast<int>(kv.L)"),
+    Bug("nor are its outputs", "decode", "x[2] *= factor[0], x[3] *= factor[1];", ";"),
+    Bug("a lane's copies are there, not the warp's", "warp_pipeline", "__syncwarp();  // tile i has", "// tile i has"),
+    Bug("a stage in use is overwritten", "warp_pipeline", "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>"),
+    Bug("decode reads beyond the query", "warp_pipeline", "position > tokens.last ? kMasked : position", "position"),
+    Bug("raw rows of the other page", "warp_pipeline", "page % 2 * P + row", "row"),
+    Bug(
+        "codes where their statistics lie", "warp_pipeline", "if (next.block < 0) return {};", "next.slot = next.block;"
+    ),
+    Bug("a grid of another group", "warp_pipeline", "row / static_cast<int>(kv.L)", "row % static_cast<int>(kv.L)"),
     Bug(
         "a grid in use while it is expanded",
         "decode",
@@ -192,7 +195,7 @@ BUGS = [
     ),
     Bug(
         "a probe too few",
-        "attention",
+        "paged_kv",
         "min(rest - whole, stride - 1)",
         "min(rest - whole, stride - 2)",
         "python_tests/test_attention.py -k over_many_chunks",
@@ -210,7 +213,7 @@ BUGS = [
     ),
     Bug(
         "sums without headroom",
-        "attention",
+        "softmax",
         "shift = base + kHeadroom<T>;",
         "shift = base;",
         "python_tests/test_small.py -k largest",

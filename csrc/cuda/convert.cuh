@@ -53,11 +53,11 @@ template <typename T>
 __device__ __forceinline__ float2 unpack(uint32_t bits) {
   if constexpr (std::is_same_v<T, __half>) {
     __half2 pair;
-    memcpy(&pair, &bits, sizeof(bits));
+    memcpy(static_cast<void*>(&pair), &bits, sizeof(bits));
     return __half22float2(pair);
   } else {
     __nv_bfloat162 pair;
-    memcpy(&pair, &bits, sizeof(bits));
+    memcpy(static_cast<void*>(&pair), &bits, sizeof(bits));
     return __bfloat1622float2(pair);
   }
 }

@@ -36,10 +36,10 @@ void launch_splits(const DecodeArgs& a, const Partials& partials, void* stream) 
     const bool fits = !groups || (a.kv.L % kWarpKeys == 0 && !scattered);  // a warp's keys must share a group
     if (fits && rows_aligned<T>(a.q) && rows_aligned<T>(a.kv)) {
       return with_head_dim(a.kv.D, [&](auto kD) {
-        if (groups) return launch_tiles<T, kD, Storage::codes_of_groups, false>(a, partials, stream);
-        if (scattered && int8) return launch_tiles<T, kD, Storage::codes_of_tokens, true>(a, partials, stream);
+        if (groups) return launch_tiles<T, kD, Storage::int8_per_group, false>(a, partials, stream);
+        if (scattered && int8) return launch_tiles<T, kD, Storage::int8_per_token, true>(a, partials, stream);
         if (scattered) return launch_tiles<T, kD, Storage::plain, true>(a, partials, stream);
-        if (int8) return launch_tiles<T, kD, Storage::codes_of_tokens, false>(a, partials, stream);
+        if (int8) return launch_tiles<T, kD, Storage::int8_per_token, false>(a, partials, stream);
         return launch_tiles<T, kD, Storage::plain, false>(a, partials, stream);
       });
     }

@@ -2,9 +2,10 @@
 // attends, and leaves (out, lse) of each in the workspace; combine_kernel folds them in order. Where a sequence is cut
 // depends on its own tokens alone, so bits depend on neither the tables' width nor the rest of the batch.
 #pragma once
-#include "cuda/attention.cuh"
 #include "cuda/general.cuh"
 #include "cuda/launch.h"
+#include "cuda/softmax.cuh"
+#include "cuda/warp_pipeline.cuh"
 
 namespace lserve::cuda {
 
@@ -14,7 +15,7 @@ constexpr int kMaxSplits = 64;
 
 // How the pools hold keys and values: in the model's dtype, or as codes whose keys lie on the grid of 16 neighbours'
 // statistics or on one of their own.
-enum class Storage { plain, codes_of_groups, codes_of_tokens };
+enum class Storage { plain, int8_per_group, int8_per_token };
 
 // Results of every query head over every split.
 struct Partials {
@@ -38,184 +39,11 @@ __device__ __forceinline__ Tokens decode_tokens(const DecodeArgs& a, int b, int 
   return Tokens(e, a.mask, a.kv.P, sealed, t, WarpSearch{});
 }
 
-// ---- a warp's own pipeline: no warp waits for another one while keys come
-
-constexpr int kWarpKeys = 16;  // of a warp's tile: the rows of an MMA
-
-// A tile as it lies in memory, X is T or uint8_t for codes, and what turns codes into numbers.
-template <typename T, typename X, int kD>
-struct Stage {
-  static constexpr bool kCoded = std::is_same_v<X, uint8_t>;
-  static constexpr int kTile = kWarpKeys * Rows<X, kD>::kStride;
-  alignas(16) X k_rows[kTile], v_rows[kTile];
-  alignas(16) T stats[kCoded ? 2 * kD : 8];                             // minimum and maximum of the keys
-  alignas(16) float2 k_grid[kCoded ? 16 : 2], v_grid[kCoded ? 16 : 2];  // (step, min) of each
-  const void* rows[2][kWarpKeys];                                       // of tokens that are looked up one by one
-  uint32_t attended;                                                    // a bit for each key
-
-  __device__ Rows<X, kD> k() { return {k_rows}; }
-  __device__ Rows<X, kD> v() { return {v_rows}; }
-};
-
-// Whether the 16 keys of a tile may lie in different pages. If not, their rows follow each other.
-__host__ __device__ inline bool is_scattered(const Mask& mask) { return mask.unit % kWarpKeys != 0; }
-
-// Copies tiles into shared memory, kStages - 1 ahead of their use.
-//
-//   pipeline.run(sequence, tokens, first, last, D, [&](auto& stage) { ... });
-//
-// calls the body with 16 of the tokens [first, last) at a time: those at 64 i + 16 warp.
-template <typename T, typename X, int kD, int kStages, bool kGroups, bool kScattered>
-struct WarpPipeline {
-  using Tile = Stage<T, X, kD>;
-  static constexpr bool kCoded = Tile::kCoded;
-  Tile* stages;  // [kStages], the warp's own
-
-  template <typename Body>
-  __device__ __forceinline__ void run(const Sequence<T>& sequence, const Tokens& tokens, int first, int last, int D,
-                                      Body body) const {
-    const int lane = threadIdx.x % 32, start = first + threadIdx.x / 32 * kWarpKeys;
-    const int tiles = (last - first + kKeys - 1) / kKeys;
-    Next next{};
-#pragma unroll 1
-    for (int i = 1 - kStages; i < tiles; ++i) {
-      cp_async_wait<kStages - 2>();
-      __syncwarp();  // tile i has come, and no lane needs tile i - 1 any more
-      if (const int coming = i + kStages - 1; coming < tiles) {
-        if (!kScattered && coming % 32 == 0)  // of 32 tiles at once, one a lane
-          next = look_up(sequence, tokens, position_of(tokens, start + (coming + lane) * kKeys, last));
-        copy(sequence, tokens, start, last, D, coming, next);
-      }
-      cp_async_commit();
-      if (i >= 0) body(stages[i % kStages]);
-    }
-    cp_async_wait<0>();
-    __syncwarp();
-  }
-
- private:
-  // Of the lane's own tile, each lane having another of 32; or of its token in the next tile.
-  struct Next {
-    int rows;          // 32 times the first, and how many of them to read
-    int slot;          // -1: the residual buffer
-    int block, group;  // of statistics
-    Row token;
-  };
-
-  __device__ __forceinline__ static int position_of(const Tokens& tokens, int token, int last) {
-    if (token >= last) return kNever;
-    const int position = tokens.position(token);
-    return position > tokens.last ? kNever : position;
-  }
-
-  __device__ __forceinline__ void copy(const Sequence<T>& sequence, const Tokens& tokens, int start, int last, int D, int i,
-                                       Next& next) const {
-    if constexpr (kScattered) copy_tokens(sequence, tokens, start, last, D, i, next);
-    else copy_rows(sequence, D, i, next);
-  }
-
-  // Rows that follow each other. Where, has been looked up for 32 tiles at once, one a lane.
-  __device__ __forceinline__ void copy_rows(const Sequence<T>& sequence, int D, int i, const Next& next) const {
-    const PagedKV& kv = sequence.kv;
-    const int lane = threadIdx.x % 32, source = i % 32;
-    const int rows = __shfl_sync(~0u, next.rows, source), slot = __shfl_sync(~0u, next.slot, source);
-    const int first_row = rows >> 5, count = rows & 31;
-    Tile& stage = stages[i % kStages];
-    if (lane == 0) stage.attended = (1u << count) - 1;
-    const X *k = static_cast<const X*>(kv.k_pool) + slot * kv.k_stride,
-            *v = static_cast<const X*>(kv.v_pool) + slot * kv.v_stride;
-    if (!kCoded && slot < 0) {
-      const int64_t at = sequence.b * kv.residual_stride0 + sequence.h * kv.residual_stride1;
-      k = static_cast<const X*>(kv.residual_k) + at, v = static_cast<const X*>(kv.residual_v) + at;
-    }
-    copy_chunks(stage, D, [&](int row, int element, bool of_values) {
-      return Chunk{(of_values ? v : k) + (first_row + row) * D + element, row < count};
-    });
-    if constexpr (kCoded) {  // weights of 0 must meet no NaN
-      const float* const grid = kv.scales + slot * kv.scales_stride + 2 * first_row;
-      if (lane < 8) cp_async_16(stage.v_grid + 2 * lane, grid + 4 * lane, count > 0);
-      if (!kGroups && lane < 8) cp_async_16(stage.k_grid + 2 * lane, grid + 2 * kv.P + 4 * lane, count > 0);
-    }
-    if constexpr (kGroups) {
-      const int block = __shfl_sync(~0u, next.block, source), group = __shfl_sync(~0u, next.group, source);
-      const T* const stats = static_cast<const T*>(kv.stats) + block * kv.stats_stride + group * 2 * D;
-      for (int j = lane; j < 2 * kD / 8; j += 32) {
-        const int element = j % (kD / 8) * 8;
-        cp_async_16(stage.stats + j * 8, stats + j / (kD / 8) * D + element, count > 0 && element < D);
-      }
-    }
-  }
-
-  // Nothing where nobody attends, or the page is not held any more.
-  __device__ __forceinline__ static Next look_up(const Sequence<T>& sequence, const Tokens& tokens, int position) {
-    Next next{};
-    if (position == kNever) return next;
-    const PagedKV& kv = sequence.kv;
-    const int P = static_cast<int>(kv.P), page = position / P;
-    const int row = position - page * P, count = min(tokens.last - position + 1, kWarpKeys);
-    if (page >= kv.sealed[sequence.b]) {
-      next.slot = -1, next.rows = (page % 2 * P + row) * 32 + count;
-      return next;
-    }
-    next.rows = row * 32 + count;
-    next.block = kv.block_table[sequence.b * kv.block_stride0 + sequence.h * kv.block_stride1 + page];
-    next.slot = kv.slot_table[sequence.b * kv.slot_stride0 + sequence.h * kv.slot_stride1 + page];
-    if (next.block < 0) return {};
-    if (kGroups) next.group = row / static_cast<int>(kv.L);
-    return next;
-  }
-
-  // 16 tokens, each of them looked up a tile ahead of its copy.
-  __device__ __forceinline__ void copy_tokens(const Sequence<T>& sequence, const Tokens& tokens, int start, int last, int D,
-                                              int i, Next& next) const {
-    const int lane = threadIdx.x % 32, key = lane % kWarpKeys;
-    const auto look_up = [&](int tile) {
-      const int position = position_of(tokens, start + tile * kKeys + key, last);
-      next.token = Row{};
-      if (position != kNever) next.token = sequence.row(position);
-    };
-    if (i == 0) look_up(0);
-    Tile& stage = stages[i % kStages];
-    const uint32_t attended = __ballot_sync(~0u, next.token.k != nullptr) & 0xffff;
-    if (lane == 0) stage.attended = attended;
-    if (lane < kWarpKeys) {
-      stage.rows[0][key] = next.token.k, stage.rows[1][key] = next.token.v;
-      if constexpr (kCoded)
-        stage.k_grid[key] = next.token.k_grid, stage.v_grid[key] = next.token.v_grid;  // zeros without a key
-    }
-    look_up(i + 1);
-    __syncwarp();
-    copy_chunks(stage, D, [&](int row, int element, bool of_values) {
-      const X* const from = static_cast<const X*>(stage.rows[of_values][row]);
-      return Chunk{from ? from + element : from, from != nullptr};
-    });
-  }
-
-  struct Chunk {
-    const X* from;
-    bool read;  // else zeros
-  };
-
-  // Zeros beyond channel D, too.
-  template <typename ChunkOf>
-  __device__ __forceinline__ static void copy_chunks(Tile& stage, int D, ChunkOf chunk_of) {
-    constexpr int kChunk = Rows<X, kD>::kChunk, kChunks = kD / kChunk;
-#pragma unroll
-    for (int of_values = 0; of_values < 2; ++of_values)
-#pragma unroll
-      for (int j = 0; j < kWarpKeys * kChunks; j += 32) {
-        const int row = (j + threadIdx.x % 32) / kChunks, element = (j + threadIdx.x % 32) % kChunks * kChunk;
-        const Chunk chunk = chunk_of(row, element, of_values);
-        cp_async_16((of_values ? stage.v() : stage.k()).at(row, element), chunk.from, chunk.read && element < D);
-      }
-  }
-};
-
 // ---- operands of a warp's tile: keys [16, 16 channels] for S^T = K Q^T, and values [16 channels, 16] for O^T = V^T P^T
 
 template <typename T, int kD>
 struct FloatOperand {
-  Rows<T, kD> k, v;
+  SmemTile<T, kD> k, v;
 
   __device__ __forceinline__ void keys(uint32_t (&a)[4], int step) const {
     const int lane = threadIdx.x % 32;
@@ -232,7 +60,7 @@ struct FloatOperand {
 // rows r and r + 8. See unpermute_channels.
 template <typename T, int kD, bool kGroups>
 struct Int8Operand {
-  Rows<uint8_t, kD> k, v;
+  SmemTile<uint8_t, kD> k, v;
   const float* grid;  // [2, kD] with kGroups: minimum and step of the keys. Else keys stay codes, and logits are rescaled
 
   __device__ __forceinline__ void keys(uint32_t (&a)[2][4], int pair) const {
@@ -323,34 +151,34 @@ __device__ __forceinline__ float over_keys(float x, Combine combine) {
 // logits of keys lane / 4 and lane / 4 + 8, and outputs of channels lane / 4 and lane / 4 + 8 of every 16.
 // Maxima and logits are in units of log2, sums are of this lane's keys.
 template <typename T, int kD>
-struct OnlineSoftmax {
+struct TransposedSoftmax {
   float out[kD / 16][4] = {};
   float max[2] = {-INFINITY, -INFINITY}, sum[2] = {}, offset[2] = {};  // offset: sum of weight * V's minimum
 
   // s: masked logits, become weights. What has been summed follows their maximum.
   __device__ __forceinline__ void update(float (&s)[4]) {
-    float fade[2];
+    float factor[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const auto larger = [](float a, float b) { return fmaxf(a, b); };
       const float largest = over_keys(fmaxf(max[e], fmaxf(s[e], s[e + 2])), larger);
       const float base = largest == -INFINITY ? 0.0f : largest;  // nothing attended yet: weights of 0, not of NaN
       const float shift = base + kHeadroom<T>;
-      fade[e] = exp2_approx(max[e] - base);
+      factor[e] = exp2_approx(max[e] - base);
       max[e] = largest;
       s[e] = exp2_approx(s[e] - shift), s[e + 2] = exp2_approx(s[e + 2] - shift);
-      sum[e] = fmaf(sum[e], fade[e], s[e] + s[e + 2]), offset[e] *= fade[e];
+      sum[e] = fmaf(sum[e], factor[e], s[e] + s[e + 2]), offset[e] *= factor[e];
     }
-    if (__any_sync(~0u, fade[0] != 1 || fade[1] != 1)) {
+    if (__any_sync(~0u, factor[0] != 1 || factor[1] != 1)) {
 #pragma unroll
-      for (auto& x : out) x[0] *= fade[0], x[1] *= fade[1], x[2] *= fade[0], x[3] *= fade[1];
+      for (auto& x : out) x[0] *= factor[0], x[1] *= factor[1], x[2] *= factor[0], x[3] *= factor[1];
     }
   }
 };
 
 // Rows r and r + 8 that are channels 2 r and 2 r + 1 of every 16 become channels r and r + 8.
 template <typename T, int kD>
-__device__ __forceinline__ void unpermute_channels(OnlineSoftmax<T, kD>& softmax) {
+__device__ __forceinline__ void unpermute_channels(TransposedSoftmax<T, kD>& softmax) {
   const int lane = threadIdx.x % 32;
   const bool odd = lane / 4 % 2;
 #pragma unroll
@@ -376,7 +204,7 @@ constexpr bool kGoesOn = kD <= 128;
 // What the threads of a block share while they go through their splits.
 template <typename T, int kD, Storage kStorage, bool kScattered>
 struct DecodeMemory {
-  static constexpr bool kGroups = kStorage == Storage::codes_of_groups;
+  static constexpr bool kGroups = kStorage == Storage::int8_per_group;
   // Codes leave few tokens to the other pipeline.
   static constexpr int kFloatStages = kStorage == Storage::plain && kD <= 128 ? 3 : 2, kCodeStages = 3;
   using Floats = WarpPipeline<T, T, kD, kFloatStages, false, kScattered>;
@@ -427,12 +255,12 @@ __device__ __forceinline__ void expand_grid(const T* stats, float* grid) {
 
 // Attention over tokens [first, last): a warp takes every fourth tile. query(row): the first channel, or null.
 template <typename T, int kD, Storage kStorage, bool kScattered, typename Query>
-__device__ __forceinline__ OnlineSoftmax<T, kD> attend_split(const DecodeMemory<T, kD, kStorage, kScattered>& memory,
-                                                             const Sequence<T>& sequence, const Tokens& tokens, int first,
-                                                             int last, int D, float scale, Query query) {
+__device__ __forceinline__ TransposedSoftmax<T, kD> attend_split(const DecodeMemory<T, kD, kStorage, kScattered>& memory,
+                                                                 const Sequence<T>& sequence, const Tokens& tokens, int first,
+                                                                 int last, int D, float scale, Query query) {
   using Memory = DecodeMemory<T, kD, kStorage, kScattered>;
   const int lane = threadIdx.x % 32;
-  OnlineSoftmax<T, kD> softmax;
+  TransposedSoftmax<T, kD> softmax;
   QueryOperand<T, kD> q;
   const auto weigh = [&](float (&s)[4], uint32_t attended, auto logit) {  // s: q · k, become weights
 #pragma unroll
@@ -511,7 +339,7 @@ __device__ __forceinline__ OnlineSoftmax<T, kD> attend_split(const DecodeMemory<
 // The four warps' results, of equal keys in equal order, become one: out(row, d, value) and lse(row, value).
 template <typename T, int kD, Storage kStorage, bool kScattered, typename Out, typename Lse>
 __device__ __forceinline__ void join_warps(const DecodeMemory<T, kD, kStorage, kScattered>& memory,
-                                           OnlineSoftmax<T, kD>& softmax, int rows, int D, Out out, Lse lse) {
+                                           TransposedSoftmax<T, kD>& softmax, int rows, int D, Out out, Lse lse) {
   constexpr int kRow = DecodeMemory<T, kD, kStorage, kScattered>::kRow;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float *const maxima = memory.maxima, *const sums = memory.sums, *const results = reinterpret_cast<float*>(memory.data);
@@ -561,7 +389,7 @@ __device__ __forceinline__ void join_warps(const DecodeMemory<T, kD, kStorage, k
 
 // Blocks that an SM is to hold: three, where that many registers do without spills.
 template <int kD, Storage kStorage>
-constexpr int kBlocks = kD <= 128 && (kStorage == Storage::plain || (kStorage == Storage::codes_of_groups && kD != 96)) ? 3 : 2;
+constexpr int kBlocks = kD <= 128 && (kStorage == Storage::plain || (kStorage == Storage::int8_per_group && kD != 96)) ? 3 : 2;
 
 template <typename T, int kD, Storage kStorage, bool kScattered>
 __global__ void __launch_bounds__(kThreads, (kBlocks<kD, kStorage>))
@@ -582,7 +410,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<kD, kStorage>))
   for (int split = blockIdx.x;; split += gridDim.x) {
     const int size = split_tokens(a.mask, tokens.count), first = split * size, last = min(first + size, tokens.count);
     if (first >= last) return;
-    OnlineSoftmax<T, kD> softmax =
+    TransposedSoftmax<T, kD> softmax =
         attend_split<T, kD, kStorage, kScattered>(memory, sequence, tokens, first, last, D, a.scale * kLog2e, query);
     const auto at = [&](int row) { return (b * (a.kv.H * a.G) + head + row) * partials.splits + split; };
     join_warps<T, kD, kStorage, kScattered>(

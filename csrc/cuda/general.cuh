@@ -2,7 +2,8 @@
 // start at multiples of 16 bytes, groups of statistics that 16 keys do not fit in). A warp takes one query; its lanes
 // take 32 keys for the logits, and 32 channels for the values.
 #pragma once
-#include "cuda/attention.cuh"
+#include "cuda/paged_kv.cuh"
+#include "cuda/ptx.cuh"
 #include "quant.h"
 
 namespace lserve::cuda {
@@ -44,17 +45,17 @@ __device__ float attend_warp(const Sequence<T>& sequence, const Tokens& tokens, 
   float largest = -INFINITY, total = 0, sums[kMaxChannels / 32] = {};
   for (int base = first; base < last; base += 32) {
     Row row{};
-    int position = kNever;
+    int position = kMasked;
     if (base + lane < last) position = tokens.position(base + lane);
     if (position <= tokens.last) row = sequence.row(position);
     const float s = row.k ? dot<T>(q, row, D) * scale : -INFINITY;
 
     const float before = largest;
     largest = fmaxf(largest, over_warp(s, [](float a, float b) { return fmaxf(a, b); }));
-    const float shift = largest == -INFINITY ? 0.0f : largest, fade = expf(before - shift), w = expf(s - shift);
-    total *= fade;
+    const float shift = largest == -INFINITY ? 0.0f : largest, factor = expf(before - shift), w = expf(s - shift);
+    total *= factor;
 #pragma unroll
-    for (float& sum : sums) sum *= fade;
+    for (float& sum : sums) sum *= factor;
     for (int i = 0; i < 32 && base + i < last; ++i) {
       const uint64_t v = __shfl_sync(~0u, reinterpret_cast<uint64_t>(row.v), i);
       const int coded = __shfl_sync(~0u, static_cast<int>(row.coded), i);

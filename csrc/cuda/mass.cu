@@ -16,7 +16,7 @@ void attention_mass(const MassArgs& a, void* stream) {
     if constexpr (!std::is_same_v<T, float>) {
       if (rows_aligned<T>(a.q) && rows_aligned<T>(a.kv)) {
         return with_head_dim(a.kv.D, [&](auto kD) {
-          const int rows = Rows<T, kD>::kStride * sizeof(T);
+          const int rows = SmemTile<T, kD>::kStride * sizeof(T);
           const int tiles =
               shared_bytes({kKeys * rows, kMassRows * rows, int(sizeof(MassKeys)), kMassRows * int(sizeof(MassRow))});
           const auto kernel = int8 ? mass_kernel<T, kD, true> : mass_kernel<T, kD, false>;

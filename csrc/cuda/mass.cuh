@@ -3,6 +3,8 @@
 // nobody attends is never read.
 #pragma once
 #include "cuda/general.cuh"
+#include "cuda/operands.cuh"
+#include "cuda/softmax.cuh"
 
 namespace lserve::cuda {
 
@@ -42,7 +44,7 @@ __device__ __forceinline__ bool is_attended(const MassArgs& a, int b, int h, int
 struct MassKeys {
   const void *k[kKeys], *stats[kKeys];
   float2 k_grid[kKeys];
-  int position[kKeys], unit[kKeys];  // kNever: nobody attends it, or it is not held any more
+  int position[kKeys], unit[kKeys];  // kMasked: nobody attends it, or it is not held any more
   bool coded[kKeys], listed[kKeys];
 
   template <typename T>
@@ -51,7 +53,7 @@ struct MassKeys {
     listed[key] = is_listed(a, sequence.b, sequence.h, unit[key]);
     Row row{};
     if (is_attended(a, sequence.b, sequence.h, at, listed[key])) row = sequence.row(at);
-    position[key] = row.k ? at : kNever;
+    position[key] = row.k ? at : kMasked;
     k[key] = row.k, stats[key] = row.stats, k_grid[key] = row.k_grid, coded[key] = row.coded;
   }
 };
@@ -66,12 +68,12 @@ struct MassRow {
 
 // Puts the keys of a tile into shared memory; zeros where there is none, and beyond channel D.
 template <typename T, int kD, bool kInt8>
-__device__ __forceinline__ void load_keys(const MassKeys& table, int D, Rows<T, kD> to) {
+__device__ __forceinline__ void load_keys(const MassKeys& table, int D, SmemTile<T, kD> to) {
   constexpr int kN = 8;  // channels at a time
   for (int j = threadIdx.x; j < kKeys * kD / kN; j += kThreads) {
     const int key = j / (kD / kN), d = j % (kD / kN) * kN;
     Vector<uint32_t, kN / 2> k{};
-    if (table.position[key] != kNever && d < D) {
+    if (table.position[key] != kMasked && d < D) {
       const T* const stats = static_cast<const T*>(table.stats[key]);
       if (kInt8 && table.coded[key])
         k = key_of_codes<T>(static_cast<const uint8_t*>(table.k[key]) + d, stats ? stats + d : nullptr, D, table.k_grid[key]);
@@ -90,14 +92,15 @@ __global__ void __launch_bounds__(kThreads, 6) mass_kernel(const __grid_constant
   const int32_t window = a.mask.windows[h];
 
   SharedMemory shared;
-  const Rows<T, kD> keys{shared.take<T>(kKeys * Rows<T, kD>::kStride)}, q{shared.take<T>(kMassRows * Rows<T, kD>::kStride)};
+  const SmemTile<T, kD> keys{shared.take<T>(kKeys * SmemTile<T, kD>::kStride)},
+      q{shared.take<T>(kMassRows * SmemTile<T, kD>::kStride)};
   MassKeys& table = *shared.take<MassKeys>(1);
   MassRow* const rows = shared.take<MassRow>(kMassRows);
 
   bool wanted = false;
   if (const int key = threadIdx.x, position = blockIdx.x * kKeys + key; key < kKeys) {
     table.look_up(Sequence<T>{a.kv, b, h, length}, a, key, position);
-    wanted = table.position[key] != kNever;
+    wanted = table.position[key] != kMasked;
   }
   float sums[2][2] = {};
   if (__syncthreads_or(wanted)) {
@@ -120,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 6) mass_kernel(const __grid_constant
       }
       __syncthreads();
       float s[2][4] = {};
-      State<T, kD>::template multiply<16>(s, q, 0, Plain<T, kD>{keys, keys}, warp * 16);
+      gemm_qk<16>(s, q, 0, KvOperand<T, kD>{keys, keys}, warp * 16);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const MassRow row = rows[lane / 4 + 8 * r];

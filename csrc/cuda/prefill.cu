@@ -8,10 +8,10 @@ namespace {
 
 template <typename T, int kD, bool kInt8>
 void launch_tiles(const PrefillArgs& a, void* stream) {
-  using Rings = PrefillRings<T, kD>;
+  using Memory = PrefillMemory<T, kD>;
   const dim3 grid(query_tiles(a), a.kv.H * a.G);
-  const int shared = shared_bytes(
-      {kQueries * Rows<T, kD>::kStride * int(sizeof(T)), Rings::kTables * int(sizeof(KeyTable)), Rings::template kData<kInt8>});
+  const int shared = shared_bytes({kQueries * SmemTile<T, kD>::kStride * int(sizeof(T)),
+                                   Memory::kTables * int(sizeof(KeyTable)), Memory::template kData<kInt8>});
   launch("prefill", prefill_kernel<T, kD, kInt8>, grid, kThreads, shared, stream, a);
 }
 

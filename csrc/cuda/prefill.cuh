@@ -2,6 +2,8 @@
 // keys that they attend: those of the cache, then the new ones.
 #pragma once
 #include "cuda/general.cuh"
+#include "cuda/operands.cuh"
+#include "cuda/softmax.cuh"
 
 namespace lserve::cuda {
 
@@ -88,8 +90,8 @@ struct Block {
 
 // Dequantises a tile of codes, once for all warps. A thread takes 8 channels of neighbouring keys, which mostly share a grid.
 template <typename T, int kD, typename Crew, typename Tile>
-__device__ __forceinline__ void dequantize_tile(Rows<uint8_t, kD> from_k, Rows<uint8_t, kD> from_v, const KeyTable& table,
-                                                int D, Tile to_k, Tile to_v) {
+__device__ __forceinline__ void dequantize_tile(SmemTile<uint8_t, kD> from_k, SmemTile<uint8_t, kD> from_v,
+                                                const KeyTable& table, int D, Tile to_k, Tile to_v) {
   constexpr int kN = 8, kRun = 4;
   for (int j = Crew::thread(); j < kKeys / kRun * kD / kN; j += Crew::threads()) {
     const int first = j / (kD / kN) * kRun, d = j % (kD / kN) * kN;
@@ -129,10 +131,10 @@ __device__ __forceinline__ void dequantize_tile(Rows<uint8_t, kD> from_k, Rows<u
 // become 0 in the tile, after the queries that do attend them have taken them.
 template <typename T, int kD, typename Crew, typename Tile>
 __device__ __forceinline__ void take_infinite_values(Tile v, const KeyTable& table, const QueryTile& tile,
-                                                     State<T, kD>& state) {
+                                                     OnlineSoftmax<T, kD>& softmax) {
   constexpr int kN = 8;                                                          // channels at a time
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % (kQueries / 16);  // of a tile of queries
-  const auto hidden = [&](int key) { return table.position[key] > tile.position && table.position[key] != kNever; };
+  const auto hidden = [&](int key) { return table.position[key] > tile.position && table.position[key] != kMasked; };
   const auto is_finite = [](T value) { return static_cast<float>(value) - static_cast<float>(value) == 0.0f; };
   bool found = false;
   for (int j = Crew::thread(); j < kKeys * kD / kN; j += Crew::threads()) {
@@ -150,7 +152,7 @@ __device__ __forceinline__ void take_infinite_values(Tile v, const KeyTable& tab
       for (int e = 0; e < 4; ++e) {
         const T value = *v.at(key, n * 8 + lane % 4 * 2 + e % 2);
         const int query = tile.position + warp * 16 + lane / 4 + e / 2 * 8;
-        if (table.position[key] <= query && !is_finite(value)) state.out[n][e] += static_cast<float>(value);
+        if (table.position[key] <= query && !is_finite(value)) softmax.out[n][e] += static_cast<float>(value);
       }
   }
   Crew::sync();
@@ -163,11 +165,11 @@ __device__ __forceinline__ void take_infinite_values(Tile v, const KeyTable& tab
 // The results of a warp's 16 queries, the tile's from `query` on.
 template <typename T, int kD>
 __device__ __forceinline__ void store_rows(const PrefillArgs& a, const QueryTile& tile, int head, int query,
-                                           const State<T, kD>& state) {
+                                           const OnlineSoftmax<T, kD>& softmax) {
   const int lane = threadIdx.x % 32, D = static_cast<int>(a.kv.D);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float sum = over_quad(state.sum[r], [](float a, float b) { return a + b; }), share = sum == 0 ? 0.0f : 1 / sum;
+    const float sum = over_quad(softmax.sum[r], [](float a, float b) { return a + b; }), share = sum == 0 ? 0.0f : 1 / sum;
     const int own = query + lane / 4 + 8 * r;
     if (own >= tile.count) continue;
     const int64_t row = (a.cu_seqlens_q[tile.b] + tile.first + own) * (a.kv.H * a.G) + head;
@@ -175,26 +177,27 @@ __device__ __forceinline__ void store_rows(const PrefillArgs& a, const QueryTile
 #pragma unroll
     for (int n = 0; n < kD / 8; ++n) {
       const int d = n * 8 + lane % 4 * 2;
-      if (d < D) *reinterpret_cast<uint32_t*>(out + d) = pack<T>(state.out[n][2 * r] * share, state.out[n][2 * r + 1] * share);
+      if (d < D)
+        *reinterpret_cast<uint32_t*>(out + d) = pack<T>(softmax.out[n][2 * r] * share, softmax.out[n][2 * r + 1] * share);
     }
-    if (lane % 4 == 0) a.lse[row] = sum == 0 ? -INFINITY : (state.max[r] + kHeadroom<T> + log2f(sum)) * kLn2;
+    if (lane % 4 == 0) a.lse[row] = sum == 0 ? -INFINITY : (softmax.max[r] + kHeadroom<T> + log2f(sum)) * kLn2;
   }
 }
 
 template <typename T, int kD>
-struct PrefillRings {
-  using Codes = Ring<T, uint8_t, kD, 2>;
-  using Values = Ring<T, T, kD, 2>;
+struct PrefillMemory {
+  using Codes = KvPipeline<T, uint8_t, kD, 2>;
+  using Values = KvPipeline<T, T, kD, 2>;
   static constexpr int kTables = Values::kTables;
-  static constexpr int kTile = Rows<T, kD>::kTile * sizeof(T);
-  // One stretch serves the ring of values, or before it the ring of codes and the tile that they are unpacked to.
+  static constexpr int kTile = SmemTile<T, kD>::kTile * sizeof(T);
+  // One stretch serves the pipeline of values, or before it the pipeline of codes and the tile that they are unpacked to.
   template <bool kInt8>
   static constexpr int kData = kInt8 && Codes::kBytes + 2 * kTile > Values::kBytes ? Codes::kBytes + 2 * kTile : Values::kBytes;
 };
 
 template <typename T, int kD, bool kInt8>
 __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_constant__ PrefillArgs a) {
-  using Rings = PrefillRings<T, kD>;
+  using Memory = PrefillMemory<T, kD>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y;
   const int h = head / static_cast<int>(a.G), D = static_cast<int>(a.kv.D);
   const int32_t window = a.mask.windows[h];
@@ -202,9 +205,9 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
   if (tile.count == 0) return;
 
   SharedMemory shared;
-  const Rows<T, kD> q{shared.take<T>(kQueries * Rows<T, kD>::kStride)};
-  KeyTable* const tables = shared.take<KeyTable>(Rings::kTables);
-  char* const data = shared.take<char>(Rings::template kData<kInt8>);
+  const SmemTile<T, kD> q{shared.take<T>(kQueries * SmemTile<T, kD>::kStride)};
+  KeyTable* const tables = shared.take<KeyTable>(Memory::kTables);
+  char* const data = shared.take<char>(Memory::template kData<kInt8>);
 
   const int64_t first_row = a.cu_seqlens_q[tile.b] + tile.first;
   const T* const queries = static_cast<const T*>(a.q.data) + first_row * a.q.stride0 + head * a.q.stride1;
@@ -213,11 +216,11 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
   const Tokens tokens = prefill_tokens(a, tile, h, window);
   const Sequence<T> sequence = prefill_sequence<T>(a, tile.b, h);
   const float scale = a.scale * kLog2e;
-  State<T, kD> state;
+  OnlineSoftmax<T, kD> softmax;
 
-  const auto attend = [&](const Plain<T, kD>& source, const KeyTable& table, auto newest) {
+  const auto attend = [&](const KvOperand<T, kD>& source, const KeyTable& table, auto newest) {
     float s[kKeys / 8][4] = {};
-    state.template multiply<kKeys>(s, q, warp * 16, source, 0);
+    gemm_qk<kKeys>(s, q, warp * 16, source, 0);
     const bool masked = max(table.newest[0], table.newest[1]) > tile.position;
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n)
@@ -227,38 +230,38 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
         s[n][e] *= scale;
         if (masked && table.position[n * 8 + lane % 4 * 2 + e % 2] > query) s[n][e] = -INFINITY;
       }
-    float fade[2];
-    state.template soften<kKeys>(s, fade);
-    state.rescale(fade);
+    float factor[2];
+    softmax.template update<kKeys>(s, factor);
+    softmax.rescale(factor);
     if constexpr (newest.value)
-      if (masked) take_infinite_values<T, kD, Block>(source.v, table, tile, state);
-    state.template add<kKeys>(s, source, 0);
+      if (masked) take_infinite_values<T, kD, Block>(source.v, table, tile, softmax);
+    gemm_pv<kKeys>(softmax.out, s, source, 0);
   };
 
   const int boundary = kInt8 ? tokens.sealed : 0;
   if constexpr (kInt8) {
-    const typename Rings::Codes ring{reinterpret_cast<uint8_t*>(data), tables, sequence, tokens, 0, boundary, D};
-    const Rows<T, kD> k{reinterpret_cast<T*>(data + Rings::Codes::kBytes)};
-    const Rows<T, kD> v{reinterpret_cast<T*>(data + Rings::Codes::kBytes + Rings::kTile)};
-    ring.start();
-    for (int i = 0; i < ring.tiles(); ++i) {
-      ring.wait();
-      ring.advance(i);
-      dequantize_tile<T, kD, Block>(ring.keys(i), ring.values(i), ring.table_at(i), D, k, v);
+    const typename Memory::Codes pipeline{reinterpret_cast<uint8_t*>(data), tables, sequence, tokens, 0, boundary, D};
+    const SmemTile<T, kD> k{reinterpret_cast<T*>(data + Memory::Codes::kBytes)};
+    const SmemTile<T, kD> v{reinterpret_cast<T*>(data + Memory::Codes::kBytes + Memory::kTile)};
+    pipeline.start();
+    for (int i = 0; i < pipeline.tiles(); ++i) {
+      pipeline.wait();
+      pipeline.advance(i);
+      dequantize_tile<T, kD, Block>(pipeline.keys(i), pipeline.values(i), pipeline.table_at(i), D, k, v);
       __syncthreads();
-      attend({k, v}, ring.table_at(i), std::false_type{});  // sealed: older than all queries
+      attend({k, v}, pipeline.table_at(i), std::false_type{});  // sealed: older than all queries
     }
-    ring.finish();
+    pipeline.finish();
   }
-  const typename Rings::Values ring{reinterpret_cast<T*>(data), tables, sequence, tokens, boundary, tokens.count, D};
-  ring.start();
-  for (int i = 0; i < ring.tiles(); ++i) {
-    ring.wait();
-    ring.advance(i);
-    attend({ring.keys(i), ring.values(i)}, ring.table_at(i), std::true_type{});
+  const typename Memory::Values pipeline{reinterpret_cast<T*>(data), tables, sequence, tokens, boundary, tokens.count, D};
+  pipeline.start();
+  for (int i = 0; i < pipeline.tiles(); ++i) {
+    pipeline.wait();
+    pipeline.advance(i);
+    attend({pipeline.keys(i), pipeline.values(i)}, pipeline.table_at(i), std::true_type{});
   }
-  ring.finish();
-  store_rows(a, tile, head, warp * 16, state);
+  pipeline.finish();
+  store_rows(a, tile, head, warp * 16, softmax);
 }
 
 // The same without tensor cores: a warp for each query of each query head.

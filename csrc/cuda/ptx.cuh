@@ -1,5 +1,5 @@
-// The instructions that CUDA C++ has no name for: all inline PTX of the project. python_tests/twin/ptx.cuh has the
-// same names and signatures for a CPU, and python_tests/twin/instructions.cuh tests the one against the other.
+// The instructions that CUDA C++ has no name for; sm90/ptx.cuh has those of one architecture. python_tests/twin/cuda has the
+// same names and signatures for a CPU, and python_tests/twin/instructions.cu tests the one against the other.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -14,7 +14,7 @@ constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 
 // A tile as wgmma reads it: panels of 64 channels.
 template <typename T, int kD>
-struct Panels {
+struct SwizzledTile {
   static constexpr int kPanel = kKeys * 64, kTile = kD / 64 * kPanel;
   T* data;
 
@@ -91,10 +91,10 @@ struct PrefillMemory {
   // Consumers hold two tiles: of one they take logits, of the one before they add values.
   static constexpr int kStages = 4, kCodeStages = 3;
   // A batch of tiles is looked up while consumers may still need the tables of those whose stages come next.
-  using Values = Ring<T, T, kD, kStages, kStages - 1, kWarpgroup, Panels>;
-  using Codes = Ring<T, uint8_t, kD, kCodeStages, kStages - 1, kWarpgroup>;
+  using Values = KvPipeline<T, T, kD, kStages, kStages - 1, kWarpgroup, SwizzledTile>;
+  using Codes = KvPipeline<T, uint8_t, kD, kCodeStages, kStages - 1, kWarpgroup>;
   static constexpr int kTables = Values::kTables;
-  static constexpr int kTile = Panels<T, kD>::kTile * sizeof(T);
+  static constexpr int kTile = SwizzledTile<T, kD>::kTile * sizeof(T);
   // One stretch serves the tiles of values; or before them two tiles that codes are unpacked to in turn, and the codes.
   static constexpr int kUnpacked = 2 * 2 * kTile;
   template <bool kInt8>
@@ -104,23 +104,23 @@ struct PrefillMemory {
       {kData<kInt8>, kTables * int(sizeof(KeyTable)), int(sizeof(Handover<kStages>)), int(sizeof(Handover<kCodeStages>))});
 };
 
-// Copies all tiles of a ring.
-template <typename Ring, int kStages>
-__device__ __forceinline__ void produce(const Ring& ring, Handover<kStages>& handover) {
-  const int tiles = ring.tiles();
+// Copies all tiles of a pipeline.
+template <typename KvPipeline, int kStages>
+__device__ __forceinline__ void produce(const KvPipeline& pipeline, Handover<kStages>& handover) {
+  const int tiles = pipeline.tiles();
   for (int i = 0; i <= tiles; ++i) {
     if (i < tiles) {
-      if (i % Ring::kBatch == 0) {
-        ring.look_up(i);
+      if (i % KvPipeline::kBatch == 0) {
+        pipeline.look_up(i);
         sync_threads(2, kWarpgroup);
       }
       handover.wait_empty(i);
-      ring.copy(i);
+      pipeline.copy(i);
     }
     cp_async_commit();
     if (i > 0) {
       cp_async_wait<1>();  // the tile before has come
-      Ring::Tile::publish();
+      KvPipeline::Tile::publish();
       handover.arrive_full(i - 1);
     }
   }
@@ -129,7 +129,7 @@ __device__ __forceinline__ void produce(const Ring& ring, Handover<kStages>& han
 template <typename T, int kD, bool kInt8>
 __global__ void __launch_bounds__(kBlockThreads, 1) prefill_kernel(const __grid_constant__ PrefillArgs a) {
   using Memory = PrefillMemory<T, kD>;
-  using Tile = Panels<T, kD>;
+  using Tile = SwizzledTile<T, kD>;
   const int G = static_cast<int>(a.G), parts = (G + kHeads - 1) / kHeads, h = blockIdx.y / parts;
   const int D = static_cast<int>(a.kv.D);
   const int32_t window = a.mask.windows[h];
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) prefill_kernel(const __grid_
   const int boundary = kInt8 ? tokens.sealed : 0;
   const typename Memory::Codes codes{
       reinterpret_cast<uint8_t*>(data + Memory::kUnpacked), tables, sequence, tokens, 0, boundary, D};
-  const typename Memory::Values ring{reinterpret_cast<T*>(data), tables, sequence, tokens, boundary, tokens.count, D};
+  const typename Memory::Values pipeline{reinterpret_cast<T*>(data), tables, sequence, tokens, boundary, tokens.count, D};
 
   if (threadIdx.x < kWarpgroup) {
     give_registers<kProducerRegisters>();
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) prefill_kernel(const __grid_
       produce(codes, code_handover);
       sync_block();
     }
-    produce(ring, handover);
+    produce(pipeline, handover);
   } else {
     take_registers<kConsumerRegisters>();
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16;
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) prefill_kernel(const __grid_
         static_cast<const T*>(a.q.data) + (a.cu_seqlens_q[tile.b] + tile.first + row) * a.q.stride0 + head * a.q.stride1;
     QueryFragments<T, kD> q(queries, a.q.stride0, own < G ? tile.count - row : 0, D);
     const float scale = a.scale * kLog2e;
-    State<T, kD> state;
+    OnlineSoftmax<T, kD> softmax;
     Weights<T> weights;  // of the tile before,
     Tile values;         // and its values
 
@@ -176,12 +176,12 @@ __global__ void __launch_bounds__(kBlockThreads, 1) prefill_kernel(const __grid_
       for (int step = 0; step < kKeys / 16; ++step)
 #pragma unroll
         for (int panel = 0; panel < kD / 64; ++panel)
-          wgmma_m64n64k16<T, true>(state.out, 8 * panel, weights.a[step], values.keys(step, panel), true);
+          wgmma_m64n64k16<T, true>(softmax.out, 8 * panel, weights.a[step], values.keys(step, panel), true);
       commit_wgmma();
     };
     const auto wait_for_values = [&] {
       wait_wgmma<0>();
-      pin(state.out);
+      pin(softmax.out);
     };
 
     // first: there is no tile before. newest: some keys may be newer than some queries. done(): the tile before is not needed
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) prefill_kernel(const __grid_
       pin(s);
       pin(q.a);
       if constexpr (!first.value) {
-        pin(state.out);
+        pin(softmax.out);
         pin(weights.a);
       }
       fence_registers();
@@ -214,21 +214,21 @@ __global__ void __launch_bounds__(kBlockThreads, 1) prefill_kernel(const __grid_
           for (int e = 0; e < 4; ++e)
             if (table.position[n * 8 + lane % 4 * 2 + e % 2] > tile.position + row + lane / 4 + e / 2 * 8) s[n][e] = -INFINITY;
       }
-      float fade[2];
-      state.template soften<kKeys>(s, fade);
+      float factor[2];
+      softmax.template update<kKeys>(s, factor);
       if constexpr (!first.value) {
-        compute_first(state.sum[0] + state.sum[1]);  // weights are taken while the values of the tile before are multiplied
+        compute_first(softmax.sum[0] + softmax.sum[1]);  // weights are taken while the values of the tile before are multiplied
         wait_for_values();
         done();
       }
-      state.rescale(fade);
+      softmax.rescale(factor);
       if constexpr (newest.value)
-        if (masked) take_infinite_values<T, kD, Consumers>(v, table, tile, state);
+        if (masked) take_infinite_values<T, kD, Consumers>(v, table, tile, softmax);
       weights.pack_from(s);
       values = v;
     };
     const auto attend_last = [&] {
-      pin(state.out);
+      pin(softmax.out);
       pin(weights.a);
       fence_registers();
       add_values();
@@ -255,14 +255,15 @@ __global__ void __launch_bounds__(kBlockThreads, 1) prefill_kernel(const __grid_
     }
     const auto attend_tile = [&](int i, auto first) {
       handover.wait_full(i);
-      attend(ring.keys(i), ring.values(i), ring.table_at(i), first, std::true_type{}, [&] { handover.arrive_empty(i - 1); });
+      attend(pipeline.keys(i), pipeline.values(i), pipeline.table_at(i), first, std::true_type{},
+             [&] { handover.arrive_empty(i - 1); });
     };
-    if (ring.tiles() > 0) {
+    if (pipeline.tiles() > 0) {
       attend_tile(0, std::true_type{});
-      for (int i = 1; i < ring.tiles(); ++i) attend_tile(i, std::false_type{});
+      for (int i = 1; i < pipeline.tiles(); ++i) attend_tile(i, std::false_type{});
       attend_last();
     }
-    if (own < G) store_rows(a, tile, head, row, state);
+    if (own < G) store_rows(a, tile, head, row, softmax);
   }
 }
 

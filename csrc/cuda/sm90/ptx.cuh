@@ -19,8 +19,8 @@ __device__ __forceinline__ void fence_for_wgmma() { asm volatile("fence.proxy.as
 // d [64, 64] = a [64, 16] b [16, 64], or with `add` += : of each warp 16 rows, d[i + n] being the fragment of mma_m16n8k16
 // for columns 8 n and on. b lies in a panel: 64 rows of 64 elements in shared memory, whose 16-byte chunks are permuted within
 // a row, chunk c of row r at c ^ r % 8. kRows: b's rows lie in 16 of a panel's rows, and b points at the first; else its
-// columns lie in all 64, 16 elements of each, and b points at the first of the first row as if nothing were permuted. Panels
-// start at multiples of 1024 bytes.
+// columns lie in all 64, 16 elements of each, and b points at the first of the first row as if nothing were permuted.
+// SwizzledTile start at multiples of 1024 bytes.
 //
 // It runs in the background, from commit_wgmma on; until wait_wgmma nobody touches a or d.
 template <typename T, bool kRows, int N>

@@ -1,0 +1,130 @@
+// Operands of the tensor cores and their products, for queries as rows: prefill and attention_mass.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include "cuda/pipeline.cuh"
+
+namespace lserve::cuda {
+
+// ---- fragments: B operands of two steps of 16 channels, for 16 keys
+
+// Keys and values in T, as they lie.
+template <typename T, int kD>
+struct KvOperand {
+  SmemTile<T, kD> k, v;
+
+  // b[step]: channels of 32 pair + 16 step; words 0 and 1 for keys 0 to 7, words 2 and 3 for keys 8 to 15.
+  __device__ __forceinline__ void keys(uint32_t (&b)[2][4], int key, int pair) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int step = 0; step < 2; ++step)
+      ldmatrix_x4(b[step], k.at(key + lane / 16 * 8 + lane % 8, 32 * pair + 16 * step + lane / 8 % 2 * 8));
+  }
+
+  // b[block]: channels of 32 pair + 16 block; words 0 and 1 for the first 8 of them, words 2 and 3 for the others.
+  __device__ __forceinline__ void values(uint32_t (&b)[2][4], int key, int pair) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int block = 0; block < 2; ++block)
+      ldmatrix_x4_trans(b[block], v.at(key + lane % 16, 32 * pair + 16 * block + lane / 16 * 8));
+  }
+};
+
+// ---- codes, dequantised for good: once for all warps
+
+// 8 neighbouring channels of a key. stats: those of its group, from the same channel on; null: its grid is (step, min).
+template <typename T>
+__device__ __forceinline__ Vector<uint32_t, 4> key_of_codes(const uint8_t* codes, const T* stats, int D, float2 grid) {
+  const auto words = load_vector<uint32_t, 2>(reinterpret_cast<const uint32_t*>(codes));
+  Vector<T, 8> low, high;
+  if (stats) low = load_global<T, 8>(stats), high = load_global<T, 8>(stats + D);
+  Vector<uint32_t, 4> out;
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) {
+    float x[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      if (stats) {
+        grid.y = static_cast<float>(low.value[i + e]);
+        grid.x = narrow_step(grid.y, static_cast<float>(high.value[i + e]));
+      }
+      // Rounding to T brings what is past the maximum back to it.
+      x[e] = fmaf(grid.x, code_value(words.value[i / 4], i % 4 + e), grid.y);
+    }
+    out.value[i / 2] = pack<T>(x[0], x[1]);
+  }
+  return out;
+}
+
+// 8 neighbouring channels of a value on its grid, (step, min).
+template <typename T>
+__device__ __forceinline__ Vector<uint32_t, 4> value_of_codes(const uint8_t* codes, float2 grid) {
+  return key_of_codes<T>(codes, nullptr, 0, grid);
+}
+
+// ---- queries
+
+// Puts rows [0, kRows) of a tile of queries into shared memory, zeros where query(row) is null and beyond channel D.
+template <int kRows, typename T, int kD, typename Query>
+__device__ __forceinline__ void load_queries(SmemTile<T, kD> q, int D, Query query) {
+  for (int j = threadIdx.x; j < kRows * kD / 16; j += kThreads) {
+    const int row = j / (kD / 16), block = j % (kD / 16) * 16;
+    const T* from = query(row);
+    Vector<uint32_t, 4> low{}, high{};
+    if (from && block < D) {
+      low = load_vector<uint32_t, 4>(reinterpret_cast<const uint32_t*>(from + block));
+      high = load_vector<uint32_t, 4>(reinterpret_cast<const uint32_t*>(from + block + 8));
+    }
+    store_vector(reinterpret_cast<uint32_t*>(q.at(row, block)), low);
+    store_vector(reinterpret_cast<uint32_t*>(q.at(row, block + 8)), high);
+  }
+}
+
+// ---- products
+
+// s[n] [16, 8 keys] = q · k, not scaled, of `Columns` keys from `key` on.
+template <int Columns, typename T, int kD>
+__device__ __forceinline__ void gemm_qk(float (&s)[Columns / 8][4], SmemTile<T, kD> q, int row, const KvOperand<T, kD>& kv,
+                                        int key) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int pair = 0; pair < kD / 32; ++pair) {
+    uint32_t a[2][4];
+#pragma unroll
+    for (int step = 0; step < 2; ++step) ldmatrix_x4(a[step], q.at(row + lane % 16, 32 * pair + 16 * step + lane / 16 * 8));
+#pragma unroll
+    for (int n = 0; n < Columns / 8; n += 2) {
+      uint32_t b[2][4];
+      kv.keys(b, key + n * 8, pair);
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        mma_m16n8k16<T>(s[n], a[step], b[step][0], b[step][1]);
+        mma_m16n8k16<T>(s[n + 1], a[step], b[step][2], b[step][3]);
+      }
+    }
+  }
+}
+
+// out += weights · v
+template <int Columns, typename T, int kD>
+__device__ __forceinline__ void gemm_pv(float (&out)[kD / 8][4], const float (&w)[Columns / 8][4], const KvOperand<T, kD>& kv,
+                                        int key) {
+#pragma unroll
+  for (int n = 0; n < Columns / 8; n += 2) {
+    const uint32_t a[4] = {pack<T>(w[n][0], w[n][1]), pack<T>(w[n][2], w[n][3]), pack<T>(w[n + 1][0], w[n + 1][1]),
+                           pack<T>(w[n + 1][2], w[n + 1][3])};
+#pragma unroll
+    for (int pair = 0; pair < kD / 32; ++pair) {
+      uint32_t b[2][4];
+      kv.values(b, key + n * 8, pair);
+#pragma unroll
+      for (int block = 0; block < 2; ++block) {
+        mma_m16n8k16<T>(out[4 * pair + 2 * block], a, b[block][0], b[block][1]);
+        mma_m16n8k16<T>(out[4 * pair + 2 * block + 1], a, b[block][2], b[block][3]);
+      }
+    }
+  }
+}
+
+}  // namespace lserve::cuda

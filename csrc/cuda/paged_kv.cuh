@@ -1,0 +1,101 @@
+// Where tokens lie: in the pools, in the residual buffer, or among a prompt's new ones.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include "cuda/convert.cuh"
+#include "mask.h"
+
+namespace lserve::cuda {
+
+constexpr int kThreads = 128;        // of a block: four warps
+constexpr int kMasked = 0x7fffffff;  // the position of a key that nobody attends
+
+// Key and value of one token. k is null if its page is not held any more.
+struct Row {
+  const void *k, *v;      // [D] T or codes
+  const void* stats;      // [2, D] T: minimum and maximum of the key's group, if its codes lie on that grid
+  float2 k_grid, v_grid;  // (step, min) of codes
+  bool coded;
+};
+
+// What one (sequence, kv head) attends to: `held` tokens of the cache, then new ones.
+template <typename T>
+struct Sequence {
+  const PagedKV& kv;
+  int64_t b, h;
+  int held;
+  const T *new_k = nullptr, *new_v = nullptr;  // of the first new token
+  int64_t new_k_stride = 0, new_v_stride = 0;  // of a token
+
+  __device__ Row row(int position) const {
+    Row row{};
+    if (position >= held) {
+      row.k = new_k + (position - held) * new_k_stride;
+      row.v = new_v + (position - held) * new_v_stride;
+      return row;
+    }
+    const int P = static_cast<int>(kv.P), page = position / P, offset = position - page * P;
+    if (page >= kv.sealed[b]) {
+      const int64_t at = b * kv.residual_stride0 + h * kv.residual_stride1 + position % (2 * P) * kv.D;
+      row.k = static_cast<const T*>(kv.residual_k) + at;
+      row.v = static_cast<const T*>(kv.residual_v) + at;
+      return row;
+    }
+    const int64_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + page];
+    const int64_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + page];
+    if (block < 0) return row;
+    const int64_t k_at = slot * kv.k_stride + offset * kv.D, v_at = slot * kv.v_stride + offset * kv.D;
+    if (kv.kv_dtype != Dtype::u8) {
+      row.k = static_cast<const T*>(kv.k_pool) + k_at;
+      row.v = static_cast<const T*>(kv.v_pool) + v_at;
+      return row;
+    }
+    row.coded = true;
+    row.k = static_cast<const uint8_t*>(kv.k_pool) + k_at;
+    row.v = static_cast<const uint8_t*>(kv.v_pool) + v_at;
+    const float* grid = kv.scales + slot * kv.scales_stride + 2 * offset;
+    row.v_grid = make_float2(grid[0], grid[1]);
+    if (kv.stats) {
+      row.stats = static_cast<const T*>(kv.stats) + block * kv.stats_stride + offset / static_cast<int>(kv.L) * 2 * kv.D;
+    } else {
+      row.k_grid = make_float2(grid[2 * P], grid[2 * P + 1]);
+    }
+    return row;
+  }
+};
+
+// A warp's Bisection: 32 probes at a time, each of which would otherwise wait for the one before.
+struct WarpSearch {
+  template <typename Holds>
+  __device__ __forceinline__ int64_t operator()(int64_t n, Holds holds) const {
+    int first = 0;
+    for (int rest = static_cast<int>(n); rest > 0;) {
+      const int stride = (rest + 31) / 32, probe = (threadIdx.x % 32 + 1) * stride - 1;  // the last of the lane's stretch
+      const bool found = probe < rest && holds(first + probe);
+      const int whole = __popc(__ballot_sync(~0u, found)) * stride;
+      first += whole, rest = min(rest - whole, stride - 1);
+    }
+    return first;
+  }
+};
+
+// The tokens that a query attends, ascending and counted from 0: those of the pools, then those in the model's dtype.
+struct Tokens {
+  AttendedUnits entries;
+  int unit, last;     // tokens of an entry; the newest position that may be attended
+  int count, sealed;  // tokens of all entries, of which the first `sealed` lie in sealed pages
+
+  template <typename Search = Bisection>
+  __device__ Tokens(const AttendedUnits& e, const Mask& mask, int64_t P, int64_t sealed_pages, int64_t last, Search search = {})
+      : entries(e), unit(static_cast<int>(mask.unit)), last(static_cast<int>(last)) {
+    const int entries = e.count();
+    const int end = static_cast<int>(sealed_pages) * (static_cast<int>(P) / unit);  // of the sealed units
+    count = entries * unit;
+    sealed = static_cast<int>(search(entries, [&](int i) { return e[i] < end; })) * unit;
+  }
+
+  __device__ int position(int i) const { return entries[i / unit] * unit + i % unit; }
+};
+
+}  // namespace lserve::cuda

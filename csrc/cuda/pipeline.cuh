@@ -1,0 +1,128 @@
+// Tiles of 64 keys in shared memory, and the pipeline that fills them.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include "cuda/paged_kv.cuh"
+#include "cuda/ptx.cuh"
+
+namespace lserve::cuda {
+
+constexpr int kKeys = 64;  // of a tile
+
+// SmemTile of kD elements in shared memory, an odd number of 16-byte chunks apart: ldmatrix meets no bank conflict.
+template <typename X, int kD>
+struct SmemTile {
+  static constexpr int kChunk = 16 / sizeof(X);  // elements
+  static constexpr int kStride = (kD / kChunk | 1) * kChunk;
+  static constexpr int kTile = kKeys * kStride;
+  X* data;
+
+  __device__ __forceinline__ X* at(int row, int element) const { return data + row * kStride + element; }
+
+  // Before the barrier between those who write a tile and those who read it.
+  __device__ __forceinline__ static void publish() {}
+};
+
+// What is known of the keys of one tile, a step ahead of the copies.
+struct KeyTable {
+  const void *k[kKeys], *v[kKeys];
+  const void* stats[kKeys];
+  float2 k_grid[kKeys], v_grid[kKeys];
+  int position[kKeys];  // kMasked: not attended
+  int newest[2];        // position of each half: beyond a query's own, and the tile must be masked
+};
+
+// Copies the tokens [first, last), 64 at a time, from wherever their rows lie into shared memory, kAhead tiles before their
+// use. X is T, or uint8_t for codes.
+//
+//   pipeline.start();
+//   for (int i = 0; i < pipeline.tiles(); ++i) {
+//     pipeline.wait();
+//     pipeline.advance(i);  // may come later: it overwrites tile i + kAhead - kStages
+//     ... pipeline.keys(i), pipeline.values(i), pipeline.table_at(i) ...
+//   }
+//   pipeline.finish();
+template <typename T, typename X, int kD, int kStages, int kAhead = kStages - 1, int kBlock = kThreads,
+          template <typename, int> typename Layout = SmemTile>
+struct KvPipeline {
+  using Tile = Layout<X, kD>;
+  static constexpr int kBytes = 2 * kStages * Tile::kTile * sizeof(X);
+  static constexpr int kBatch = kBlock / kKeys;        // tiles that are looked up together, before the first is copied
+  static constexpr int kTables = kAhead + 1 + kBatch;  // which are needed until a tile has been used
+  X* data;                                             // [kStages, K and V, kTile]
+  KeyTable* table;                                     // [kTables]
+  const Sequence<T>& sequence;
+  const Tokens& tokens;
+  int first, last, D;
+
+  __device__ __forceinline__ int tiles() const { return (last - first + kKeys - 1) / kKeys; }
+  __device__ __forceinline__ Tile keys(int i) const { return {data + i % kStages * 2 * Tile::kTile}; }
+  __device__ __forceinline__ Tile values(int i) const { return {data + (i % kStages * 2 + 1) * Tile::kTile}; }
+  __device__ __forceinline__ KeyTable& table_at(int i) const { return table[i % kTables]; }
+
+  __device__ __forceinline__ void start() const {
+    for (int i = 0; i <= kAhead; i += kBatch) look_up(i);
+    __syncthreads();
+    for (int i = 0; i < kAhead; ++i) {
+      if (i < tiles()) copy(i);
+      cp_async_commit();
+    }
+  }
+  // For the next tile. Nobody needs the one before any more.
+  __device__ __forceinline__ void wait() const {
+    cp_async_wait<kAhead - 1>();
+    Tile::publish();
+    __syncthreads();
+  }
+  __device__ __forceinline__ void advance(int i) const {
+    if (i + kAhead < tiles()) copy(i + kAhead);
+    cp_async_commit();
+    if ((i + kAhead + 1) % kBatch == 0) look_up(i + kAhead + 1);
+  }
+  __device__ __forceinline__ void finish() const {
+    cp_async_wait<0>();
+    __syncthreads();
+  }
+
+  // Tiles [i, i + kBatch).
+  __device__ __forceinline__ void look_up(int i) const {
+    const int own = i + threadIdx.x / kKeys, key = threadIdx.x % kKeys, token = first + own * kKeys + key;
+    if (own >= tiles()) return;
+    KeyTable& t = table_at(own);
+    int position = kMasked;
+    if (token < last) {
+      position = tokens.position(token);
+      if (position > tokens.last) position = kMasked;
+    }
+    t.k[key] = t.v[key] = t.stats[key] = nullptr;
+    if (position != kMasked) {
+      const Row row = sequence.row(position);
+      t.k[key] = row.k, t.v[key] = row.v, t.stats[key] = row.stats;
+      t.k_grid[key] = row.k_grid, t.v_grid[key] = row.v_grid;
+      if (!row.k) position = kMasked;
+    }
+    if (position == kMasked) t.v_grid[key] = t.k_grid[key] = make_float2(0, 0);  // weights of 0 must meet no NaN
+    t.position[key] = position;
+    int newest = position;
+    for (int lanes = 16; lanes > 0; lanes /= 2) newest = max(newest, __shfl_xor_sync(~0u, newest, lanes));
+    if (key % 32 == 0) t.newest[key / 32] = newest;
+  }
+
+  // Zeros where there is no key, and beyond channel D.
+  __device__ __forceinline__ void copy(int i) const {
+    constexpr int kChunk = 16 / sizeof(X), kChunks = kD / kChunk;
+    const KeyTable& t = table_at(i);
+    const Tile k = keys(i), v = values(i);
+#pragma unroll
+    for (int j = 0; j < kKeys * kChunks; j += kBlock) {
+      const int row = (j + threadIdx.x) / kChunks, element = (j + threadIdx.x) % kChunks * kChunk;
+      const X *from_k = static_cast<const X*>(t.k[row]), *from_v = static_cast<const X*>(t.v[row]);
+      const bool read = from_k && element < D;
+      cp_async_16(k.at(row, element), read ? from_k + element : from_k, read);
+      cp_async_16(v.at(row, element), read ? from_v + element : from_v, read);
+    }
+  }
+};
+
+}  // namespace lserve::cuda
