@@ -3,8 +3,8 @@
     python bench/static.py build/wheel/lserve_ext/_C.abi3.so             the gate, and a table of main loops
     python bench/static.py build/wheel/lserve_ext/_C.abi3.so --all       of all instantiations, not bfloat16's of 128
 
-Fails on a stack, a spill or (but for the general kernels) an access to an address space that the compiler did not
-find out, and where a kernel lacks the instructions that it is written for, or takes more registers than the blocks of
+Fails on a stack, a spill, a wgmma that is waited for at once or (but for the general kernels) an access to an address
+space that the compiler did not find out, and where a kernel lacks the instructions that it is written for, or takes more registers than the blocks of
 threads that should share an SM leave to it.
 
 The table is a roofline without a GPU. A main loop is the innermost one that both copies a tile to shared memory and
@@ -170,6 +170,8 @@ def faults(kernel: Kernel) -> list[str]:
     found = [f"lacks {ops}" for ops in wanted if not any(kernel.instructions[op] for op in ops.split("|"))]
     unwanted = ["LDL", "STL"] if re.match("general_|mass_", kernel.name) else ["LDL", "STL", "LD", "ST"]
     found += [f"has {kernel.instructions[op]} {op}" for op in unwanted if kernel.instructions[op]]
+    if 2 * kernel.instructions["WARPGROUP"] > kernel.instructions["HGMMA"]:
+        found.append("waits for every product: ptxas found no way to let them run in the background")
     if kernel.stack:
         found.append(f"has a stack of {kernel.stack} bytes")
     if kernel.registers > registers:

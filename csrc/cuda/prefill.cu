@@ -8,11 +8,8 @@ namespace {
 
 template <typename T, int kD, bool kInt8>
 void launch_tiles(const PrefillArgs& a, void* stream) {
-  using Memory = PrefillMemory<T, kD>;
   const dim3 grid(query_tiles(a), a.kv.H * a.G);
-  const int shared = shared_bytes({kQueries * SmemTile<T, kD>::kStride * int(sizeof(T)),
-                                   Memory::kTables * int(sizeof(KeyTable)), Memory::template kData<kInt8>});
-  launch("prefill", prefill_kernel<T, kD, kInt8>, grid, kThreads, shared, stream, a);
+  launch("prefill", prefill_kernel<T, kD, kInt8>, grid, kThreads, PrefillMemory<T, kD, kInt8>::kBytes, stream, a);
 }
 
 template <typename T>

@@ -2,6 +2,7 @@
 // keys that they attend: those of the cache, then the new ones.
 #pragma once
 #include "cuda/general.cuh"
+#include "cuda/launch.h"
 #include "cuda/operands.cuh"
 #include "cuda/softmax.cuh"
 
@@ -184,30 +185,36 @@ __device__ __forceinline__ void store_rows(const PrefillArgs& a, const QueryTile
   }
 }
 
-template <typename T, int kD>
+// What the threads of a block share.
+template <typename T, int kD, bool kInt8>
 struct PrefillMemory {
   using Codes = KvPipeline<T, uint8_t, kD, 2>;
   using Values = KvPipeline<T, T, kD, 2>;
-  static constexpr int kTables = Values::kTables;
-  static constexpr int kTile = SmemTile<T, kD>::kTile * sizeof(T);
+  static constexpr int kTile = SmemTile<T, kD>::kTile * sizeof(T), kCoded = Codes::kBytes + 2 * kTile;
   // One stretch serves the pipeline of values, or before it the pipeline of codes and the tile that they are unpacked to.
-  template <bool kInt8>
-  static constexpr int kData = kInt8 && Codes::kBytes + 2 * kTile > Values::kBytes ? Codes::kBytes + 2 * kTile : Values::kBytes;
+  static constexpr int kData = kInt8 && kCoded > Values::kBytes ? kCoded : Values::kBytes;
+  static constexpr int kQueryElements = kQueries * SmemTile<T, kD>::kStride;
+  static constexpr int kBytes = shared_bytes({kQueryElements * int(sizeof(T)), Values::kTables * int(sizeof(KeyTable)), kData});
+  SmemTile<T, kD> q;
+  KeyTable* tables;
+  char* data;
+
+  __device__ explicit PrefillMemory(SharedMemory shared)
+      : q{shared.take<T>(kQueryElements)}, tables(shared.take<KeyTable>(Values::kTables)), data(shared.take<char>(kData)) {}
 };
 
 template <typename T, int kD, bool kInt8>
 __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_constant__ PrefillArgs a) {
-  using Memory = PrefillMemory<T, kD>;
+  using Memory = PrefillMemory<T, kD, kInt8>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y;
   const int h = head / static_cast<int>(a.G), D = static_cast<int>(a.kv.D);
   const int32_t window = a.mask.windows[h];
   const QueryTile tile = query_tile(a, gridDim.x - 1 - blockIdx.x, window);  // the last tiles have most to do
   if (tile.count == 0) return;
 
-  SharedMemory shared;
-  const SmemTile<T, kD> q{shared.take<T>(kQueries * SmemTile<T, kD>::kStride)};
-  KeyTable* const tables = shared.take<KeyTable>(Memory::kTables);
-  char* const data = shared.take<char>(Memory::template kData<kInt8>);
+  const Memory memory{SharedMemory()};
+  const auto& q = memory.q;
+  char* const data = memory.data;
 
   const int64_t first_row = a.cu_seqlens_q[tile.b] + tile.first;
   const T* const queries = static_cast<const T*>(a.q.data) + first_row * a.q.stride0 + head * a.q.stride1;
@@ -240,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
 
   const int boundary = kInt8 ? tokens.sealed : 0;
   if constexpr (kInt8) {
-    const typename Memory::Codes pipeline{reinterpret_cast<uint8_t*>(data), tables, sequence, tokens, 0, boundary, D};
+    const typename Memory::Codes pipeline{reinterpret_cast<uint8_t*>(data), memory.tables, sequence, tokens, 0, boundary, D};
     const SmemTile<T, kD> k{reinterpret_cast<T*>(data + Memory::Codes::kBytes)};
     const SmemTile<T, kD> v{reinterpret_cast<T*>(data + Memory::Codes::kBytes + Memory::kTile)};
     pipeline.start();
@@ -253,7 +260,8 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
     }
     pipeline.finish();
   }
-  const typename Memory::Values pipeline{reinterpret_cast<T*>(data), tables, sequence, tokens, boundary, tokens.count, D};
+  const typename Memory::Values pipeline{
+      reinterpret_cast<T*>(data), memory.tables, sequence, tokens, boundary, tokens.count, D};
   pipeline.start();
   for (int i = 0; i < pipeline.tiles(); ++i) {
     pipeline.wait();

@@ -9,7 +9,7 @@ namespace {
 template <typename T, int kD, bool kInt8>
 void launch_tiles(const PrefillArgs& a, void* stream) {
   const dim3 grid(query_tiles(a), a.kv.H * ((a.G + kHeads - 1) / kHeads));
-  launch("prefill", prefill_kernel<T, kD, kInt8>, grid, kBlockThreads, PrefillMemory<T, kD>::template kBytes<kInt8>, stream, a);
+  launch("prefill", prefill_kernel<T, kD, kInt8>, grid, kBlockThreads, PrefillMemory<T, kD, kInt8>::kBytes, stream, a);
 }
 
 template <typename T, int kD>

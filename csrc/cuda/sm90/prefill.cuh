@@ -86,31 +86,38 @@ struct Consumers {
   __device__ static bool sync_or(bool x) { return sync_threads_or(1, threads(), x); }
 };
 
-template <typename T, int kD>
+template <typename T, int kD, bool kInt8>
 struct PrefillMemory {
   // Consumers hold two tiles: of one they take logits, of the one before they add values.
   static constexpr int kStages = 4, kCodeStages = 3;
   // A batch of tiles is looked up while consumers may still need the tables of those whose stages come next.
   using Values = KvPipeline<T, T, kD, kStages, kStages - 1, kWarpgroup, SwizzledTile>;
   using Codes = KvPipeline<T, uint8_t, kD, kCodeStages, kStages - 1, kWarpgroup>;
-  static constexpr int kTables = Values::kTables;
-  static constexpr int kTile = SwizzledTile<T, kD>::kTile * sizeof(T);
   // One stretch serves the tiles of values; or before them two tiles that codes are unpacked to in turn, and the codes.
-  static constexpr int kUnpacked = 2 * 2 * kTile;
-  template <bool kInt8>
-  static constexpr int kData = kInt8 && kUnpacked + Codes::kBytes > Values::kBytes ? kUnpacked + Codes::kBytes : Values::kBytes;
-  template <bool kInt8>
+  static constexpr int kTile = SwizzledTile<T, kD>::kTile * sizeof(T), kUnpacked = 2 * 2 * kTile;
+  static constexpr int kCoded = kUnpacked + Codes::kBytes;
+  static constexpr int kData = kInt8 && kCoded > Values::kBytes ? kCoded : Values::kBytes;
   static constexpr int kBytes = shared_bytes(
-      {kData<kInt8>, kTables * int(sizeof(KeyTable)), int(sizeof(Handover<kStages>)), int(sizeof(Handover<kCodeStages>))});
+      {kData, Values::kTables * int(sizeof(KeyTable)), int(sizeof(Handover<kStages>)), int(sizeof(Handover<kCodeStages>))});
+  char* data;
+  KeyTable* tables;
+  Handover<kStages>& handover;
+  Handover<kCodeStages>& code_handover;
+
+  __device__ explicit PrefillMemory(SharedMemory shared)
+      : data(shared.take<char>(kData)),
+        tables(shared.take<KeyTable>(Values::kTables)),
+        handover(*shared.take<Handover<kStages>>(1)),
+        code_handover(*shared.take<Handover<kCodeStages>>(1)) {}
 };
 
 // Copies all tiles of a pipeline.
-template <typename KvPipeline, int kStages>
-__device__ __forceinline__ void produce(const KvPipeline& pipeline, Handover<kStages>& handover) {
+template <typename Pipeline, int kStages>
+__device__ __forceinline__ void produce(const Pipeline& pipeline, Handover<kStages>& handover) {
   const int tiles = pipeline.tiles();
   for (int i = 0; i <= tiles; ++i) {
     if (i < tiles) {
-      if (i % KvPipeline::kBatch == 0) {
+      if (i % Pipeline::kBatch == 0) {
         pipeline.look_up(i);
         sync_threads(2, kWarpgroup);
       }
@@ -120,7 +127,7 @@ __device__ __forceinline__ void produce(const KvPipeline& pipeline, Handover<kSt
     cp_async_commit();
     if (i > 0) {
       cp_async_wait<1>();  // the tile before has come
-      KvPipeline::Tile::publish();
+      Pipeline::Tile::publish();
       handover.arrive_full(i - 1);
     }
   }
@@ -128,7 +135,7 @@ __device__ __forceinline__ void produce(const KvPipeline& pipeline, Handover<kSt
 
 template <typename T, int kD, bool kInt8>
 __global__ void __launch_bounds__(kBlockThreads, 1) prefill_kernel(const __grid_constant__ PrefillArgs a) {
-  using Memory = PrefillMemory<T, kD>;
+  using Memory = PrefillMemory<T, kD, kInt8>;
   using Tile = SwizzledTile<T, kD>;
   const int G = static_cast<int>(a.G), parts = (G + kHeads - 1) / kHeads, h = blockIdx.y / parts;
   const int D = static_cast<int>(a.kv.D);
@@ -136,11 +143,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1) prefill_kernel(const __grid_
   const QueryTile tile = query_tile(a, gridDim.x - 1 - blockIdx.x, window);  // the last tiles have most to do
   if (tile.count == 0) return;
 
-  SharedMemory shared;
-  char* const data = shared.take<char>(Memory::template kData<kInt8>);
-  KeyTable* const tables = shared.take<KeyTable>(Memory::kTables);
-  auto& handover = *shared.take<Handover<Memory::kStages>>(1);
-  auto& code_handover = *shared.take<Handover<Memory::kCodeStages>>(1);
+  const Memory memory{SharedMemory()};
+  char* const data = memory.data;
+  auto& handover = memory.handover;
+  auto& code_handover = memory.code_handover;
   if (threadIdx.x == 0) handover.init(), code_handover.init();
   const auto sync_block = [] { __syncthreads(); };
   sync_block();
@@ -149,8 +155,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1) prefill_kernel(const __grid_
   const Sequence<T> sequence = prefill_sequence<T>(a, tile.b, h);
   const int boundary = kInt8 ? tokens.sealed : 0;
   const typename Memory::Codes codes{
-      reinterpret_cast<uint8_t*>(data + Memory::kUnpacked), tables, sequence, tokens, 0, boundary, D};
-  const typename Memory::Values pipeline{reinterpret_cast<T*>(data), tables, sequence, tokens, boundary, tokens.count, D};
+      reinterpret_cast<uint8_t*>(data + Memory::kUnpacked), memory.tables, sequence, tokens, 0, boundary, D};
+  const typename Memory::Values pipeline{
+      reinterpret_cast<T*>(data), memory.tables, sequence, tokens, boundary, tokens.count, D};
 
   if (threadIdx.x < kWarpgroup) {
     give_registers<kProducerRegisters>();
