@@ -3,9 +3,9 @@
     python bench/static.py build/wheel/lserve_ext/_C.abi3.so             the gate, and a table of main loops
     python bench/static.py build/wheel/lserve_ext/_C.abi3.so --all       of all instantiations, not bfloat16's of 128
 
-Fails on a stack, a spill, a wgmma that is waited for at once or (but for the general kernels) an access to an address
-space that the compiler did not find out, and where a kernel lacks the instructions that it is written for, or takes more registers than the blocks of
-threads that should share an SM leave to it.
+Fails on a stack, a spill, a wgmma that is waited for at once or (but for the general kernels) an access to an
+address space that the compiler did not find out, and where a kernel lacks the instructions that it is written for, or
+takes more registers than the blocks of threads that should share an SM leave to it.
 
 The table is a roofline without a GPU. A main loop is the innermost one that both copies a tile to shared memory and
 multiplies (by wgmma: one that multiplies, for other warps copy), and its instructions are counted as they stand,
