@@ -31,7 +31,12 @@ class Bug(NamedTuple):
 
 BUGS = [
     Bug("the sum of weights is not rescaled", "softmax", "max[r] = largest, sum[r] *= factor[r];", "max[r] = largest;"),
-    Bug("nor is what was accumulated", "softmax", "x[2] *= factor[1], x[3] *= factor[1];", ";"),
+    Bug(
+        "nor is what was accumulated",
+        "softmax",
+        "x[0] *= factor[0], x[1] *= factor[0], x[2] *= factor[1], x[3] *= factor[1];",
+        ";",
+    ),
     Bug("a tile is used before it is there for all", "pipeline", "    Tile::publish();\n    __syncthreads();", ";"),
     Bug("a tile is used before its copies end", "pipeline", "cp_async_wait<kAhead - 1>", "cp_async_wait<kAhead>"),
     Bug(
@@ -65,7 +70,12 @@ BUGS = [
         "fmaf(sum[e], factor[e], s[e] + s[e + 2])",
         "sum[e] + s[e] + s[e + 2]",
     ),
-    Bug("nor are its outputs", "decode", "x[2] *= factor[0], x[3] *= factor[1];", ";"),
+    Bug(
+        "nor are its outputs",
+        "decode",
+        "x[0] *= factor[0], x[1] *= factor[1], x[2] *= factor[0], x[3] *= factor[1];",
+        ";",
+    ),
     Bug("a lane's copies are there, not the warp's", "warp_pipeline", "__syncwarp();  // tile i has", "// tile i has"),
     Bug("a stage in use is overwritten", "warp_pipeline", "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>"),
     Bug("decode reads beyond the query", "warp_pipeline", "position > tokens.last ? kMasked : position", "position"),

@@ -77,6 +77,8 @@ struct Fiber {
   Site site{};
   std::deque<std::vector<Copy>> groups;  // committed
   std::vector<Copy> open;
+  std::deque<std::deque<Product>> products;  // committed
+  std::deque<Product> open_products;
 };
 
 struct Meeting {  // of lanes of one warp, or of threads at a barrier
@@ -263,6 +265,8 @@ void prepare(Fiber& f) {
   f.fake = nullptr;
   f.groups.clear();
   f.open.clear();
+  f.products.clear();
+  f.open_products.clear();
 }
 
 float bf16_value(uint16_t bits) {
@@ -567,6 +571,30 @@ bool async_complete(int keep, Copy* copy) {
     }
     *copy = groups.front().back();
     groups.front().pop_back();
+    return true;
+  }
+  return false;
+}
+
+void product_issue(const Product& product) {
+  AsHost as_host;
+  current->open_products.push_back(product);
+}
+void product_commit() {
+  AsHost as_host;
+  current->products.push_back(std::move(current->open_products));
+  current->open_products.clear();
+}
+bool product_complete(int keep, Product* product) {
+  AsHost as_host;
+  auto& groups = current->products;
+  while (int(groups.size()) > keep) {
+    if (groups.front().empty()) {
+      groups.pop_front();
+      continue;
+    }
+    *product = groups.front().front();
+    groups.front().pop_front();
     return true;
   }
   return false;
