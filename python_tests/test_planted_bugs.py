@@ -78,7 +78,13 @@ BUGS = [
     ),
     Bug("a lane's copies are there, not the warp's", "warp_pipeline", "__syncwarp();  // tile i has", "// tile i has"),
     Bug("a stage in use is overwritten", "warp_pipeline", "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>"),
-    Bug("decode reads beyond the query", "warp_pipeline", "position > tokens.last ? kMasked : position", "position"),
+    Bug(
+        "decode reads beyond the query",
+        "warp_pipeline",
+        "position > tokens.last ? kMasked : position",
+        "position",
+        "python_tests/test_attention.py -k test_decode",
+    ),
     Bug("raw rows of the other page", "warp_pipeline", "page % 2 * P + row", "row"),
     Bug(
         "codes where their statistics lie", "warp_pipeline", "if (next.block < 0) return {};", "next.slot = next.block;"
