@@ -43,16 +43,18 @@ def test_attention(shape: Shape, device: str) -> None:
     assert_attention(ops.prefill(rows, *args), reference.prefill, rows, *args)
 
 
-def test_more_tiles_than_a_ring_has_stages(device: str) -> None:
+@pytest.mark.parametrize("dims", [(256, 1), (64, 2)], ids=["D256-G1", "D64-G2"])
+def test_more_tiles_than_a_pipeline_has_stages(dims: tuple[int, int], device: str) -> None:
     """What a stage held is overwritten while other threads may still read it: in decode, then in prefill."""
-    for shape in (Shape(256, 16, None, 1, BF16, "auto"), Shape(256, 16, 16, 1, BF16, "int8")):
-        case = build(shape, [330], heads=1, device=device)
+    D, G = dims
+    for shape in (Shape(D, 16, None, G, BF16, "auto"), Shape(D, 16, 16, G, BF16, "int8")):
+        case = build(shape, [650 if D == 64 else 330], heads=1, device=device)
         q, windows = case.queries(), case.windows(DENSE)
         result = ops.decode(q, Mask(windows), case.kv, case.lengths)
         assert_attention(result, reference.decode, q, Mask(windows), case.kv, case.lengths)
-        (k, cu), v = pack([normal(30, 20, 1, 256, dtype=BF16, device=device)]), normal(31, 20, 1, 256, dtype=BF16)
+        (k, cu), v = pack([normal(30, 20, 1, D, dtype=BF16, device=device)]), normal(31, 20, 1, D, dtype=BF16)
         args = (k, v.to(device), cu, cu, Mask(windows), case.kv, case.lengths)
-        rows = normal(40, 20, 1, 256, dtype=BF16, device=device)
+        rows = normal(40, 20, G, D, dtype=BF16, device=device)
         assert_attention(ops.prefill(rows, *args), reference.prefill, rows, *args)
 
 
