@@ -190,9 +190,9 @@ template <typename T, int kD, bool kInt8>
 struct PrefillMemory {
   using Codes = KvPipeline<T, uint8_t, kD, 2>;
   using Values = KvPipeline<T, T, kD, 2>;
-  static constexpr int kTile = SmemTile<T, kD>::kTile * sizeof(T), kCoded = Codes::kBytes + 2 * kTile;
+  static constexpr int kTile = SmemTile<T, kD>::kTile * sizeof(T), kCodeBytes = Codes::kBytes + 2 * kTile;
   // One stretch serves the pipeline of values, or before it the pipeline of codes and the tile that they are unpacked to.
-  static constexpr int kData = kInt8 && kCoded > Values::kBytes ? kCoded : Values::kBytes;
+  static constexpr int kData = kInt8 && kCodeBytes > Values::kBytes ? kCodeBytes : Values::kBytes;
   static constexpr int kQueryElements = kQueries * SmemTile<T, kD>::kStride;
   static constexpr int kBytes = shared_bytes({kQueryElements * int(sizeof(T)), Values::kTables * int(sizeof(KeyTable)), kData});
   SmemTile<T, kD> q;

@@ -95,8 +95,8 @@ struct PrefillMemory {
   using Codes = KvPipeline<T, uint8_t, kD, kCodeStages, kStages - 1, kWarpgroup>;
   // One stretch serves the tiles of values; or before them two tiles that codes are unpacked to in turn, and the codes.
   static constexpr int kTile = SwizzledTile<T, kD>::kTile * sizeof(T), kUnpacked = 2 * 2 * kTile;
-  static constexpr int kCoded = kUnpacked + Codes::kBytes;
-  static constexpr int kData = kInt8 && kCoded > Values::kBytes ? kCoded : Values::kBytes;
+  static constexpr int kCodeBytes = kUnpacked + Codes::kBytes;
+  static constexpr int kData = kInt8 && kCodeBytes > Values::kBytes ? kCodeBytes : Values::kBytes;
   static constexpr int kBytes = shared_bytes(
       {kData, Values::kTables * int(sizeof(KeyTable)), int(sizeof(Handover<kStages>)), int(sizeof(Handover<kCodeStages>))});
   char* data;
