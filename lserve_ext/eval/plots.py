@@ -82,13 +82,15 @@ def _generation(results: Sequence[Result]) -> Any:
 
 
 def _passkey(results: Sequence[Result]) -> Any:
-    """Whether the key was found, by length and depth, a panel a config."""
+    """Whether the key was found, by length and depth, a panel a config, those that agree up to a comma in turn."""
     of = [result for result in results if result["task"] == "passkey"]
     names = list(dict.fromkeys(result["config"] for result in of))
+    families = [name.partition(",")[0] for name in names]
+    names = [name for _, name in sorted(zip(families, names, strict=True), key=lambda pair: families.index(pair[0]))]
     if not names:
         return None
     lengths, depths = (sorted({result[field] for result in of}) for field in ("length", "depth"))
-    figure, panels = _panels(len(names), width=2.6)
+    figure, panels = _panels(len(names), size=(2.2, 2.4), columns=7)
     for panel, name in zip(panels, names, strict=True):
         scores = {(r["depth"], r["length"]): r["score"] for r in of if r["config"] == name}
         grid = [[scores.get((depth, length), float("nan")) for length in lengths] for depth in depths]
@@ -96,12 +98,21 @@ def _passkey(results: Sequence[Result]) -> Any:
         panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)
         panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
         panel.set_title(name, fontsize=8)
-    panels[0].set_ylabel("depth of the pass key")
+    for panel in panels[::7]:
+        panel.set_ylabel("depth of the pass key")
     return figure
 
 
-def _panels(count: int, width: float = 4.5) -> tuple[Any, list[Any]]:
+def _panels(count: int, size: tuple[float, float] = (4.5, 3.6), columns: int | None = None) -> tuple[Any, list[Any]]:
+    """A figure of so many panels, each of so many inches, in rows of so many (None: one row)."""
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, count, figsize=(width * count, 3.6), squeeze=False, layout="constrained")
-    return figure, list(panels[0])
+    columns = min(count, columns or count)
+    rows = -(-count // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False, layout="constrained"
+    )
+    panels = list(grid.flat)
+    for panel in panels[count:]:
+        panel.remove()
+    return figure, panels[:count]
