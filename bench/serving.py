@@ -1,0 +1,146 @@
+"""Decoding under vLLM: its own attention and the plugin's, which take turns step by step in one process.
+
+Run with an environment that has vLLM (`make vllm-test` makes build/vllm):
+
+    build/vllm/bin/python bench/serving.py --tokens 1024 4096 7900 --batches 1 8 --out bench/results/serving.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lserve_ext import models
+from lserve_ext.eval import tasks
+
+ENGINES: dict[str, dict[str, Any] | None] = {
+    "vLLM": None,
+    "dense": {"page_size": 32},
+    "int8": {"page_size": 32, "kv_dtype": "int8"},
+    "duo": {"preset": "duo", "page_size": 32, "streaming_heads": "smollm2-135m-instruct"},
+    "lserve": {
+        "preset": "lserve",
+        "page_size": 32,
+        "streaming_heads": "smollm2-135m-instruct",
+        "budget_tokens": 1024,
+    },
+    "moments": {"preset": "moments", "budget_tokens": 1024},
+}
+WARM = 3
+"""Steps that are not counted."""
+
+
+def start(name: str, args: argparse.Namespace) -> Any:
+    """An engine in this process."""
+    from vllm import LLM
+
+    given = ENGINES[name]
+    return LLM(
+        model=args.model,
+        dtype=args.dtype,
+        enforce_eager=not args.compile,
+        max_model_len=max(args.tokens) + args.steps + WARM + 8,
+        max_num_seqs=max(args.batches),
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        additional_config={} if given is None else {"lserve": given},
+    )
+
+
+def read(llm: Any, ids: list[list[int]], steps: int) -> float:
+    """Seconds until every prompt has its first token."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=steps + 1, ignore_eos=True, detokenize=False)
+    begin, waiting = time.perf_counter(), set()
+    for i, prompt in enumerate(ids):
+        llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling)
+        waiting.add(str(i))
+    while waiting:
+        waiting -= {output.request_id for output in llm.llm_engine.step() if output.outputs[0].token_ids}
+    return time.perf_counter() - begin
+
+
+def step(llm: Any) -> float:
+    """Seconds of one decode step of all."""
+    begin = time.perf_counter()
+    llm.llm_engine.step()
+    return time.perf_counter() - begin
+
+
+def measure(llms: dict[str, Any], ids: list[list[int]], steps: int) -> dict[str, dict[str, float]]:
+    """Of every engine, milliseconds a step (median) and seconds to the first tokens."""
+    first = {name: read(llm, ids, steps + WARM + 4) for name, llm in llms.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in llms}
+    for i in range(steps + WARM):
+        for name, llm in llms.items():
+            took = step(llm)
+            if i >= WARM:
+                seconds[name].append(took)
+    for llm in llms.values():
+        llm.llm_engine.abort_request([str(i) for i in range(len(ids))])
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+    return {name: {"step_ms": 1e3 * statistics.median(of), "first_s": first[name]} for name, of in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder; by default SmolLM2-135M-Instruct")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--compile", action="store_true", help="vLLM's own compilation, for all engines")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    args.model = args.model or str(models.converted(models.smollm2_path()))
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GB an engine
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    text = tasks.encode(tokenizer, tasks.long_text())
+    llms = {name: start(name, args) for name in args.engines}
+    head = {
+        "machine": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "vllm": __import__("vllm").__version__,
+        "python": platform.python_version(),
+        "model": Path(args.model).name,
+        "dtype": args.dtype,
+        "compiled": args.compile,
+        "steps": args.steps,
+        "engines": {name: ENGINES[name] for name in args.engines},
+    }
+    results = []
+    for batch in args.batches:
+        for tokens in args.tokens:
+            ids = [text[i * tokens : (i + 1) * tokens] for i in range(batch)]
+            found = measure(llms, ids, args.steps)
+            stock = found[args.engines[0]]["step_ms"]
+            for name, figures in found.items():
+                results.append({"engine": name, "batch": batch, "tokens": tokens, **figures})
+                print(
+                    f"{batch:3d} x {tokens:6,d}  {name:8s} {figures['step_ms']:8.1f} ms a step "
+                    f"({stock / figures['step_ms']:.2f}x), first tokens after {figures['first_s']:.1f} s",
+                    flush=True,
+                )
+            if args.out:
+                args.out.write_text(json.dumps(head | {"results": results}, indent=1) + "\n")
+    for llm in llms.values():
+        blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+        print(blocks)
+
+
+if __name__ == "__main__":
+    main()
