@@ -2,7 +2,7 @@
 
 Run with an environment that has vLLM (`make vllm-test` makes build/vllm):
 
-    build/vllm/bin/python bench/serving.py --tokens 1024 4096 7900 --batches 1 8 --out bench/results/serving.json
+    build/vllm/bin/python bench/serving.py --cells 1x1024 1x4096 1x7900 8x1024 --out bench/results/serving-x86_64.json
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def start(name: str, args: argparse.Namespace) -> Any:
         model=args.model,
         dtype=args.dtype,
         enforce_eager=not args.compile,
-        max_model_len=max(args.tokens) + args.steps + WARM + 8,
-        max_num_seqs=max(args.batches),
+        max_model_len=args.tokens + args.steps + WARM + 8,
+        max_num_seqs=args.batch,
         enable_prefix_caching=False,
         disable_log_stats=True,
         additional_config={} if given is None else {"lserve": given},
@@ -76,6 +76,14 @@ def step(llm: Any) -> float:
     return time.perf_counter() - begin
 
 
+def concurrency(llm: Any) -> float:
+    """How many requests of the greatest length fit into vLLM's memory, by its own count."""
+    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+
+    config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.kv_cache_config
+    return float(get_max_concurrency_for_kv_cache_config(llm.llm_engine.vllm_config, config))
+
+
 def measure(llms: dict[str, Any], ids: list[list[int]], steps: int) -> dict[str, dict[str, float]]:
     """Of every engine, milliseconds a step (median) and seconds to the first tokens."""
     first = {name: read(llm, ids, steps + WARM + 4) for name, llm in llms.items()}
@@ -97,12 +105,13 @@ def main() -> None:
     parser.add_argument("--model", help="folder; by default SmolLM2-135M-Instruct")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--cells", nargs="+", default=["1x1024", "1x4096"], help="prompts x their tokens")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--compile", action="store_true", help="vLLM's own compilation, for all engines")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    cells = [tuple(map(int, cell.split("x"))) for cell in args.cells]
+    args.batch, args.tokens = (max(of) for of in zip(*cells, strict=True))
     args.model = args.model or str(models.converted(models.smollm2_path()))
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GB an engine
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -122,24 +131,24 @@ def main() -> None:
         "steps": args.steps,
         "engines": {name: ENGINES[name] for name in args.engines},
     }
+    # vLLM's own figure: requests of the model's length that fit at a time.
+    room = {name: concurrency(llm) for name, llm in llms.items()}
+    print("fit at a time:", ", ".join(f"{name} {of:.1f}" for name, of in room.items()))
+    head["fit"] = room
     results = []
-    for batch in args.batches:
-        for tokens in args.tokens:
-            ids = [text[i * tokens : (i + 1) * tokens] for i in range(batch)]
-            found = measure(llms, ids, args.steps)
-            stock = found[args.engines[0]]["step_ms"]
-            for name, figures in found.items():
-                results.append({"engine": name, "batch": batch, "tokens": tokens, **figures})
-                print(
-                    f"{batch:3d} x {tokens:6,d}  {name:8s} {figures['step_ms']:8.1f} ms a step "
-                    f"({stock / figures['step_ms']:.2f}x), first tokens after {figures['first_s']:.1f} s",
-                    flush=True,
-                )
-            if args.out:
-                args.out.write_text(json.dumps(head | {"results": results}, indent=1) + "\n")
-    for llm in llms.values():
-        blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-        print(blocks)
+    for batch, tokens in cells:
+        ids = [text[i * tokens : (i + 1) * tokens] for i in range(batch)]
+        found = measure(llms, ids, args.steps)
+        stock = found[args.engines[0]]["step_ms"]
+        for name, figures in found.items():
+            results.append({"engine": name, "batch": batch, "tokens": tokens, **figures})
+            print(
+                f"{batch:3d} x {tokens:6,d}  {name:8s} {figures['step_ms']:8.1f} ms a step "
+                f"({stock / figures['step_ms']:.2f}x), first tokens after {figures['first_s']:.1f} s",
+                flush=True,
+            )
+        if args.out:
+            args.out.write_text(json.dumps(head | {"results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

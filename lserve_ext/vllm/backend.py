@@ -4,7 +4,8 @@ give their blocks back and the others do not; a step of a layer attends with all
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from ..scorers import Selection
 from ..sequences import OnDevice
 from .blocks import head_spec
 from .pages import Page
+
+T = TypeVar("T")
 
 
 class SparseBackend(AttentionBackend):
@@ -78,6 +81,20 @@ class Batch:
     """[N] where in its page."""
     full: tuple[Tensor, Tensor]
     """Request and page, each [F], of the pages that are full after the step and were not before."""
+    size: int
+    """P."""
+    _derived: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def once(self, name: Any, make: Callable[[], T]) -> T:
+        """What all layers make of a step, made by the first that asks."""
+        if name not in self._derived:
+            self._derived[name] = make()
+        found: T = self._derived[name]
+        return found
+
+    def pages(self, lengths: Tensor) -> Tensor:
+        """[B] int32 pages, the last one maybe partly filled, of so many tokens."""
+        return ((lengths + self.size - 1) // self.size).int()
 
 
 class Builder(AttentionMetadataBuilder[Batch]):
@@ -125,6 +142,7 @@ class Builder(AttentionMetadataBuilder[Batch]):
             block=slots // P,
             row=slots % P,
             full=(torch.from_numpy(request).to(device), torch.from_numpy(page).to(device)),
+            size=P,
         )
 
 
@@ -155,7 +173,7 @@ def split(attention: Any, vllm_config: Any, config: SparseConfig) -> None:
         config.streaming_heads, model.get_total_num_hidden_layers(), model.get_total_num_kv_heads()
     )
     rank = get_tensor_model_parallel_rank()
-    streaming = heads.of_rank(patterns[index], count, rank)
+    streaming = list(heads.of_rank(patterns[index], count, rank))
     page = Page.of(config, attention.head_size, model.dtype)
     kept = head_spec(page)
     local = max(config.local_pages, config.prefill_local_pages)
@@ -200,6 +218,7 @@ class SparseImpl(AttentionImpl):
                 raise ValueError(f"lserve: expected a model without {what}")
         self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, scale, num_kv_heads
         self.heads: dict[str, Head] = {}
+        self.chief = 0  # the first head that follows a list, if one does: its books are asked
         self._pools: dict[str, Tensor] = {}
 
     def take(self, config: SparseConfig, page: Page, streaming: Any, index: int) -> None:
@@ -213,6 +232,7 @@ class SparseImpl(AttentionImpl):
         windows = torch.tensor([config.prefill_local_pages if s else DENSE for s in streaming], dtype=torch.int32)
         self.prefill_mask = Mask(windows, sink=config.prefill_sink_pages)
         self.listed = torch.tensor([h for h, s in enumerate(streaming) if not s])
+        self.chief = streaming.index(False) if not all(streaming) else 0
 
     def forward(
         self,
@@ -237,17 +257,21 @@ class SparseImpl(AttentionImpl):
             return output.zero_()
         if not self._pools:
             self._bind(query.device)
-        batch, n = attn_metadata, attn_metadata.decodes
+        metadata = get_forward_context().attn_metadata
+        batches = [metadata[name] for name in self.heads]
+        batch = batches[self.chief]
         new = slice(batch.tokens) if batch.order is None else batch.order
         q, k, v = query[new], key[new], value[new]
         out = output[new]
-        table, rows = self._tables(get_forward_context().attn_metadata)
+        table, rows = self._tables(batches)
         self._write(k, v, rows, batch)
+        n = batch.decodes
         if n:
-            out[:n] = self._decode(q[:n], table[:n], batch)
+            out[:n] = self._decode(q[:n], table[:n], rows[:n], batch)
         if n < len(batch.seq_lens):
             out[n:] = self._prefill(q[n:], k[n:], v[n:], table[n:], batch)
-            self._forget_lists(table[n:], batch.seq_lens[n:])
+            if self.selects and self.page.picks is not None:  # what lies there is of the block's owner before
+                self._pools["list"][rows[n + batch.cu_seqlens[1:].long() - 1], -1] = -1
         if batch.order is not None:
             output[new] = out
         if self.selects and len(batch.full[0]):
@@ -267,15 +291,16 @@ class SparseImpl(AttentionImpl):
         self.prefill_mask = self.prefill_mask._replace(windows=self.prefill_mask.windows.to(device))
         self.listed = self.listed.to(device)
 
-    def _tables(self, metadata: Any) -> tuple[Tensor, Tensor]:
+    def _tables(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
         """Rows of the pools that pages [B, H, M] and new tokens [N, H] lie in."""
-        batches = [metadata[name] for name in self.heads]
-        if all(batch is batches[0] for batch in batches):
-            blocks, block = batches[0].blocks[:, None], batches[0].block[:, None]
-        else:
-            blocks = torch.stack([batch.blocks for batch in batches], 1)
-            block = torch.stack([batch.block for batch in batches], 1)
-        return blocks * self._stride + self._first[:, None], block * self._stride + self._first
+
+        def blocks() -> tuple[Tensor, Tensor]:
+            parts = batches[:1] if all(batch is batches[0] for batch in batches) else batches
+            found = (torch.stack([part.blocks for part in parts], 1), torch.stack([part.block for part in parts], 1))
+            return found[0] * self._stride, found[1] * self._stride
+
+        pages, tokens = batches[self.chief].once(tuple(map(id, batches)), blocks)
+        return pages + self._first[:, None], tokens + self._first
 
     def _write(self, k: Tensor, v: Tensor, rows: Tensor, batch: Batch) -> None:
         """New keys and values into their pages."""
@@ -288,22 +313,22 @@ class SparseImpl(AttentionImpl):
         pools["k"][rows, at] = k
         pools["v"][rows, at] = v
 
-    def _kv(self, table: Tensor, tokens: Tensor) -> PagedKV:
-        """What so many tokens [B] are held in."""
-        pools, pages = self._pools, (tokens + self.page.size - 1) // self.page.size
-        scales = pools.get("scales")
-        return PagedKV(pools["k"], pools["v"], None, scales, table, table, None, None, pages.int())
+    def _kv(self, table: Tensor, pages: Tensor) -> PagedKV:
+        """What lies in so many pages [B]."""
+        pools = self._pools
+        return PagedKV(pools["k"], pools["v"], None, pools.get("scales"), table, table, None, None, pages)
 
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, batch: Batch) -> Tensor:
         cu_seqlens, context_lens = batch.cu_seqlens, batch.context_lens[batch.decodes :]
-        kv = self._kv(table, context_lens)
+        kv = self._kv(table, batch.once("held before", lambda: batch.pages(context_lens)))
         out, _ = ops.prefill(q, k, v, cu_seqlens, cu_seqlens, self.prefill_mask, kv, context_lens, scale=self.scale)
         return out
 
-    def _decode(self, q: Tensor, table: Tensor, batch: Batch) -> Tensor:
+    def _decode(self, q: Tensor, table: Tensor, rows: Tensor, batch: Batch) -> Tensor:
         seq_lens = batch.seq_lens[: batch.decodes]
-        mask = self._listed_mask(q, table, seq_lens) if self.selects else self.decode_mask
-        out, _ = ops.decode(q, mask, self._kv(table, seq_lens), seq_lens, scale=self.scale)
+        mask = self._listed_mask(q, table, rows, batch) if self.selects else self.decode_mask
+        kv = self._kv(table, batch.once("held after", lambda: batch.pages(seq_lens)))
+        out, _ = ops.decode(q, mask, kv, seq_lens, scale=self.scale)
         return out
 
     def _seal(self, table: Tensor, full: tuple[Tensor, Tensor]) -> None:
@@ -317,30 +342,33 @@ class SparseImpl(AttentionImpl):
         make = ops.page_moments if self.config.needs_moments else ops.page_stats
         self._pools["stats"][rows] = make(k, self.page.size // self.page.groups)
 
-    def _listed_mask(self, q: Tensor, table: Tensor, seq_lens: Tensor) -> Mask:
-        """With the lists of this step: a new one each `reuse_interval` tokens, else that of the page being written."""
+    def _listed_mask(self, q: Tensor, table: Tensor, rows: Tensor, batch: Batch) -> Mask:
+        """With the lists of this step: a new one each `reuse_interval` tokens, else that of the page being written.
+
+        Args:
+            rows: [B, H] of the page being written.
+        """
+        seq_lens = batch.seq_lens[: batch.decodes]
         if self.page.picks is None:
             lists, local_start = self._select(q, table, seq_lens)
             return self.decode_mask._replace(lists=lists, local_start=local_start)
-        at, interval = seq_lens - 1, self.config.reuse_interval
-        since, page = at - at % interval, (at // self.page.size).long()
-        held = self._pools["list"]
-        rows = table.gather(2, page[:, None, None].expand(-1, table.shape[1], 1))[:, :, 0]
-        due = ((at == since) | (held[rows[:, self.listed[0]], -1] != since)).nonzero()[:, 0]
-        if len(due):
-            lists, local_start = self._select(q[due], table[due], seq_lens[due])
-            H = lists.shape[1]
-            known = torch.stack([local_start, since[due]], 1)[:, None].expand(-1, H, -1)
-            held[rows[due]] = torch.cat([lists, known], 2)
-        found = held[rows]
-        return self.decode_mask._replace(lists=found[..., :-2], local_start=found[:, self.listed[0], -2].contiguous())
+        held, chief = self._pools["list"], rows[:, self.chief]
 
-    def _forget_lists(self, table: Tensor, seq_lens: Tensor) -> None:
-        """Of the pages that decode will write next: what lies there is of the block's owner before."""
-        if self.selects and self.page.picks is not None:
-            page = ((seq_lens - 1) // self.page.size).clamp(min=0).long()
-            rows = table.gather(2, page[:, None, None].expand(-1, table.shape[1], 1))
-            self._pools["list"][rows, -1] = -1
+        def due() -> tuple[Tensor, Tensor]:
+            at = seq_lens - 1
+            since = at - at % self.config.reuse_interval
+            return since, ((at == since) | (held[chief, -1] != since)).nonzero()[:, 0]
+
+        since, which = batch.once("due", due)
+        if len(which):
+            every = len(which) == len(q)
+            chosen = slice(None) if every else which
+            lists, local_start = self._select(q[chosen], table[chosen], seq_lens[chosen])
+            known = torch.stack([local_start, since[chosen]], 1)[:, None].expand(-1, lists.shape[1], -1)
+            held[rows[chosen]] = torch.cat([lists, known], 2)
+        found = held[rows]
+        local_start = batch.once("local_start", lambda: found[:, self.chief, -2].contiguous())
+        return self.decode_mask._replace(lists=found[..., :-2], local_start=local_start)
 
     def _select(self, q: Tensor, table: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
         pools, sealed = self._pools, seq_lens // self.page.size
