@@ -84,8 +84,16 @@ def concurrency(llm: Any) -> float:
     return float(get_max_concurrency_for_kv_cache_config(llm.llm_engine.vllm_config, config))
 
 
+def held_bytes(llm: Any) -> int:
+    """Of the blocks that requests hold now."""
+    books = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
+    config, pool = books.kv_cache_config, books.block_pool
+    used = config.num_blocks - 1 - pool.get_num_free_blocks()  # one is nobody's
+    return int(used * config.kv_cache_tensors[0].size // config.num_blocks)
+
+
 def measure(llms: dict[str, Any], ids: list[list[int]], steps: int) -> dict[str, dict[str, float]]:
-    """Of every engine, milliseconds a step (median) and seconds to the first tokens."""
+    """Of every engine, milliseconds a step (median), seconds to the first tokens, and bytes of KV held in the end."""
     first = {name: read(llm, ids, steps + WARM + 4) for name, llm in llms.items()}
     seconds: dict[str, list[float]] = {name: [] for name in llms}
     for i in range(steps + WARM):
@@ -93,11 +101,15 @@ def measure(llms: dict[str, Any], ids: list[list[int]], steps: int) -> dict[str,
             took = step(llm)
             if i >= WARM:
                 seconds[name].append(took)
+    held = {name: held_bytes(llm) for name, llm in llms.items()}
     for llm in llms.values():
         llm.llm_engine.abort_request([str(i) for i in range(len(ids))])
         while llm.llm_engine.has_unfinished_requests():
             llm.llm_engine.step()
-    return {name: {"step_ms": 1e3 * statistics.median(of), "first_s": first[name]} for name, of in seconds.items()}
+    return {
+        name: {"step_ms": 1e3 * statistics.median(of), "first_s": first[name], "held_bytes": held[name]}
+        for name, of in seconds.items()
+    }
 
 
 def main() -> None:
@@ -144,7 +156,8 @@ def main() -> None:
             results.append({"engine": name, "batch": batch, "tokens": tokens, **figures})
             print(
                 f"{batch:3d} x {tokens:6,d}  {name:8s} {figures['step_ms']:8.1f} ms a step "
-                f"({stock / figures['step_ms']:.2f}x), first tokens after {figures['first_s']:.1f} s",
+                f"({stock / figures['step_ms']:.2f}x), first tokens after {figures['first_s']:.1f} s, "
+                f"{figures['held_bytes'] / 2**20:.0f} MiB",
                 flush=True,
             )
         if args.out:

@@ -34,7 +34,7 @@ struct PagedKV {
   float* scales;               // [blocks, C, P, 2] (step, min) a token: V's; with C = 2 also K's. Null if not uint8
   const int32_t* block_table;  // [B, H, M] block of the statistics; -1: the page is not held any more
   const int32_t* slot_table;   // [B, H, M] block of codes and scales; -1: not resident
-  void* residual_k;            // [B, H, 2P, D] dtype: token t of a sequence lies in row t % 2P; or null
+  void* residual_k;            // [B, H, 2P, D] dtype: token t of a sequence lies in row t % 2P; or null: all is in the pools
   void* residual_v;            // [B, H, 2P, D]
   const int32_t* sealed;       // [B] pages in the pools
   int64_t k_stride, v_stride, stats_stride, scales_stride;  // of a block

@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY(lserve_ext, m) {
   m.def(
       "append_kv(Tensor k, Tensor v, Tensor cu_seqlens_k, Tensor context_lens,"
       " Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor(c!)? stats, Tensor(d!)? scales,"
-      " Tensor block_table, Tensor slot_table, Tensor(e!) residual_k, Tensor(f!) residual_v, Tensor sealed,"
+      " Tensor block_table, Tensor slot_table, Tensor(e!)? residual_k, Tensor(f!)? residual_v, Tensor sealed,"
       " Tensor(g!)? moments) -> ()");
   m.def(
       "wanted_pages(Tensor windows, Tensor? lists, Tensor? local_start, int sink, int unit,"
@@ -185,8 +185,8 @@ std::tuple<Tensor, Tensor> dequantize_kv(Tensor k_codes, Tensor v_codes, OptTens
 }
 
 void append_kv(Tensor k, Tensor v, Tensor cu_seqlens_k, Tensor context_lens, Tensor k_pool, Tensor v_pool, OptTensor stats,
-               OptTensor scales, Tensor block_table, Tensor slot_table, Tensor residual_k, Tensor residual_v, Tensor sealed,
-               OptTensor moments) {
+               OptTensor scales, Tensor block_table, Tensor slot_table, OptTensor residual_k, OptTensor residual_v,
+               Tensor sealed, OptTensor moments) {
   const Checker check("append_kv", k, "k");
   check.shape(k, "k", "[N, H, D]", {any, any, any}).floating(k, "k");
   const int64_t N = k.size(0), H = k.size(1), D = k.size(2);
@@ -206,11 +206,13 @@ void append_kv(Tensor k, Tensor v, Tensor cu_seqlens_k, Tensor context_lens, Ten
     args.moments_group = check.group_tokens(*moments, "moments", args.kv.P);
     args.kv.blocks = moments->size(0);
   }
+  if (!residual_k && (stats || moments))
+    check.fail(stats ? "stats" : "moments", "expected None without a residual buffer, got a tensor");
   const auto given = [](const OptTensor& t) { return t ? &*t : nullptr; };
   check.written_apart({{&k_pool, "k_pool"},
                        {&v_pool, "v_pool"},
-                       {&residual_k, "residual_k"},
-                       {&residual_v, "residual_v"},
+                       {given(residual_k), "residual_k"},
+                       {given(residual_v), "residual_v"},
                        {given(stats), "stats"},
                        {given(scales), "scales"},
                        {given(moments), "moments"}},

@@ -30,13 +30,15 @@ def served(model: str) -> Iterator[OpenAI]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("vllm"), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
+    # `vllm serve` in other words: that command needs metadata which the CPU build of 0.32 lacks.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--max-model-len", "8192", "--max-num-seqs", "8", "--additional-config", json.dumps({"lserve": CONFIG})]
     command += ["--enforce-eager"]  # starts faster
     environment = {"VLLM_CPU_KVCACHE_SPACE": "2"} | os.environ  # GB
     log = Path("vllm.log")
     with log.open("w") as file:
-        server = subprocess.Popen(list(map(str, command)), env=environment, stdout=file, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
     try:
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600)
         while server.poll() is None:

@@ -263,6 +263,9 @@ def append_kv(k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, 
     taken, codes written. A page whose slot is -1 is skipped (a streaming head is already past it). The
     caller then advances its lengths and ``sealed``; the op writes neither.
 
+    Without a residual buffer the tokens go into their pages at once, as they are or as codes on a grid a token, and
+    ``sealed`` is not read. Statistics and moments are None then: a page that is not full has none.
+
     Args:
         k, v: [N, H, D] packed new tokens, after rotary embedding.
         cu_seqlens_k: [B + 1] int32 bounds of each sequence's tokens in k and v.

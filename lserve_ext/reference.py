@@ -145,8 +145,12 @@ def dequantize_kv(
 
 def append_kv(k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, kv: PagedKV) -> None:
     """Appends k, v [N, H, D] token by token: to the residual buffer, and a page with P tokens after it is sealed."""
-    assert kv.residual_k is not None and kv.residual_v is not None
     page_size, starts = kv.k_pool.shape[1], cu_seqlens_k.tolist()
+    if kv.residual_k is None or kv.residual_v is None:
+        for b, held in enumerate(context_lens.tolist()):
+            for t, i in enumerate(range(starts[b], starts[b + 1]), start=held):
+                _write_row(kv, b, t, k[i], v[i])
+        return
     for b, (held, sealed) in enumerate(zip(context_lens.tolist(), kv.sealed.tolist(), strict=True)):
         for t, i in enumerate(range(starts[b], starts[b + 1]), start=held):
             kv.residual_k[b, :, t % (2 * page_size)] = k[i]
@@ -155,6 +159,19 @@ def append_kv(k: Tensor, v: Tensor, cu_seqlens_k: Tensor, context_lens: Tensor, 
                 for h in range(k.shape[1]):
                     _seal(kv, b, h, sealed)
                 sealed += 1
+
+
+def _write_row(kv: PagedKV, b: int, t: int, k: Tensor, v: Tensor) -> None:
+    """Puts k, v [H, D] of token t into its page."""
+    page, row = divmod(t, kv.k_pool.shape[1])
+    for h, slot in enumerate(kv.slot_table[b, :, page].tolist()):
+        if slot < 0:
+            continue
+        new_k, new_v = k[h], v[h]
+        if kv.scales is not None:
+            k_codes, v_codes, scales = quantize_kv(k[h, None, None], v[h, None, None])
+            new_k, new_v, kv.scales[slot, :, row] = k_codes[0, 0], v_codes[0, 0], scales[0, :, 0]
+        kv.k_pool[slot, row], kv.v_pool[slot, row] = new_k, new_v
 
 
 def _seal(kv: PagedKV, b: int, h: int, page: int) -> None:

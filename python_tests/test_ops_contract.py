@@ -475,11 +475,34 @@ def test_what_is_no_tensor_or_no_number_is_named(op: str) -> None:
             assert "API call" not in str(caught.value)
 
 
-def test_a_cache_without_a_buffer_cannot_be_appended_to() -> None:
+def test_a_cache_without_a_buffer() -> None:
     args = arguments("append_kv")
     args["residual_k"] = None
-    with pytest.raises(TypeError, match=r"^lserve_ext::append_kv: residual_k: expected a tensor, got None"):
+    with pytest.raises(ValueError, match=r"^lserve_ext::append_kv: residual_v: expected residual_k and residual_v, or"):
         call("append_kv", args)
+    args["residual_v"] = None
+    with pytest.raises(ValueError, match=r"^lserve_ext::append_kv: stats: expected None without a residual buffer"):
+        call("append_kv", args)
+    scales = torch.zeros(len(args["k_pool"]), 2, args["k_pool"].shape[1], 2)
+    moments = args["stats"]
+    args |= {"stats": None, "scales": scales, "moments": moments}
+    with pytest.raises(ValueError, match=r"^lserve_ext::append_kv: moments: expected None without a residual buffer"):
+        call("append_kv", args)
+    args["moments"] = None
+    call("append_kv", args)
+    assert scales.any()
+    torch.library.opcheck(raw_op("append_kv"), tuple(args[a.name] for a in raw_op("append_kv")._schema.arguments))
+    for changes, message in (
+        (
+            {"slot_table": args["slot_table"][..., :6], "block_table": args["block_table"][..., :6]},
+            "at least 8 columns",
+        ),
+        ({"slot_table": torch.full_like(args["slot_table"], 3)}, "a slot of its own for every page, got 3 for two"),
+        ({"slot_table": torch.full_like(args["slot_table"], 10**6)}, r"slot_table: expected -1\.\.22, got 1000000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call("append_kv", args | changes)
+    args = arguments("append_kv")
     with pytest.raises(TypeError, match=r"^lserve_ext::append_kv: kv: expected a PagedKV, got NoneType"):
         ops.append_kv(args["k"], args["v"], args["cu_seqlens_k"], args["context_lens"], None)  # type: ignore[arg-type]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -355,6 +355,46 @@ def test_append_reads_bad_values_without_harm(device: str) -> None:
     assert kv.stats is not None
     held = kv.stats[int(kv.block_table[0, 0, 0])]
     torch.testing.assert_close(held, reference.page_stats(k[None, :16, 0], 8)[0], rtol=0, atol=0, equal_nan=True)
+
+
+# Each kind of pools, without what only whole pages have.
+PLAIN = [replace(shape, stats_group=None, moments_group=None) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("shape", PLAIN, ids=str)
+@pytest.mark.parametrize("how", ["one go", "token by token", "strided"])
+def test_append_without_a_residual_buffer(shape: Shape, how: str, device: str) -> None:
+    """Tokens go into their pages at once, those of pages without a slot nowhere; nothing else is written."""
+    p = shape.page_size
+    lengths = awkward_lengths(p) if how != "token by token" else [p + 3, 0, 2 * p, 1]
+    k, v = ([normal(s + i, n, 3, shape.head_dim, dtype=shape.dtype, device=device) for i, n in enumerate(lengths)]
+            for s in (10, 30))  # fmt: skip
+    pages = [-(-n // p) for n in lengths]
+    got, want = (
+        empty_kv(shape, pages, heads=3, device=device, seed=4)._replace(residual_k=None, residual_v=None)
+        for _ in range(2)
+    )
+    for kv in (got, want):
+        kv.slot_table[0, 1, 1] = kv.slot_table[-1, 2, 0] = -1
+        kv.sealed.fill_(-7)  # not read
+    if how == "strided":
+        got, want = spread_kv(got), spread_kv(want)
+    held = [0] * len(lengths)
+    while held != lengths:
+        step = [min(n - b, 1 if how == "token by token" else n) for n, b in zip(lengths, held, strict=True)]
+        parts = [[s[b : b + n] for s, b, n in zip(x, held, step, strict=True)] for x in (k, v)]
+        (new_k, cu), (new_v, _) = pack(parts[0]), pack(parts[1])
+        reference.append_kv(new_k, new_v, cu, ints(held, device), want)
+        if how == "strided":
+            new_k, new_v = spread(new_k, 0), spread(new_v, 1)
+        ops.append_kv(new_k, new_v, cu, ints(held, device), got)
+        held = [n + new for n, new in zip(held, step, strict=True)]
+    for name in ("k_pool", "v_pool", "scales"):
+        a, b = getattr(got, name), getattr(want, name)
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert same_bits(a, b), name
+            assert same_bits(outside(a), outside(b)), f"{name}: written out of bounds"
 
 
 # ---------------------------------------------------------------------------------------------- slots

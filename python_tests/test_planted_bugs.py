@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = "python_tests/test_small.py"
 WANTED = "python_tests/test_pages.py -k wanted"
 RESOLVE = "python_tests/test_pages.py -k resolve_pages"
+WITHOUT = "python_tests/test_pages.py -k append_without"
 
 
 class Bug(NamedTuple):
@@ -181,6 +182,9 @@ BUGS = [
         "moments of the page's first group", "pages", "store_moments<N>(k, i / parts * size,", "store_moments<N>(k, 0,"
     ),
     Bug("moments by slot", "pages", "block * a.moments_stride", "slot * a.moments_stride"),
+    Bug("a value's grid for a key", "pages", "2 * (is_key ? P + row : row)", "2 * (is_key ? row : P + row)", WITHOUT),
+    Bug("a row of a page that is past", "pages", "if (slot < 0) return;", ";", WITHOUT),
+    Bug("a sequence's first token is another's", "pages", "middle] <= token", "middle] < token", WITHOUT),
     Bug("a pair that should be passed over", "pages", "if (from < 0 || to < 0) continue;", "if (to < 0) continue;"),
     Bug("one token picked too many", "select", "min(a.counts[b], K)", "min(a.counts[b] + 1, K)"),
     Bug("a page just before the local ones", "mask", "end > e.local", "end >= e.local", WANTED),

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import gc
 import json
 import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
 import types
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -375,6 +383,88 @@ def test_models_that_are_not_supported(
     config.save_pretrained(tmp_path)
     with pytest.raises(Exception, match=message):
         engine({}, model=str(tmp_path), load_format="dummy", dtype="bfloat16")
+
+
+@pytest.mark.slow
+def test_a_server_with_many_requests_some_of_which_are_cancelled(folder: str, tmp_path: Path) -> None:
+    """64 at a time, every third of which leaves early: the others get the tokens that they get alone, no block is held
+    afterwards, and memory does not grow from one round to the next."""
+    import openai
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    port = address.rpartition(":")[2]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    command += ["--host", "127.0.0.1", "--port", port]
+    command += ["--skip-tokenizer-init", "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
+    command += ["--max-num-batched-tokens", "512", "--max-num-seqs", "16", "--no-enable-prefix-caching"]
+    command += ["--num-gpu-blocks-override", "200", "--additional-config", json.dumps({settings.KEY: SPARSE["lserve"]})]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def figure(name: str) -> float:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=20) as answer:
+            return float(re.findall(rf"^vllm:{name}{{.*}} (\S+)$", answer.read().decode(), re.MULTILINE)[0])
+
+    def resident() -> int:
+        """KiB of the server's processes."""
+        pids = subprocess.run(
+            ["pgrep", "-g", str(server.pid)], capture_output=True, text=True, check=True
+        ).stdout.split()
+        status = "".join(Path(f"/proc/{pid}/status").read_text() for pid in pids)
+        return sum(map(int, re.findall(r"VmRSS:\s+(\d+)", status)))
+
+    ids = prompts(*(200 + 8 * i for i in range(64)))
+
+    async def ask(client: openai.AsyncOpenAI, i: int) -> list[int]:
+        """The tokens of an answer; every third client goes away after a few."""
+        fields = {"max_tokens": 32, "temperature": 0.0, "extra_body": {"ignore_eos": True, "return_token_ids": True}}
+        stream = await client.completions.create(model=folder, prompt=ids[i], stream=True, **fields)
+        found: list[int] = []
+        async for part in stream:
+            found += part.choices[0].token_ids or []
+            if i % 3 == 0 and len(found) >= 3:
+                await stream.close()
+                break
+        return found
+
+    async def ask_all() -> list[list[int]]:
+        async with openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key="none", timeout=300) as client:
+            return await asyncio.gather(*(ask(client, i) for i in range(len(ids))))
+
+    try:
+        for _ in range(180):
+            assert server.poll() is None, log.read_text()[-3000:]
+            try:
+                figure("kv_cache_usage_perc")
+                break
+            except OSError:
+                time.sleep(1)
+        sizes, rounds = [], []
+        for _ in range(3):
+            rounds.append(asyncio.run(ask_all()))
+            for _ in range(50):
+                if not figure("num_requests_running") + figure("num_requests_waiting"):
+                    break
+                time.sleep(0.2)
+            assert figure("kv_cache_usage_perc") == 0.0
+            sizes.append(resident())
+        expected = in_transformers(folder, SPARSE["lserve"], ids[:12], 32)
+        for found in rounds:
+            assert all(len(tokens) == 32 for i, tokens in enumerate(found) if i % 3)
+            assert [tokens for i, tokens in enumerate(found[:12]) if i % 3] == [
+                answer[0] for i, answer in enumerate(expected) if i % 3
+            ]
+        assert sizes[2] < 1.02 * sizes[1]
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
 
 
 @dataclasses.dataclass

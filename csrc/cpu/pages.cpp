@@ -163,14 +163,14 @@ INSTANTIATE(f16)
 struct Span {
   int64_t before, after;   // tokens held
   int64_t first_row;       // of its new tokens in k and v
-  int64_t seal, unsealed;  // pages [seal, unsealed) are sealed now
-  int64_t first_unit;      // pages sealed now in the sequences before it, times H
+  int64_t seal, unsealed;  // pages [seal, unsealed) are sealed now or, without a residual buffer, get new tokens
+  int64_t first_unit;      // such pages in the sequences before it, times H
 };
 
 std::vector<Span> plan(const AppendArgs& a) {
   const PagedKV& kv = a.kv;
   std::vector<Span> spans(kv.B);
-  std::unordered_set<int64_t> taken;  // slots that this call seals into
+  std::unordered_set<int64_t> taken;  // slots that this call writes
   int64_t units = 0;
   check_range("append_kv: cu_seqlens_k", a.cu_seqlens_k[0], 0, 0, 0);
   check_range("append_kv: cu_seqlens_k", a.cu_seqlens_k[kv.B], a.N, a.N, kv.B);
@@ -179,20 +179,22 @@ std::vector<Span> plan(const AppendArgs& a) {
     check_range("append_kv: cu_seqlens_k", a.cu_seqlens_k[b + 1], a.cu_seqlens_k[b], a.N, b + 1);
     const int64_t count = a.cu_seqlens_k[b + 1] - a.cu_seqlens_k[b], before = a.context_lens[b], after = before + count;
     check_range("append_kv: context_lens", before, 0, INT32_MAX - count, b);
-    check_range("append_kv: sealed", kv.sealed[b], std::max<int64_t>(before / kv.P - 1, 0), before / kv.P, b);
-    const int64_t unsealed = std::max<int64_t>(kv.sealed[b], after / kv.P - 1);
-    if (unsealed > kv.sealed[b] && unsealed > kv.M)
+    if (kv.residual_k)
+      check_range("append_kv: sealed", kv.sealed[b], std::max<int64_t>(before / kv.P - 1, 0), before / kv.P, b);
+    const int64_t seal = kv.residual_k ? kv.sealed[b] : before / kv.P;
+    const int64_t unsealed = std::max(seal, kv.residual_k ? after / kv.P - 1 : count ? (after - 1) / kv.P + 1 : 0);
+    if (unsealed > seal && unsealed > kv.M)
       throw std::runtime_error("lserve_ext::append_kv: slot_table: expected at least " + std::to_string(unsealed) +
                                " columns, got " + std::to_string(kv.M));
-    spans[b] = {before, after, a.cu_seqlens_k[b], kv.sealed[b], unsealed, units};
-    units += (unsealed - kv.sealed[b]) * kv.H;
+    spans[b] = {before, after, a.cu_seqlens_k[b], seal, unsealed, units};
+    units += (unsealed - seal) * kv.H;
     for (int64_t h = 0; h < kv.H; ++h)
-      for (int64_t p = kv.sealed[b]; p < unsealed; ++p) {
+      for (int64_t p = seal; p < unsealed; ++p) {
         const int32_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + p];
         check_range("append_kv: slot_table", slot, -1, kv.slots - 1, b, h, p);
         if (slot >= 0 && !taken.insert(slot).second)
           throw std::runtime_error("lserve_ext::append_kv: slot_table: expected a slot of its own for every page, got " +
-                                   std::to_string(slot) + " for two that this call seals");
+                                   std::to_string(slot) + " for two that this call writes");
         if (slot < 0 || !(kv.stats || a.moments)) continue;
         const int32_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + p];
         check_range("append_kv: block_table", block, 0, kv.blocks - 1, b, h, p);
@@ -240,6 +242,26 @@ void write_residual(const AppendArgs& a, const Span& s, int64_t b, int64_t h) {
   for (int64_t t = std::max(s.before, s.unsealed * kv.P); t < s.after; ++t) {
     write(kv.residual_k, a.k, t);
     write(kv.residual_v, a.v, t);
+  }
+}
+
+// Without a residual buffer: the new tokens of a page into the pools.
+template <class T>
+void write_rows(const AppendArgs& a, const Span& s, int64_t b, int64_t h, int64_t p) {
+  const PagedKV& kv = a.kv;
+  const int64_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + p];
+  if (slot < 0) return;  // a streaming head's page that is already past
+  for (int64_t t = std::max(s.before, p * kv.P); t < std::min(s.after, (p + 1) * kv.P); ++t) {
+    const int64_t from = s.first_row + t - s.before, row = t - p * kv.P;
+    const auto write = [&](const View& x, void* pool, int64_t stride, int64_t scale_row) {
+      const T* const token = static_cast<const T*>(x.data) + from * x.stride0 + h * x.stride1;
+      if (kv.kv_dtype == Dtype::u8)
+        encode_tokens(Rows<T>{token, 0, 1, nullptr, 0}, 1, kv.D, static_cast<uint8_t*>(pool) + slot * stride + row * kv.D,
+                      kv.scales + slot * kv.scales_stride + 2 * (scale_row * kv.P + row));
+      else std::memcpy(static_cast<T*>(pool) + slot * stride + row * kv.D, token, kv.D * sizeof(T));
+    };
+    write(a.k, kv.k_pool, kv.k_stride, 1);
+    write(a.v, kv.v_pool, kv.v_stride, 0);
   }
 }
 
@@ -339,8 +361,10 @@ void append_kv(const AppendArgs& a) {
           std::upper_bound(spans.begin(), spans.end(), unit, [](int64_t u, const Span& s) { return u < s.first_unit; });
       const Span& s = *(after - 1);
       const int64_t i = unit - s.first_unit;  // heads first: their rows lie side by side
-      seal_page<T>(a, s, &s - spans.data(), i % kv.H, s.seal + i / kv.H);
+      const auto write = kv.residual_k ? seal_page<T> : write_rows<T>;
+      write(a, s, &s - spans.data(), i % kv.H, s.seal + i / kv.H);
     });
+    if (!kv.residual_k) return;
     parallel_for(kv.B * kv.H, 64, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) write_residual<T>(a, spans[i / kv.H], i / kv.H, i % kv.H);
     });

@@ -76,8 +76,11 @@ void append_kv(const AppendArgs& a, void* stream) {
     using T = decltype(zero);
     const bool aligned = rows_aligned<T>(a.k) && rows_aligned<T>(a.v) && rows_aligned<T>(a.kv) &&
                          rows_aligned(a.moments, sizeof(T), {a.moments_stride});
-    with_vectors<T>(aligned,
-                    [&](auto N) { launch("append_kv", append_kernel<T, N>, dim3(blocks, a.kv.H), kPageThreads, stream, a); });
+    with_vectors<T>(aligned, [&](auto N) {
+      if (a.kv.residual_k) return launch("append_kv", append_kernel<T, N>, dim3(blocks, a.kv.H), kPageThreads, stream, a);
+      const int64_t threads = 2 * a.N * (a.kv.kv_dtype == Dtype::u8 ? 1 : a.kv.D / N);
+      launch("append_kv", write_rows_kernel<T, N>, dim3(ceil_div(threads, kPageThreads), a.kv.H), kPageThreads, stream, a);
+    });
   });
 }
 

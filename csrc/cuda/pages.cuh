@@ -328,6 +328,39 @@ __global__ void __launch_bounds__(kPageThreads, 4) append_kernel(const __grid_co
   }
 }
 
+// Without a residual buffer: each new token into its page. A thread takes N channels of a key or of a value, or, where they
+// become codes, all of them, whose grid they share.
+template <typename T, int N>
+__global__ void __launch_bounds__(kPageThreads, 4) write_rows_kernel(const __grid_constant__ AppendArgs a) {
+  const PagedKV& kv = a.kv;
+  const bool codes = kv.kv_dtype == Dtype::u8;
+  const int P = static_cast<int>(kv.P), D = static_cast<int>(kv.D), h = blockIdx.y, parts = codes ? 1 : D / N;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kPageThreads + threadIdx.x;
+  const int64_t token = i / (2 * parts);
+  if (token >= a.cu_seqlens_k[kv.B]) return;
+  int b = 0;  // the last sequence whose tokens begin at or before this one
+  for (int end = static_cast<int>(kv.B); b + 1 < end;) {
+    const int middle = (b + end) / 2;
+    if (a.cu_seqlens_k[middle] <= token) b = middle;
+    else end = middle;
+  }
+  const int t = a.context_lens[b] + static_cast<int>(token - a.cu_seqlens_k[b]), row = t % P;
+  const int64_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + t / P];
+  if (slot < 0) return;  // past already for a streaming head
+  const int part = static_cast<int>(i - token * 2 * parts), d = part % parts * N;
+  const bool is_key = part < parts;
+  const View& x = is_key ? a.k : a.v;
+  const T* const from = static_cast<const T*>(x.data) + token * x.stride0 + h * x.stride1;
+  const int64_t to = slot * (is_key ? kv.k_stride : kv.v_stride) + row * D;
+  void* const pool = is_key ? kv.k_pool : kv.v_pool;
+  if (codes) {
+    float* const scales = kv.scales + slot * kv.scales_stride + 2 * (is_key ? P + row : row);
+    encode_token<N>(from, D, static_cast<uint8_t*>(pool) + to, scales);
+  } else {
+    store_vector(static_cast<T*>(pool) + to + d, load_vector<T, N>(from + d));
+  }
+}
+
 // All threads together go through the pairs, an X each; each thread reads kReads of them before it writes the first, as
 // host memory answers late.
 template <typename X>

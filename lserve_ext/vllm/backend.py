@@ -68,17 +68,15 @@ class Batch:
     decodes: int
     """The first so many requests have one new token, which they generated."""
     cu_seqlens: Tensor
-    """[B - decodes + 1] int32 bounds of the new tokens of the others."""
+    """[B + 1] int32 bounds of new tokens."""
+    prefill_cu_seqlens: Tensor
+    """[B - decodes + 1] int32, the same of the others alone."""
     context_lens: Tensor
     """[B] int32 tokens held before."""
     seq_lens: Tensor
     """[B] int32 tokens held after."""
     blocks: Tensor
     """[B, M] int32 block of each page."""
-    block: Tensor
-    """[N] block that each new token is written to."""
-    row: Tensor
-    """[N] where in its page."""
     full: tuple[Tensor, Tensor]
     """Request and page, each [F], of the pages that are full after the step and were not before."""
     size: int
@@ -114,7 +112,7 @@ class Builder(AttentionMetadataBuilder[Batch]):
         new = np.diff(bounds[: B + 1])
         tokens, M = int(bounds[B]), max(1, -(-int(lengths.max(initial=1)) // P))
         seq_lens, blocks = common.seq_lens[:B], common.block_table_tensor[:B, :M]
-        slots, order = common.slot_mapping[:tokens], None
+        order = None
 
         decode = new == 1
         if common.is_prefilling is not None:  # a prompt's last token may come alone, and yet is none that was generated
@@ -124,23 +122,23 @@ class Builder(AttentionMetadataBuilder[Batch]):
             rows = np.argsort(~decode, kind="stable")
             order = torch.from_numpy(np.concatenate([np.arange(bounds[b], bounds[b + 1]) for b in rows])).to(device)
             new, lengths, on = new[rows], lengths[rows], torch.from_numpy(rows).to(device)
-            seq_lens, blocks, slots = seq_lens[on], blocks[on], slots[order]
+            seq_lens, blocks = seq_lens[on], blocks[on]
 
         first, last = (lengths - new) // P, lengths // P
         counts = last - first
         request = np.repeat(np.arange(B), counts)
         page = np.arange(len(request)) - np.repeat(counts.cumsum() - counts, counts) + first[request]
         new_lens = torch.from_numpy(new.astype(np.int32)).to(device)
+        cu_seqlens = torch.nn.functional.pad(new_lens.cumsum(0, dtype=torch.int32), (1, 0))
         return Batch(
             order=order,
             tokens=tokens,
             decodes=decodes,
-            cu_seqlens=torch.nn.functional.pad(new_lens[decodes:].cumsum(0, dtype=torch.int32), (1, 0)),
+            cu_seqlens=cu_seqlens,
+            prefill_cu_seqlens=cu_seqlens[decodes:] - decodes,
             context_lens=seq_lens - new_lens,
             seq_lens=seq_lens,
             blocks=blocks,
-            block=slots // P,
-            row=slots % P,
             full=(torch.from_numpy(request).to(device), torch.from_numpy(page).to(device)),
             size=P,
         )
@@ -225,6 +223,7 @@ class SparseImpl(AttentionImpl):
         """What the layer's heads attend."""
         self.config, self.page = config, page
         self.selects = config.selects and index >= config.dense_layers and not all(streaming)
+        self.keeps_lists = self.selects and page.picks is not None
         self.scorer = config.make_scorer() if self.selects else None
         rest = LISTED if self.selects else DENSE
         windows = torch.tensor([config.local_pages if s else rest for s in streaming], dtype=torch.int32)
@@ -264,14 +263,14 @@ class SparseImpl(AttentionImpl):
         q, k, v = query[new], key[new], value[new]
         out = output[new]
         table, rows = self._tables(batches)
-        self._write(k, v, rows, batch)
+        ops.append_kv(k, v, batch.cu_seqlens, batch.context_lens, self._kv(table, batch.seq_lens))
         n = batch.decodes
         if n:
             out[:n] = self._decode(q[:n], table[:n], rows[:n], batch)
         if n < len(batch.seq_lens):
             out[n:] = self._prefill(q[n:], k[n:], v[n:], table[n:], batch)
-            if self.selects and self.page.picks is not None:  # what lies there is of the block's owner before
-                self._pools["list"][rows[n + batch.cu_seqlens[1:].long() - 1], -1] = -1
+            if self.keeps_lists:  # what lies there is of the block's owner before
+                self._pools["list"][rows[n:], -1] = -1
         if batch.order is not None:
             output[new] = out
         if self.selects and len(batch.full[0]):
@@ -292,26 +291,18 @@ class SparseImpl(AttentionImpl):
         self.listed = self.listed.to(device)
 
     def _tables(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
-        """Rows of the pools that pages [B, H, M] and new tokens [N, H] lie in."""
+        """Rows of the pools that pages [B, H, M] lie in, and [B, H] that of the page with the newest token."""
+        chief = batches[self.chief]
 
-        def blocks() -> tuple[Tensor, Tensor]:
+        def rows() -> tuple[Tensor, Tensor]:
+            """But for where each head begins."""
             parts = batches[:1] if all(batch is batches[0] for batch in batches) else batches
-            found = (torch.stack([part.blocks for part in parts], 1), torch.stack([part.block for part in parts], 1))
-            return found[0] * self._stride, found[1] * self._stride
+            pages = torch.stack([part.blocks for part in parts], 1) * self._stride
+            newest = ((chief.seq_lens - 1) // self.page.size).clamp(min=0).long()
+            return pages, pages.gather(2, newest[:, None, None].expand(-1, len(parts), 1))[:, :, 0]
 
-        pages, tokens = batches[self.chief].once(tuple(map(id, batches)), blocks)
-        return pages + self._first[:, None], tokens + self._first
-
-    def _write(self, k: Tensor, v: Tensor, rows: Tensor, batch: Batch) -> None:
-        """New keys and values into their pages."""
-        at, pools = batch.row[:, None], self._pools
-        if self.page.is_int8:
-            N, H, D = k.shape
-            k, v, scales = ops.quantize_kv(k.reshape(N * H, 1, D), v.reshape(N * H, 1, D))
-            pools["scales"][rows, :, at] = scales.view(N, H, 2, 2)
-            k, v = k.view(N, H, D), v.view(N, H, D)
-        pools["k"][rows, at] = k
-        pools["v"][rows, at] = v
+        pages, newest = chief.once(tuple(map(id, batches)), rows)
+        return pages + self._first[:, None], newest + self._first if self.keeps_lists else newest
 
     def _kv(self, table: Tensor, pages: Tensor) -> PagedKV:
         """What lies in so many pages [B]."""
@@ -319,7 +310,7 @@ class SparseImpl(AttentionImpl):
         return PagedKV(pools["k"], pools["v"], None, pools.get("scales"), table, table, None, None, pages)
 
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, batch: Batch) -> Tensor:
-        cu_seqlens, context_lens = batch.cu_seqlens, batch.context_lens[batch.decodes :]
+        cu_seqlens, context_lens = batch.prefill_cu_seqlens, batch.context_lens[batch.decodes :]
         kv = self._kv(table, batch.once("held before", lambda: batch.pages(context_lens)))
         out, _ = ops.prefill(q, k, v, cu_seqlens, cu_seqlens, self.prefill_mask, kv, context_lens, scale=self.scale)
         return out
@@ -349,7 +340,7 @@ class SparseImpl(AttentionImpl):
             rows: [B, H] of the page being written.
         """
         seq_lens = batch.seq_lens[: batch.decodes]
-        if self.page.picks is None:
+        if not self.keeps_lists:
             lists, local_start = self._select(q, table, seq_lens)
             return self.decode_mask._replace(lists=lists, local_start=local_start)
         held, chief = self._pools["list"], rows[:, self.chief]
