@@ -49,6 +49,7 @@ def start(name: str, args: argparse.Namespace) -> Any:
         enforce_eager=not args.compile,
         max_model_len=args.tokens + args.steps + WARM + 8,
         max_num_seqs=args.batch,
+        max_num_batched_tokens=args.chunk,
         enable_prefix_caching=False,
         disable_log_stats=True,
         additional_config={} if given is None else {"lserve": given},
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     parser.add_argument("--cells", nargs="+", default=["1x1024", "1x4096"], help="prompts x their tokens")
+    parser.add_argument("--chunk", type=int, default=512, help="tokens that are read at a time")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--compile", action="store_true", help="vLLM's own compilation, for all engines")
     parser.add_argument("--out", type=Path)
@@ -140,6 +142,7 @@ def main() -> None:
         "model": Path(args.model).name,
         "dtype": args.dtype,
         "compiled": args.compile,
+        "chunk": args.chunk,
         "steps": args.steps,
         "engines": {name: ENGINES[name] for name in args.engines},
     }

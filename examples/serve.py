@@ -34,7 +34,7 @@ def served(model: str) -> Iterator[OpenAI]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--max-model-len", "8192", "--max-num-seqs", "8", "--additional-config", json.dumps({"lserve": CONFIG})]
-    command += ["--enforce-eager"]  # starts faster
+    command += ["--enforce-eager", "--dtype", "float32"]  # starts faster; not every CPU has 16 bits
     environment = {"VLLM_CPU_KVCACHE_SPACE": "2"} | os.environ  # GB
     log = Path("vllm.log")
     with log.open("w") as file:

@@ -129,7 +129,8 @@ SPARSE = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small random Llama whose best token is seldom in doubt."""
     pytest.importorskip("vllm")
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": VOCABULARY}
@@ -140,6 +141,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
             torch.nn.init.normal_(weight, 0.0, 0.15)
     path = tmp_path_factory.mktemp("llama")
     model.save_pretrained(path)
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words), eos_token="w1").save_pretrained(path)
     return str(path)
 
 
@@ -234,6 +237,20 @@ def test_dense_gives_the_tokens_of_vllm(engine: Any) -> None:
         for a, b in zip(theirs, mine, strict=True):
             assert a.keys() == b.keys()
             assert all(abs(a[token].logprob - b[token].logprob) < 1e-3 for token in a)
+
+
+@pytest.mark.slow
+def test_beams(engine: Any) -> None:
+    """Of dense attention those of vLLM. vLLM forks a beam by a prompt whose prefix is cached."""
+    from vllm.sampling_params import BeamSearchParams
+
+    found = []
+    for given in (None, {"page_size": 32}):
+        llm = engine(given, skip_tokenizer_init=False, max_logprobs=8)
+        sampling = BeamSearchParams(beam_width=3, max_tokens=12, ignore_eos=True)
+        outputs = llm.beam_search([{"prompt_token_ids": ids} for ids in prompts(31, 100, 300)], sampling)
+        found.append([[list(beam.tokens) for beam in output.sequences] for output in outputs])
+    assert found[0] == found[1]
 
 
 def in_transformers(folder: str, given: Any, tokens: list[list[int]], new: int) -> list[list[list[int]]]:

@@ -76,7 +76,7 @@ def _generation(results: Sequence[Result]) -> Any:
             panel.semilogy(range(1, QUARTERS + 1), result["kl_quarters"], "o-", label=result["config"])
         panel.set(title=f"after {length:,} tokens", xlabel="quarter of what is generated")
         panel.set_xticks(range(1, QUARTERS + 1))
-        panel.legend(fontsize=7)
+    panels[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     panels[0].set_ylabel(f"KL to {of[0]['config']}, nats")
     return figure
 
