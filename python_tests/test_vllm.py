@@ -240,6 +240,17 @@ def test_dense_gives_the_tokens_of_vllm(engine: Any) -> None:
 
 
 @pytest.mark.slow
+def test_a_config_by_variable(engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is put where other processes and vLLM's cache of compiled code find it."""
+    config = SparseConfig.preset("moments", budget_tokens=1024)
+    config.save(tmp_path / "config.json")
+    monkeypatch.setenv(settings.VARIABLE, str(tmp_path / "config.json"))
+    found = engine().llm_engine.vllm_config
+    assert settings.sparse_config(found) == config and found.cache_config.block_size == 32
+    assert SparseConfig.from_dict(found.additional_config[settings.KEY]) == config
+
+
+@pytest.mark.slow
 def test_beams(engine: Any) -> None:
     """Of dense attention those of vLLM. vLLM forks a beam by a prompt whose prefix is cached."""
     from vllm.sampling_params import BeamSearchParams
@@ -368,6 +379,11 @@ def test_what_is_not_supported_is_refused_at_the_start(engine: Any, folder: str,
         ({"preset": "quest", "reuse_interval": 3}, {}, "reuse_interval: expected a divisor of page_size 16"),
         ({"page_size": 32}, {"block_size": 64}, "--block-size: expected lserve's page_size 32, or none, got 64"),
         ({}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype: expected 'auto'"),
+        (
+            {},
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "--speculative-config: expected",
+        ),
         (
             {"preset": "duo", "streaming_heads": "smollm2-135m-instruct"},
             {},

@@ -34,6 +34,8 @@ def _check(vllm_config: Any) -> None:
     settings.check_version(vllm.__version__)
     settings.check_engine(vllm_config, config)
     vllm_config.cache_config.block_size = config.page_size
+    if isinstance(vllm_config.additional_config, dict):  # where other processes find it, and caches of compiled code
+        vllm_config.additional_config = {**vllm_config.additional_config, settings.KEY: config.to_dict()}
 
 
 def _after(owner: type, name: str, then: Any) -> None:

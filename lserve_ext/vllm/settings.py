@@ -87,6 +87,8 @@ def check_engine(vllm_config: Any, config: SparseConfig) -> None:
         )
     if parallel.decode_context_parallel_size > 1:
         raise ValueError("--decode-context-parallel-size: expected 1 beside lserve")
+    if vllm_config.speculative_config is not None:  # drafts that are rejected would be in statistics of full pages
+        raise ValueError("--speculative-config: expected none beside lserve")
     if vllm_config.kv_transfer_config is not None:
         raise ValueError("--kv-transfer-config: expected none beside lserve")
     if model is not None and model.use_mla:
