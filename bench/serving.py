@@ -47,7 +47,7 @@ def start(name: str, args: argparse.Namespace) -> Any:
         model=args.model,
         dtype=args.dtype,
         enforce_eager=not args.compile,
-        max_model_len=args.tokens + args.steps + WARM + 8,
+        max_model_len=max(tokens + new_tokens(batch, tokens, args) for batch, tokens in args.cells),
         max_num_seqs=args.batch,
         max_num_batched_tokens=args.chunk,
         enable_prefix_caching=False,
@@ -56,11 +56,16 @@ def start(name: str, args: argparse.Namespace) -> Any:
     )
 
 
-def read(llm: Any, ids: list[list[int]], steps: int) -> float:
+def new_tokens(batch: int, tokens: int, args: argparse.Namespace) -> int:
+    """So many that the first request still runs when the last one has been read and all steps are done."""
+    return args.steps + WARM + batch + -(-batch * tokens // args.chunk) + 8
+
+
+def read(llm: Any, ids: list[list[int]], new: int) -> float:
     """Seconds until every prompt has its first token."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0.0, max_tokens=steps + 1, ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
     begin, waiting = time.perf_counter(), set()
     for i, prompt in enumerate(ids):
         llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling)
@@ -93,16 +98,19 @@ def held_bytes(llm: Any) -> int:
     return int(used * config.kv_cache_tensors[0].size // config.num_blocks)
 
 
-def measure(llms: dict[str, Any], ids: list[list[int]], steps: int) -> dict[str, dict[str, float]]:
+def measure(llms: dict[str, Any], ids: list[list[int]], args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Of every engine, milliseconds a step (median), seconds to the first tokens, and bytes of KV held in the end."""
-    first = {name: read(llm, ids, steps + WARM + 4) for name, llm in llms.items()}
+    new = new_tokens(len(ids), len(ids[0]), args)
+    first = {name: read(llm, ids, new) for name, llm in llms.items()}
     seconds: dict[str, list[float]] = {name: [] for name in llms}
-    for i in range(steps + WARM):
+    for i in range(args.steps + WARM):
         for name, llm in llms.items():
             took = step(llm)
             if i >= WARM:
                 seconds[name].append(took)
     held = {name: held_bytes(llm) for name, llm in llms.items()}
+    for llm in llms.values():
+        assert llm.llm_engine.get_num_unfinished_requests() == len(ids)
     for llm in llms.values():
         llm.llm_engine.abort_request([str(i) for i in range(len(ids))])
         while llm.llm_engine.has_unfinished_requests():
@@ -124,8 +132,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="vLLM's own compilation, for all engines")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    cells = [tuple(map(int, cell.split("x"))) for cell in args.cells]
-    args.batch, args.tokens = (max(of) for of in zip(*cells, strict=True))
+    args.cells = [tuple(map(int, cell.split("x"))) for cell in args.cells]
+    args.batch = max(batch for batch, _ in args.cells)
     args.model = args.model or str(models.converted(models.smollm2_path()))
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GB an engine
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -151,9 +159,9 @@ def main() -> None:
     print("fit at a time:", ", ".join(f"{name} {of:.1f}" for name, of in room.items()))
     head["fit"] = room
     results = []
-    for batch, tokens in cells:
+    for batch, tokens in args.cells:
         ids = [text[i * tokens : (i + 1) * tokens] for i in range(batch)]
-        found = measure(llms, ids, args.steps)
+        found = measure(llms, ids, args)
         stock = found[args.engines[0]]["step_ms"]
         for name, figures in found.items():
             results.append({"engine": name, "batch": batch, "tokens": tokens, **figures})
