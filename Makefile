@@ -81,7 +81,8 @@ build/vllm/.installed: dist/.built build/vllm/.vllm
 	@touch $@
 
 vllm-test: build/vllm/.installed
-	LSERVE_REQUIRE_VLLM=1 $(VLLM_BIN)/pytest --installed --durations=5 python_tests/test_vllm.py
+	LSERVE_REQUIRE_VLLM=1 $(VLLM_BIN)/pytest --installed --durations=5 python_tests/test_vllm.py \
+	  "python_tests/test_readme.py::test_examples_run[serve]"
 
 vllm-demo: build/vllm/.installed
 	$(VLLM_BIN)/python examples/serve.py
