@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,9 +37,12 @@ def served(model: str) -> Iterator[OpenAI]:
     command += ["--max-model-len", "8192", "--max-num-seqs", "8", "--additional-config", json.dumps({"lserve": CONFIG})]
     command += ["--enforce-eager", "--dtype", "float32"]  # starts faster; not every CPU has 16 bits
     environment = {"VLLM_CPU_KVCACHE_SPACE": "2"} | os.environ  # GB
-    log = Path("vllm.log")
+    log, elsewhere = (
+        Path("vllm.log").resolve(),
+        tempfile.gettempdir(),
+    )  # `python -m` imports what lies where it is started
     with log.open("w") as file:
-        server = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, env=environment, cwd=elsewhere, stdout=file, stderr=subprocess.STDOUT)
     try:
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600)
         while server.poll() is None:

@@ -438,7 +438,7 @@ def test_a_server_with_many_requests_some_of_which_are_cancelled(folder: str, tm
     log = tmp_path / "log"
     with log.open("w") as file:
         server = subprocess.Popen(
-            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=environment, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
 
     def figure(name: str) -> float:
