@@ -202,6 +202,8 @@ def append_kv(layer: Layer, variant: str) -> Work:
     _, k, v, cu = layer.packed(n)
     pages = max(n // P - 1, 0)
     writes = size(kv.k_pool, kv.v_pool, kv.stats, kv.scales) * pages // layer.M + size(k, v) * min(n, 2 * P) // n
+    if kv.residual_k is None:
+        writes = size(kv.k_pool, kv.v_pool, kv.scales) * n // (layer.M * P)
     return Work(lambda: ops.append_kv(k, v, cu, lengths, kv), size(k, v), writes)
 
 

@@ -251,18 +251,19 @@ class SparseConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> SparseConfig:
-        """The inverse of `to_dict`; fields left out have their defaults."""
+        """The inverse of `to_dict`; fields left out have their defaults, or beside "preset", those of a preset."""
         if not isinstance(fields, Mapping):
             raise TypeError(f"SparseConfig: expected a mapping of fields, got {fields!r:.80}")
-        fields = files.without_format(fields, "SparseConfig", _FORMAT)
+        fields = dict(files.without_format(fields, "SparseConfig", _FORMAT))
+        preset = fields.pop("preset", None)
         known = [f.name for f in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
                 raise ValueError(f"SparseConfig: expected the fields {', '.join(known)}, got {name!r}")
         streaming = fields.get("streaming_heads")
         if isinstance(streaming, Mapping):
-            fields = {**fields, "streaming_heads": HeadPattern.from_dict(streaming)}
-        return cls(**fields)
+            fields["streaming_heads"] = HeadPattern.from_dict(streaming)
+        return cls(**fields) if preset is None else cls.preset(preset, **fields)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON."""

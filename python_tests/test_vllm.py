@@ -79,6 +79,36 @@ def test_the_range_of_versions() -> None:
             settings.check_version(version)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_config.use_mla": True}, "without multi-head latent attention"),
+        ({"model_config.is_hybrid": True}, "whose layers all have attention"),
+        ({"parallel_config.decode_context_parallel_size": 2}, "--decode-context-parallel-size: expected 1"),
+        ({"kv_transfer_config": object()}, "--kv-transfer-config: expected none"),
+        ({"cache_config.block_size": 16}, "--block-size: expected lserve's page_size 64, or none, got 16"),
+    ],
+)
+def test_engines_that_are_refused(changes: dict[str, Any], message: str) -> None:
+    def engine() -> Any:
+        model = types.SimpleNamespace(use_mla=False, is_encoder_decoder=False, is_attention_free=False, is_hybrid=False)
+        return types.SimpleNamespace(
+            model_config=model,
+            cache_config=types.SimpleNamespace(user_specified_block_size=True, block_size=64, cache_dtype="auto"),
+            parallel_config=types.SimpleNamespace(decode_context_parallel_size=1),
+            speculative_config=None,
+            kv_transfer_config=None,
+        )
+
+    settings.check_engine(engine(), SparseConfig())
+    refused = engine()
+    for name, value in changes.items():
+        owner, _, field = name.rpartition(".")
+        setattr(getattr(refused, owner) if owner else refused, field, value)
+    with pytest.raises(ValueError, match=message):
+        settings.check_engine(refused, SparseConfig())
+
+
 @pytest.mark.parametrize("preset", ["dense", "lserve", "moments", "quest"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [16, 80])
@@ -371,7 +401,7 @@ def test_two_ranks_give_the_tokens_of_one(engine: Any, folder: str, name: str, m
 
 
 @pytest.mark.slow
-def test_what_is_not_supported_is_refused_at_the_start(engine: Any, folder: str, tmp_path: Path) -> None:
+def test_what_is_not_supported_is_refused_at_the_start(engine: Any) -> None:
     for given, changes, message in (
         ({"budget": 5}, {}, "expected the fields .*, got 'budget'"),
         ({"preset": "h2o"}, {}, "unit: expected 'page' under vLLM, got 'token'"),

@@ -12,7 +12,7 @@ from ..config import SparseConfig
 TESTED = ((0, 32), (0, 33))
 """Versions of vLLM that this was tested with: from the first up to before the second."""
 KEY = "lserve"
-"""Of vLLM's `additional_config`: fields of a `SparseConfig`, with "preset" the other fields of one, or a file."""
+"""Of vLLM's `additional_config`: what `SparseConfig.from_dict` takes, or a file of it."""
 VARIABLE = "LSERVE_VLLM_CONFIG"
 """The environment variable that names a file of `SparseConfig.save`, where `additional_config` has no such key."""
 
@@ -33,15 +33,7 @@ def sparse_config(vllm_config: Any) -> SparseConfig | None:
         return SparseConfig.load(given)
     if not isinstance(given, Mapping):
         raise TypeError(f"additional_config[{KEY!r}]: expected fields of a SparseConfig or its file, got {given!r:.80}")
-    fields = dict(given)
-    preset = fields.pop("preset", None)
-    if preset is None:
-        return SparseConfig.from_dict(fields)
-    whole = SparseConfig.preset(preset).to_dict()
-    for name, other in (("budget_tokens", "kv_sparsity"), ("kv_sparsity", "budget_tokens")):
-        if fields.get(name) is not None:
-            whole.pop(other)
-    return SparseConfig.from_dict(whole | fields)
+    return SparseConfig.from_dict(given)
 
 
 def tested() -> str:
