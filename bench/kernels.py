@@ -188,11 +188,11 @@ def dequantize_kv(layer: Layer) -> Work:
     return Work(call, size(k8, v8, stats, scales), size(k, v))
 
 
-@case("prompt", "step", "step without a residual buffer")
+@case("prompt", "step", "unbuffered")
 def append_kv(layer: Layer, variant: str) -> Work:
-    """A prompt into an empty cache; or one token, which seals nothing."""
+    """A prompt into an empty cache; or one token, which seals nothing, also without a residual buffer."""
     kv, lengths, n = layer.kv(), layer.lengths, 1
-    if variant == "step without a residual buffer":
+    if variant == "unbuffered":
         lengths = lengths - 1  # into the last page
         scales = None if kv.scales is None else kv.scales.new_empty(len(kv.scales), 2, P, 2)
         kv = kv._replace(stats=None, moments=None, scales=scales, residual_k=None, residual_v=None)
