@@ -97,7 +97,7 @@ def _boxes(stats: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
 def _token_grid(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes of x [pages, P, D] on a grid of every token's own, and its step and minimum [pages, P, 2]."""
     x = x.float()
-    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    low, high = x.amin(-1, keepdim=True) + 0.0, x.amax(-1, keepdim=True) + 0.0  # no zero has a sign
     step = grid_step(low, high)
     return grid_codes(x, low, step), torch.cat([step, low], -1)
 

@@ -197,6 +197,23 @@ def test_minimum_and_maximum_are_the_ends_of_the_grid(device: str) -> None:
     assert torch.equal(v_codes.amax(2), torch.full_like(v_codes[:, :, 0], 255))
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_codes_of_any_number_on_any_grid(dtype: torch.dtype, device: str) -> None:
+    """A division rounds once, whatever its sides are: random bits, and numbers next to the middle between two codes."""
+    torch.manual_seed(5)
+    bits, pages, D = {4: torch.int32, 2: torch.int16}[dtype.itemsize], 64, 64
+    info = torch.iinfo(bits)
+    stats, k = (torch.randint(info.min, info.max, (pages, n, D), dtype=bits).view(dtype) for n in (4, 16))
+    stats = stats.view(pages, 2, 2, D).sort(2).values
+    low, high = stats.float().repeat_interleave(8, dim=1).unbind(2)
+    step = reference.grid_step(low, high)
+    middle = low + step * (torch.randint(0, 256, k.shape) + 0.5 + 2.0**-20 * torch.randint(-2, 3, k.shape))
+    k = torch.where(torch.rand(k.shape) < 0.8, middle.to(dtype), k)
+    codes, _, _ = ops.quantize_kv(k.to(device), k.to(device), stats.to(device))
+    assert same_bits(codes.cpu(), reference.grid_codes(k.float(), low, step))
+    assert len(codes.unique()) > 250
+
+
 @settings(max_examples=60)
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=16, max_size=16))
 def test_any_finite_token_comes_back_within_half_a_step(values: list[float]) -> None:

@@ -20,6 +20,8 @@ SMALL = "python_tests/test_small.py"
 WANTED = "python_tests/test_pages.py -k wanted"
 RESOLVE = "python_tests/test_pages.py -k resolve_pages"
 WITHOUT = "python_tests/test_pages.py -k append_without"
+NUMBERS = "python_tests/test_pages.py -k any_number"
+MOMENTS = "python_tests/test_pages.py -k page_moments"
 
 
 class Bug(NamedTuple):
@@ -183,7 +185,11 @@ BUGS = [
     ),
     Bug("moments by slot", "pages", "block * a.moments_stride", "slot * a.moments_stride"),
     Bug("a value's grid for a key", "pages", "2 * (is_key ? P + row : row)", "2 * (is_key ? row : P + row)", WITHOUT),
-    Bug("a row of a page that is past", "pages", "if (slot < 0) return;", ";", WITHOUT),
+    Bug("a row of a page that is past", "pages", "there = slot >= 0 && i <", "there = i <", WITHOUT),
+    Bug("lanes that share no bounds", "pages", "distance = lanes / 2;", "distance = lanes / 4;"),
+    Bug("a quotient that is not corrected", "convert", "i < 2; ++i) quotient", "i < 0; ++i) quotient", NUMBERS),
+    Bug("means of batches are not joined", "pages", "fmaf(off, share, mean[i])", "mean[i]", MOMENTS),
+    Bug("nor are their squares", "pages", "fmaf(off * off, share * static_cast<float>(done), apart)", "apart", MOMENTS),
     Bug("a sequence's first token is another's", "pages", "middle] <= token", "middle] < token", WITHOUT),
     Bug("a pair that should be passed over", "pages", "if (from < 0 || to < 0) continue;", "if (to < 0) continue;"),
     Bug("one token picked too many", "select", "min(a.counts[b], K)", "min(a.counts[b] + 1, K)"),

@@ -101,8 +101,8 @@ LSERVE_CLONES void encode_tokens(Rows<T> x, int64_t P, int64_t D, uint8_t* codes
   for (int64_t i = 0; i < P; ++i) {
     Bounds bounds(load(x[i]));
     for (int64_t d = 16; d < D; d += 16) bounds.add(load(x[i] + d));
-    const float low = min_nan(bounds.least());
-    scales[2 * i] = quant_step(low, max_nan(bounds.most()));
+    const float low = min_nan(bounds.least()) + 0.0f;  // no zero has a sign
+    scales[2 * i] = quant_step(low, max_nan(bounds.most()) + 0.0f);
     scales[2 * i + 1] = low;
   }
   for (int64_t i = 0; i < P; ++i, codes += D) {

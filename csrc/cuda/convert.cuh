@@ -4,9 +4,12 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cfloat>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+
+#include "quant.h"
 
 namespace lserve::cuda {
 
@@ -73,5 +76,35 @@ __device__ __forceinline__ float divided_by_255(float x) {
   return rest == rest ? fmaf(rest, 1.0f / 255, quotient) : quotient;  // no number is left of what is infinite
 }
 __device__ __forceinline__ float narrow_step(float min, float max) { return divided_by_255(max) - divided_by_255(min); }
+
+// quant.h's step of a grid whose ends are of type T.
+template <typename T>
+__device__ __forceinline__ float step_of(float min, float max) {
+  return sizeof(T) == 2 ? narrow_step(min, max) : quant_step(min, max);
+}
+
+// quant.h's quantize, to the bit and without a division a number: all numbers of a grid are divided by the same step.
+// Both sides of the quotient are scaled by a power of two that makes the step a normal number. With the rounded reciprocal,
+// two corrections by what is left of the number round as a division does (Markstein, 1990).
+struct Quantizer {
+  float half_min, scale, width, reciprocal;  // width: half a step, scaled
+
+  Quantizer() = default;
+  __device__ __forceinline__ Quantizer(float min, float step) : half_min(min * 0.5f) {
+    const bool some = step > 0.0f && step <= FLT_MAX;  // else all codes are 0
+    const uint32_t exponent = __float_as_uint(step) & 0x7f800000u;
+    scale = some ? __uint_as_float((254u << 23) - exponent) : 0.0f;  // 2^127 for what is not normal
+    width = some ? step * scale * 0.5f : 0.0f;
+    reciprocal = some ? 1.0f / width : 0.0f;
+  }
+
+  __device__ __forceinline__ uint8_t operator()(float x) const {
+    const float number = fminf(fmaxf(fmaf(x, 0.5f, -half_min) * scale, 0.0f), 255.0f * width);  // 0 where it is none
+    float quotient = number * reciprocal;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) quotient = fmaf(fmaf(-quotient, width, number), reciprocal, quotient);
+    return static_cast<uint8_t>(__float_as_uint(quotient + 8388608.0f));  // halves to even, as 2^23 has no room for them
+  }
+};
 
 }  // namespace lserve::cuda

@@ -7,14 +7,6 @@
 namespace lserve::cuda {
 namespace {
 
-// Calls body with the channels that a thread moves at a time: 16 bytes of T where every row starts at a multiple of 16
-// bytes (and then those of codes at a multiple of as many), else one.
-template <typename T, typename Body>
-void with_vectors(bool aligned, Body body) {
-  if (aligned) return body(std::integral_constant<int, 16 / sizeof(T)>{});
-  return body(std::integral_constant<int, 1>{});
-}
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Blocks of threads that keep a link to host memory busy without taking the GPU from others, or a GPU's own memory.
@@ -78,7 +70,7 @@ void append_kv(const AppendArgs& a, void* stream) {
                          rows_aligned(a.moments, sizeof(T), {a.moments_stride});
     with_vectors<T>(aligned, [&](auto N) {
       if (a.kv.residual_k) return launch("append_kv", append_kernel<T, N>, dim3(blocks, a.kv.H), kPageThreads, stream, a);
-      const int64_t threads = 2 * a.N * (a.kv.kv_dtype == Dtype::u8 ? 1 : a.kv.D / N);
+      const int64_t threads = 2 * a.N * threads_a_row<N>(a.kv);
       launch("append_kv", write_rows_kernel<T, N>, dim3(ceil_div(threads, kPageThreads), a.kv.H), kPageThreads, stream, a);
     });
   });

@@ -1,8 +1,8 @@
 // Pages: statistics, INT8 codes, appending and copying.
 //
 // A page is sealed by one block of threads, straight from where its tokens lie. Its keys are split into groups of
-// tokens by vectors of channels, its values into tokens; a thread reads its part once for the grid, and a second time,
-// from the first-level cache, for the codes.
+// tokens by vectors of channels; its values into tokens, each shared by neighbouring lanes. A thread reads its part once
+// for the grid, and a second time, from the first-level cache, for the codes.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -61,22 +61,31 @@ __device__ __forceinline__ void store_bounds(const Bounds (&bounds)[N], T* low, 
 // The same of mean minus and plus a standard deviation.
 template <int N, typename T>
 __device__ __forceinline__ void store_moments(const PageRows<T>& rows, int first, int count, int d, T* low, T* high) {
+  constexpr int kBatch = 8;  // rows that are read once and held, for their mean and then their squares
   float mean[N] = {}, squares[N] = {};
-#pragma unroll 8
-  for (int row = first; row < first + count; ++row) {
-    const auto x = load_vector<T, N>(rows[row] + d);
+  for (int done = 0; done < count; done += kBatch) {
+    const int batch = min(kBatch, count - done);
+    const float size = static_cast<float>(batch), share = size / static_cast<float>(done + batch);
+    Vector<T, N> x[kBatch];
 #pragma unroll
-    for (int i = 0; i < N; ++i) mean[i] += static_cast<float>(x.value[i]);
-  }
-#pragma unroll
-  for (int i = 0; i < N; ++i) mean[i] /= static_cast<float>(count);
-#pragma unroll 8
-  for (int row = first; row < first + count; ++row) {
-    const auto x = load_vector<T, N>(rows[row] + d);
+    for (int row = 0; row < kBatch; ++row)
+      if (row < batch) x[row] = load_vector<T, N>(rows[first + done + row] + d);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float off = static_cast<float>(x.value[i]) - mean[i];
-      squares[i] = fmaf(off, off, squares[i]);
+      float own = 0, apart = 0;
+#pragma unroll
+      for (int row = 0; row < kBatch; ++row)
+        if (row < batch) own += static_cast<float>(x[row].value[i]);
+      own /= size;
+#pragma unroll
+      for (int row = 0; row < kBatch; ++row) {
+        const float off = static_cast<float>(x[row].value[i]) - own;
+        if (row < batch) apart = fmaf(off, off, apart);
+      }
+      // Joined with what came before (Chan, Golub and LeVeque, 1979).
+      const float off = own - mean[i];
+      mean[i] = done == 0 ? own : fmaf(off, share, mean[i]);
+      squares[i] += done == 0 ? apart : fmaf(off * off, share * static_cast<float>(done), apart);
     }
   }
   Bounds bounds[N];
@@ -88,25 +97,11 @@ __device__ __forceinline__ void store_moments(const PageRows<T>& rows, int first
   store_bounds<N>(bounds, low, high);
 }
 
-// Of a whole token, N channels at a time. 16 lanes take every 16th channel each, and the upper half of them is folded
-// onto the lower until one is left: the order of the CPU, so that of zeros with both signs the same one is kept.
-template <int N, typename T>
-__device__ __forceinline__ Bounds token_bounds(const T* row, int D) {
-  constexpr int kLanes = 16;
-  Bounds lanes[kLanes];
-  for (int d = 0; d < D; d += kLanes)
-#pragma unroll
-    for (int lane = 0; lane < kLanes; lane += N) {
-      const auto x = load_vector<T, N>(row + d + lane);
-#pragma unroll
-      for (int i = 0; i < N; ++i) lanes[lane + i].add(static_cast<float>(x.value[i]));
-    }
-#pragma unroll
-  for (int half = kLanes / 2; half > 0; half /= 2)
-#pragma unroll
-    for (int i = 0; i < kLanes / 2; ++i)  // a constant bound, else nvcc does not unroll
-      if (i < half) lanes[i].lower(lanes[i + half].low), lanes[i].raise(lanes[i + half].high);
-  return lanes[0];
+// Lanes that share a token of so many parts: a power of two.
+__host__ __device__ inline int lanes_of_token(int parts) {
+  int lanes = 1;
+  while (lanes < parts && lanes < 32) lanes *= 2;
+  return lanes;
 }
 
 // Where a page goes. Either codes and scales, or k and v; stats and moments, or null.
@@ -120,23 +115,36 @@ struct PageOut {
   int P, L, D, moments_group;
 };
 
-// A token on a grid of its own. Codes are stored 16 at a time where vectors are.
+// N numbers of a grid, as its codes.
 template <int N, typename T>
-__device__ __forceinline__ void encode_token(const T* row, int D, uint8_t* codes, float* scale) {
-  constexpr int kCodes = N == 1 ? 1 : 16;
-  const Bounds bounds = token_bounds<N>(row, D);
-  const float step = quant_step(bounds.low, bounds.high);
-  scale[0] = step, scale[1] = bounds.low;
-  for (int d = 0; d < D; d += kCodes) {
-    Vector<uint8_t, kCodes> out;
+__device__ __forceinline__ Vector<uint8_t, N> encode(const Vector<T, N>& x, const Quantizer (&grids)[N]) {
+  Vector<uint8_t, N> codes;
 #pragma unroll
-    for (int part = 0; part < kCodes; part += N) {
-      const auto x = load_vector<T, N>(row + d + part);
+  for (int i = 0; i < N; ++i) codes.value[i] = grids[i](static_cast<float>(x.value[i]));
+  return codes;
+}
+
+// A token on a grid of its own, by neighbouring lanes of a warp, all of which come here. there: whether this lane has one.
+template <int N, typename T>
+__device__ __forceinline__ void encode_token(bool there, const T* row, int D, int lanes, uint8_t* codes, float* scale) {
+  const int first = threadIdx.x % lanes * N, end = there ? D : 0;
+  Bounds bounds;
+  for (int d = first; d < end; d += lanes * N) {
+    const auto x = load_vector<T, N>(row + d);
 #pragma unroll
-      for (int i = 0; i < N; ++i) out.value[part + i] = quantize(static_cast<float>(x.value[i]), bounds.low, step);
-    }
-    store_vector(codes + d, out);
+    for (int i = 0; i < N; ++i) bounds.add(static_cast<float>(x.value[i]));
   }
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    bounds.lower(__shfl_xor_sync(~0u, bounds.low, distance));
+    bounds.raise(__shfl_xor_sync(~0u, bounds.high, distance));
+  }
+  const float low = bounds.low + 0.0f, step = quant_step(low, bounds.high + 0.0f);  // no zero has a sign
+  if (there && first == 0) scale[0] = step, scale[1] = low;
+  const Quantizer grid(low, step);
+  Quantizer grids[N];
+#pragma unroll
+  for (auto& each : grids) each = grid;
+  for (int d = first; d < end; d += lanes * N) store_vector(codes + d, encode<N>(load_vector<T, N>(row + d), grids));
 }
 
 // N channels of a group of L keys: its statistics, taken here or, if they are known, read; and its codes.
@@ -153,17 +161,12 @@ __device__ __forceinline__ void encode_group(const PageRows<T>& k, const PageOut
     store_bounds<N>(bounds, stats, stats + out.D);
   }
   if (!out.k_codes) return;
-  float step[N];
+  Quantizer grids[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i) step[i] = quant_step(bounds[i].low, bounds[i].high);
+  for (int i = 0; i < N; ++i) grids[i] = Quantizer(bounds[i].low, quant_step(bounds[i].low, bounds[i].high));
 #pragma unroll 4
-  for (int row = group * out.L; row < (group + 1) * out.L; ++row) {
-    const auto x = load_vector<T, N>(k[row] + d);
-    Vector<uint8_t, N> codes;
-#pragma unroll
-    for (int i = 0; i < N; ++i) codes.value[i] = quantize(static_cast<float>(x.value[i]), bounds[i].low, step[i]);
-    store_vector(out.k_codes + row * out.D + d, codes);
-  }
+  for (int row = group * out.L; row < (group + 1) * out.L; ++row)
+    store_vector(out.k_codes + row * out.D + d, encode<N>(load_vector<T, N>(k[row] + d), grids));
 }
 
 template <int N, typename T>
@@ -176,18 +179,22 @@ __device__ __forceinline__ void copy_rows(const PageRows<T>& from, int P, int D,
 // All threads of a block together.
 template <int N, bool kKnown, typename T>
 __device__ void seal_page(const PageRows<T>& k, const PageRows<T>& v, const PageOut<T>& out) {
-  const int parts = out.D / N, groups = out.stats ? out.P / out.L * parts : 0;
-  const int keys = out.k_codes && !out.stats ? out.P : 0, values = out.v_codes ? out.P : 0;
-  for (int i = threadIdx.x; i < groups + keys + values; i += kPageThreads) {
-    if (i < groups) {
-      encode_group<N, kKnown>(k, out, i / parts, i % parts * N);
-    } else if (const int row = i - groups; row < keys) {
-      encode_token<N>(k[row], out.D, out.k_codes + row * out.D, out.scales + 2 * (out.P + row));
-    } else {
-      const int token = row - keys;
-      encode_token<N>(v[token], out.D, out.v_codes + token * out.D, out.scales + 2 * token);
-    }
+  const int parts = out.D / N, lanes = lanes_of_token(parts);
+  if (out.stats) {
+    constexpr int kHalf = N > 1 ? N / 2 : 1;  // channels: a page of 64 tokens then has work for all threads
+    const int halves = out.D / kHalf;
+    for (int i = threadIdx.x; i < out.P / out.L * halves; i += kPageThreads)
+      encode_group<kHalf, kKnown>(k, out, i / halves, i % halves * kHalf);
   }
+  const auto encode_tokens = [&](const PageRows<T>& rows, uint8_t* codes, float* scales) {
+    for (int first = 0; first < out.P; first += kPageThreads / lanes) {
+      const int row = first + threadIdx.x / lanes;
+      const bool there = row < out.P;
+      encode_token<N>(there, there ? rows[row] : nullptr, out.D, lanes, codes + row * out.D, scales + 2 * row);
+    }
+  };
+  if (out.v_codes) encode_tokens(v, out.v_codes, out.scales);
+  if (out.k_codes && !out.stats) encode_tokens(k, out.k_codes, out.scales + 2 * out.P);
   if (out.moments) {
     const int size = out.moments_group;
     for (int i = threadIdx.x; i < out.P / size * parts; i += kPageThreads) {
@@ -201,8 +208,9 @@ __device__ void seal_page(const PageRows<T>& k, const PageRows<T>& v, const Page
 
 // A thread walks the L tokens of one group for N of its channels, so that neighbouring threads read neighbouring bytes of
 // a token. threadIdx.x counts the D/N parts of a row, and threadIdx.y the groups of a block.
+// Moments hold more rows at a time.
 template <typename T, int N, bool kMoments>
-__global__ void __launch_bounds__(256, 4) page_stats_kernel(const __grid_constant__ PageStatsArgs a) {
+__global__ void __launch_bounds__(256, (kMoments ? 2 : 4)) page_stats_kernel(const __grid_constant__ PageStatsArgs a) {
   const uint32_t row = blockIdx.x * blockDim.y + threadIdx.y, groups = static_cast<uint32_t>(a.P) / static_cast<uint32_t>(a.L);
   if (row >= a.pages * groups) return;
   const T* const k = static_cast<const T*>(a.k.data) + row / groups * a.k.stride0;
@@ -252,7 +260,7 @@ __global__ void __launch_bounds__(kPageThreads, 4) dequantize_kernel(const __gri
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const float min = static_cast<float>(low.value[j]), max = static_cast<float>(high.value[j]);
-        k.value[j] = static_cast<T>(dequantize(k_codes.value[j], min, quant_step(min, max), max));
+        k.value[j] = static_cast<T>(dequantize(k_codes.value[j], min, step_of<T>(min, max), max));
       }
     } else {
       const float step = scales[2 * (P + row)], min = scales[2 * (P + row) + 1];
@@ -328,16 +336,22 @@ __global__ void __launch_bounds__(kPageThreads, 4) append_kernel(const __grid_co
   }
 }
 
-// Without a residual buffer: each new token into its page. A thread takes N channels of a key or of a value, or, where they
-// become codes, all of them, whose grid they share.
+// Threads that share a key, or a value, that goes into its page at once.
+template <int N>
+__host__ __device__ inline int threads_a_row(const PagedKV& kv) {
+  const int parts = static_cast<int>(kv.D) / N;
+  return kv.kv_dtype == Dtype::u8 ? lanes_of_token(parts) : parts;
+}
+
+// Without a residual buffer: each new token into its page, N channels of a key or of a value a thread at a time.
 template <typename T, int N>
 __global__ void __launch_bounds__(kPageThreads, 4) write_rows_kernel(const __grid_constant__ AppendArgs a) {
   const PagedKV& kv = a.kv;
   const bool codes = kv.kv_dtype == Dtype::u8;
-  const int P = static_cast<int>(kv.P), D = static_cast<int>(kv.D), h = blockIdx.y, parts = codes ? 1 : D / N;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kPageThreads + threadIdx.x;
-  const int64_t token = i / (2 * parts);
-  if (token >= a.cu_seqlens_k[kv.B]) return;
+  const int P = static_cast<int>(kv.P), D = static_cast<int>(kv.D), h = blockIdx.y, threads = threads_a_row<N>(kv);
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kPageThreads + threadIdx.x, tokens = a.cu_seqlens_k[kv.B];
+  if (tokens == 0) return;
+  const int64_t token = min(i / (2 * threads), tokens - 1);
   int b = 0;  // the last sequence whose tokens begin at or before this one
   for (int end = static_cast<int>(kv.B); b + 1 < end;) {
     const int middle = (b + end) / 2;
@@ -346,17 +360,17 @@ __global__ void __launch_bounds__(kPageThreads, 4) write_rows_kernel(const __gri
   }
   const int t = a.context_lens[b] + static_cast<int>(token - a.cu_seqlens_k[b]), row = t % P;
   const int64_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + t / P];
-  if (slot < 0) return;  // past already for a streaming head
-  const int part = static_cast<int>(i - token * 2 * parts), d = part % parts * N;
-  const bool is_key = part < parts;
+  // Not past already for a streaming head, and not beyond the last token.
+  const bool there = slot >= 0 && i < tokens * 2 * threads, is_key = i / threads % 2 == 0;
   const View& x = is_key ? a.k : a.v;
   const T* const from = static_cast<const T*>(x.data) + token * x.stride0 + h * x.stride1;
   const int64_t to = slot * (is_key ? kv.k_stride : kv.v_stride) + row * D;
   void* const pool = is_key ? kv.k_pool : kv.v_pool;
   if (codes) {
     float* const scales = kv.scales + slot * kv.scales_stride + 2 * (is_key ? P + row : row);
-    encode_token<N>(from, D, static_cast<uint8_t*>(pool) + to, scales);
-  } else {
+    encode_token<N>(there, from, D, threads, static_cast<uint8_t*>(pool) + to, scales);
+  } else if (there) {
+    const int d = static_cast<int>(i % threads) * N;
     store_vector(static_cast<T*>(pool) + to + d, load_vector<T, N>(from + d));
   }
 }

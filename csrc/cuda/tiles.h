@@ -16,6 +16,14 @@ void with_head_dim(int64_t D, Body body) {
   return body(std::integral_constant<int, 256>{});
 }
 
+// Calls body with the channels that a thread moves at a time: 16 bytes of T where every row starts at a multiple of 16
+// bytes (and then those of codes at a multiple of as many), else one.
+template <typename T, typename Body>
+void with_vectors(bool aligned, Body body) {
+  if (aligned) return body(std::integral_constant<int, 16 / sizeof(T)>{});
+  return body(std::integral_constant<int, 1>{});
+}
+
 // Whether every row starts at a multiple of 16 bytes, as cp.async wants it.
 inline bool rows_aligned(const void* data, int64_t size, std::initializer_list<int64_t> strides) {
   bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
