@@ -48,7 +48,7 @@ SHAPES = {"llama3-8b": (32, 8, 128), "llama2-7b": (32, 32, 128), "mha": (32, 32,
 P, L = 64, 16  # tokens a page, and a group of statistics
 SINK, LOCAL = 2, 4  # pages
 BUDGET = 4096  # tokens that a head reads when it follows a list of pages, or half of a shorter context
-CHUNK = 256  # new tokens of a chunk over a cache
+CHUNK, DRAFTS = 256, 8  # new tokens of a chunk, or of drafts, over a cache
 TAIL = 64  # last queries of a prompt whose attention mass is taken
 LARGEST = {"cpu": 4 * 2**30, "cuda": 24 * 2**30}  # bytes of keys and values; what has more is skipped
 QUICK = {"shapes": ["llama3-8b"], "tokens": [2048], "prompt": 512, "dtypes": ["bfloat16"], "cold": 128, "limit": 1.0}
@@ -140,7 +140,13 @@ class Layer:
 
 
 CASES: dict[str, Callable[[Layer], Work]] = {}
-READS_POOLS = ("append_kv", "decode", "attention_mass", "prefill chunk")  # run with every kind of pools, the rest once
+READS_POOLS = (
+    "append_kv",
+    "decode",
+    "attention_mass",
+    "prefill chunk",
+    "prefill drafts",
+)  # run with every kind of pools, the rest once
 
 
 def case(*variants: str) -> Callable[[Callable[..., Work]], Callable[..., Work]]:
@@ -352,12 +358,12 @@ def attention_mass(layer: Layer, variant: str) -> Work:
     return Work(call, reads, 4 * layer.B * layer.H * layer.n, 2 * layer.n * q.numel())
 
 
-@case("dense", "half", "streaming", "chunk")
+@case("dense", "half", "streaming", "chunk", "drafts")
 def prefill(layer: Layer, variant: str) -> Work:
-    """A prompt without a cache (causal; or sink and local only, in half of the heads or all), or a chunk over one."""
+    """A prompt without a cache (causal; or sink and local only, in half of the heads or all), or tokens over one."""
     kv, lengths, held, n, peers = None, None, 0, layer.prompt, dict[str, Call]()
-    if variant == "chunk":
-        kv, lengths, held, n = layer.kv(), layer.lengths, layer.n, CHUNK
+    if variant in ("chunk", "drafts"):
+        kv, lengths, held, n = layer.kv(), layer.lengths, layer.n, CHUNK if variant == "chunk" else DRAFTS
     q, k, v, cu = layer.packed(n)
     streaming = {"half": layer.H // 2, "streaming": layer.H}.get(variant, 0)
     windows = torch.tensor([LOCAL] * streaming + [DENSE] * (layer.H - streaming))
@@ -368,6 +374,9 @@ def prefill(layer: Layer, variant: str) -> Work:
         qs, ks, vs = (x.unflatten(0, (layer.B, n)).transpose(1, 2) for x in (q, k, v))
         name = "SDPA causal" if variant == "dense" else "SDPA causal, all heads dense"
         peers[name] = lambda: sdpa(qs, ks, vs, is_causal=True, enable_gqa=True)
+    if variant == "drafts":
+        qs = q.unflatten(0, (layer.B, n)).transpose(1, 2)
+        peers["SDPA over the cache alone"] = lambda: sdpa(qs, layer.k, layer.v, enable_gqa=True)
     if variant == "dense":
         peers |= installed_peers(layer, qs, ks, vs, causal=True)
     return Work(

@@ -33,7 +33,7 @@ from pathlib import Path
 # leaves two blocks, or one of 256 threads, to which all 255 belong.
 RULES: list[tuple[str, int, list[str]]] = [
     (r"^decode_kernel<\w+, (64|128), (plain|int8_per_group),", 168, ["HMMA", "LDSM", "LDGSTS.128"]),
-    (r"^(decode|prefill)_kernel<", 255, ["HMMA", "LDSM", "LDGSTS.128"]),
+    (r"^(decode|prefill|split_prefill)_kernel<", 255, ["HMMA", "LDSM", "LDGSTS.128"]),
     (r"^sm90::prefill_kernel", 255, ["HGMMA", "LDGSTS.128"]),
     (r"^general_(decode|prefill|mass)_kernel", 128, []),
     (r"^mass_kernel", 80, ["HMMA", "LDSM"]),

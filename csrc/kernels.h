@@ -196,6 +196,7 @@ struct PrefillArgs {
   int64_t list_rows;  // R
   void* out;          // out [Nq, Hq, D]
   float* lse;         // out [Nq, Hq]
+  float* workspace;   // CUDA: partial results, see prefill_workspace; else null
   int64_t Nq, Nk, G;
   float scale;
 };
@@ -249,7 +250,8 @@ void attention_mass(const MassArgs&, void* stream);
 void prefill(const PrefillArgs&, void* stream);
 void merge_states(const MergeArgs&, void* stream);
 
-int64_t decode_workspace(const DecodeArgs&);  // floats that DecodeArgs::workspace must hold
+int64_t decode_workspace(const DecodeArgs&);    // floats that DecodeArgs::workspace must hold
+int64_t prefill_workspace(const PrefillArgs&);  // the same; 0: it may be null
 }  // namespace cuda
 
 }  // namespace lserve

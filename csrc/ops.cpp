@@ -493,6 +493,13 @@ std::tuple<Tensor, Tensor> prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqle
   args.Nk = k.size(0);
   args.G = G;
   args.scale = static_cast<float>(scale);
+#ifdef LSERVE_CUDA
+  std::optional<Tensor> workspace;
+  if (const int64_t floats = q.is_cuda() ? cuda::prefill_workspace(args) : 0; floats > 0) {
+    workspace = torch::stable::new_empty(q, {floats}, ScalarType::Float);
+    args.workspace = out_floats(*workspace);
+  }
+#endif
   launch(q, args, LSERVE_KERNELS(prefill));
   return {out, lse};
 }

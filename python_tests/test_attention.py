@@ -445,6 +445,79 @@ def test_prefill_with_lists_after_a_cache(shape: Shape, device: str) -> None:
     assert_attention(ops.prefill(q, *args), reference.prefill, q, *args)
 
 
+# More tokens than a block of threads takes alone, where few queries follow; heads that fill a tile with few of them.
+LONG = [
+    Shape(64, 16, 16, 4, BF16, "int8"),
+    Shape(128, 64, 16, 8, BF16, "auto"),
+    Shape(96, 16, None, 16, F16, "auto"),
+    Shape(80, 12, 4, 3, F16, "int8"),
+    Shape(256, 16, None, 1, BF16, "int8"),
+    Shape(64, 16, None, 17, BF16, "auto"),
+]
+
+
+def few_after(
+    shape: Shape, lengths: list[int], queries: list[int], device: str, columns: int | None = None
+) -> tuple[Tensor, ...]:
+    """q, k, v, bounds, mask, cache and lengths: a dense head, a streaming one and one with lists."""
+    case = build(shape, lengths, device=device, columns=columns)
+    q, cu = ragged(shape, queries, 3 * shape.group, device, seed=10)
+    k, _ = ragged(shape, queries, 3, device, seed=20)
+    v, _ = ragged(shape, queries, 3, device, seed=40)
+    by_page = page_lists([n + m for n, m in zip(lengths, queries, strict=True)], shape.page_size, 3, 2, device)
+    rows, last = range(max(queries) // shape.page_size + 2), by_page.shape[2] - 1
+    lists = [by_page[b, :, [min(n // shape.page_size + r, last) for r in rows]] for b, n in enumerate(lengths)]
+    return q, k, v, cu, cu, Mask(case.windows(DENSE, WINDOW, 0), torch.stack(lists), sink=SINK), case.kv, case.lengths
+
+
+@pytest.mark.parametrize("shape", LONG, ids=str)
+@pytest.mark.parametrize("queries", [[5, 1, 16], [3, 40, 17]], ids=str)
+def test_prefill_of_few_queries_after_a_long_cache(shape: Shape, queries: list[int], device: str) -> None:
+    """Turns of a chat, and drafts that are verified: also beside prompts."""
+    q, *args = few_after(shape, [1300, 511, 3], queries, device)
+    assert_attention(ops.prefill(q, *args), reference.prefill, q, *args)
+
+
+@pytest.mark.parametrize("shape", LONG, ids=str)
+def test_few_queries_alone(shape: Shape, device: str) -> None:
+    """Neither other sequences nor wider tables change a bit."""
+    lengths, queries = [1300, 90, 700], [5, 60, 16]
+    q, k, v, cu, _, mask, kv, held = few_after(shape, lengths, queries, device)
+    out, lse = ops.prefill(q, k, v, cu, cu, mask, kv, held)
+    for b in (0, 2):
+        rows, bounds = slice(int(cu[b]), int(cu[b + 1])), ints([0, queries[b]], device)
+        own = kv._replace(sealed=kv.sealed[b : b + 1])
+        for name in ("block_table", "slot_table"):
+            table = getattr(kv, name)[b : b + 1]
+            own = own._replace(**{name: torch.cat([table, torch.full_like(table, -1)], -1)})
+        for name in ("residual_k", "residual_v"):
+            own = own._replace(**{name: getattr(kv, name)[b : b + 1]})
+        assert mask.lists is not None
+        alone = mask._replace(lists=mask.lists[b : b + 1])
+        one = ops.prefill(q[rows], k[rows], v[rows], bounds, bounds, alone, own, held[b : b + 1])
+        assert same_bits(one[0], out[rows]) and same_bits(one[1], lse[rows])
+
+
+def test_few_queries_after_more_tokens_than_splits(device: str) -> None:
+    """Splits become longer where there would be too many."""
+    shape = Shape(16, 64, None, 2, BF16, "auto")
+    case = build(shape, [17_000], heads=1, device=device)
+    q, cu = ragged(shape, [6], 2, device, seed=10)
+    k, _ = ragged(shape, [6], 1, device, seed=20)
+    args = (k, -k, cu, cu, Mask(case.windows(DENSE)), case.kv, case.lengths)
+    assert_attention(ops.prefill(q, *args), reference.prefill, q, *args)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_later_draft_changes_no_earlier_one(value: float, device: str) -> None:
+    shape = LONG[0]
+    q, k, v, *args = few_after(shape, [1300], [9], device)
+    want, _ = ops.prefill(q, k, v, *args)
+    k[6, 0], v[6, 1, 3:9] = value, value
+    got, _ = ops.prefill(q, k, v, *args)
+    assert same_bits(got[:6], want[:6]) and not torch.isfinite(got[6]).all()
+
+
 @pytest.mark.parametrize("chunk", [1, 16, 37])
 def test_chunks_of_a_prompt_attend_what_the_prompt_attends(chunk: int, device: str) -> None:
     shape = Shape(64, 16, 8, 2, F32, "auto")

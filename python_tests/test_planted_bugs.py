@@ -20,6 +20,7 @@ SMALL = "python_tests/test_small.py"
 WANTED = "python_tests/test_pages.py -k wanted"
 RESOLVE = "python_tests/test_pages.py -k resolve_pages"
 WITHOUT = "python_tests/test_pages.py -k append_without"
+DRAFTS = "python_tests/test_attention.py -k few"
 NUMBERS = "python_tests/test_pages.py -k any_number"
 MOMENTS = "python_tests/test_pages.py -k page_moments"
 
@@ -115,7 +116,7 @@ BUGS = [
     ),
     Bug(
         "the last split is not joined",
-        "decode",
+        "merge",
         "for (int i = 0; i < splits; ++i) total",
         "for (int i = 0; i < splits - 1; ++i) total",
         "python_tests/test_attention.py -k over_many_chunks",
@@ -133,7 +134,7 @@ BUGS = [
         "      __syncthreads();\n      attend({k, v}",
         "      attend({k, v}",
     ),
-    Bug("a row too many", "prefill", "if (own >= tile.count) continue;", "if (own > tile.count) continue;"),
+    Bug("a row too many", "prefill", "if (own >= end) continue;", "if (own > end) continue;"),
     Bug("logits before they are there", "sm90/prefill", "wait_wgmma<first.value ? 0 : 1>();", "wait_wgmma<1>();"),
     Bug("a tile before it has come", "sm90/prefill", "cp_async_wait<1>();", "cp_async_wait<2>();"),
     Bug(
@@ -145,7 +146,7 @@ BUGS = [
         "kD, kStages, kStages - 1,",
         "kD, kStages, kStages - 3,",
     ),
-    Bug("tables while they are filled", "sm90/prefill", "        sync_threads(2, kWarpgroup);\n", ""),
+    Bug("tables while they are filled", "sm90/prefill", "        sync_threads(kProducers, kWarpgroup);\n", ""),
     Bug(
         "a tile unpacked over one in use",
         "sm90/prefill",
@@ -185,6 +186,21 @@ BUGS = [
     ),
     Bug("moments by slot", "pages", "block * a.moments_stride", "slot * a.moments_stride"),
     Bug("a value's grid for a key", "pages", "2 * (is_key ? P + row : row)", "2 * (is_key ? row : P + row)", WITHOUT),
+    Bug("another head's row", "split_prefill", "row % tile.heads * a.q.stride1", "0", DRAFTS),
+    Bug("a page's end is passed", "split_prefill", "origin + span), start", "origin + 2 * span), start", DRAFTS),
+    Bug("a query's place taken for a row", "prefill", "position + row / heads", "position + row", DRAFTS),
+    Bug(
+        "a split that nobody counts", "split_prefill", "(tokens.count + size - 1) / size", "tokens.count / size", DRAFTS
+    ),
+    Bug("few queries that go twice", "prefill", "if (is_split(a, queries)) return", "if (false) return", DRAFTS),
+    Bug("splits of another sequence's row", "split_prefill", "results_row + row / tile.heads", "results_row", DRAFTS),
+    Bug(
+        "codes before the split",
+        "prefill",
+        "tables, sequence, tokens, first, boundary",
+        "tables, sequence, tokens, 0, boundary",
+        DRAFTS,
+    ),
     Bug("a row of a page that is past", "pages", "there = slot >= 0 && i <", "there = i <", WITHOUT),
     Bug("lanes that share no bounds", "pages", "distance = lanes / 2;", "distance = lanes / 4;"),
     Bug("a quotient that is not corrected", "convert", "i < 2; ++i) quotient", "i < 0; ++i) quotient", NUMBERS),
@@ -216,8 +232,8 @@ BUGS = [
     Bug(
         "bins are read while they are counted",
         "select",
-        "    count_bins(c, cut, shift, own);\n    __syncthreads();",
-        "    count_bins(c, cut, shift, own);",
+        "    count_bins(c, cut, shift, bins);\n    __syncthreads();",
+        "    count_bins(c, cut, shift, bins);",
     ),
     Bug(
         "the sign of q is lost",

@@ -4,6 +4,7 @@
 #pragma once
 #include "cuda/general.cuh"
 #include "cuda/launch.h"
+#include "cuda/merge.cuh"
 #include "cuda/softmax.cuh"
 #include "cuda/warp_pipeline.cuh"
 
@@ -17,18 +18,10 @@ constexpr int kMaxSplits = 64;
 // statistics or on one of their own.
 enum class Storage { plain, int8_per_group, int8_per_token };
 
-// Results of every query head over every split.
-struct Partials {
-  float* out;  // [B, Hq, splits, D]
-  float* lse;  // [B, Hq, splits]
-  int splits;  // at most, by the tables' width
-};
-
-// Tokens of a split: chunks of kChunkTokens, as many as leave no more than kMaxSplits.
+// Tokens of a split: chunks of kChunkTokens, in whole units.
 __host__ __device__ inline int split_tokens(const Mask& mask, int tokens) {
   const int unit = static_cast<int>(mask.unit), size = static_cast<int>(kChunkTokens);
-  const int chunk = (unit < size ? size / unit : 1) * unit, chunks = (tokens + chunk - 1) / chunk;
-  return (chunks + kMaxSplits - 1) / kMaxSplits * chunk;
+  return split_tokens(tokens, (unit < size ? size / unit : 1) * unit, kMaxSplits);
 }
 
 // What the query of (b, h) attends. All lanes of a warp ask together.
@@ -37,6 +30,26 @@ __device__ __forceinline__ Tokens decode_tokens(const DecodeArgs& a, int b, int 
   AttendedUnits e;
   if (t >= 0) e = attended(a.mask, b, h, t, a.kv.P, sealed, WarpSearch{});
   return Tokens(e, a.mask, a.kv.P, sealed, t, WarpSearch{});
+}
+
+// Whether the query of (b, h) has tokens in this split, as far as can be told without its list: if not, there is nothing to
+// look up.
+__device__ __forceinline__ bool may_have(const DecodeArgs& a, int b, int h, int split) {
+  const int64_t t = a.seq_lens[b] - 1;
+  if (t < 0) return false;
+  const AttendedUnits most = attended(a.mask, b, h, t, a.kv.P, a.kv.sealed[b], [](int64_t entries, auto) { return entries; });
+  const int tokens = most.count() * static_cast<int>(a.mask.unit), size = split_tokens(a.mask, tokens);
+  return size > split_tokens(a.mask, 1) || split * size < tokens;  // longer splits may prove to be shorter ones
+}
+
+// Asks for what is read one after the other: the list, and then the tables.
+__device__ __forceinline__ void prefetch_tables(const DecodeArgs& a, int b, int h) {
+  constexpr int kIds = 32;  // of a line
+  const int warp = threadIdx.x / 32, first = threadIdx.x % 32 * kIds;
+  const int32_t* const list = list_of(a.mask, b, h);
+  if (warp == 0 && list && first < a.mask.K) prefetch(list + first);
+  if (warp == 1 && first < a.kv.M) prefetch(a.kv.block_table + b * a.kv.block_stride0 + h * a.kv.block_stride1 + first);
+  if (warp == 2 && first < a.kv.M) prefetch(a.kv.slot_table + b * a.kv.slot_stride0 + h * a.kv.slot_stride1 + first);
 }
 
 // ---- operands of a warp's tile: keys [16, 16 channels] for S^T = K Q^T, and values [16 channels, 16] for O^T = V^T P^T
@@ -399,6 +412,8 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<kD, kStorage>))
   const int head = static_cast<int>(h * a.G) + blockIdx.y % parts * kGroup;  // of the first query
   const int heads = min(kGroup, static_cast<int>((h + 1) * a.G) - head), D = static_cast<int>(a.kv.D);
 
+  prefetch_tables(a, b, h);
+  if (!may_have(a, b, h, blockIdx.x)) return;
   const DecodeMemory<T, kD, kStorage, kScattered> memory{SharedMemory()};
   const T* const queries = static_cast<const T*>(a.q.data) + b * a.q.stride0 + head * a.q.stride1;
   const auto query = [&](int row) { return row < heads ? queries + row * a.q.stride1 : nullptr; };
@@ -441,56 +456,15 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// Joins a query head's splits, in order. One block of threads for each row of [B, Hq].
+// Joins a query head's splits. One block of threads for each row of [B, Hq].
 template <typename T>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ DecodeArgs a, const Partials partials) {
   const int heads = static_cast<int>(a.kv.H * a.G), b = blockIdx.x / heads, h = blockIdx.x % heads / static_cast<int>(a.G);
   const int64_t D = a.kv.D, row = blockIdx.x;
   const int tokens = decode_tokens(a, b, h).count, size = split_tokens(a.mask, tokens);
-  const int splits = tokens == 0 ? 0 : (tokens + size - 1) / size;  // kMaxSplits at most
-  const float *outs = partials.out + row * partials.splits * D, *lses = partials.lse + row * partials.splits;
-  SharedMemory shared;
-  float* const weights = shared.take<float>(kMaxSplits);
-
+  const int splits = tokens == 0 ? 0 : (tokens + size - 1) / size;
   wait_for_last_kernel();
-  float largest = -INFINITY;
-  for (int i = threadIdx.x % 32; i < splits; i += 32) largest = fmaxf(largest, lses[i]);
-  largest = over_warp(largest, [](float a, float b) { return fmaxf(a, b); });
-  if (largest == -INFINITY) largest = 0;
-  for (int i = threadIdx.x; i < splits; i += kThreads) weights[i] = exp2_approx((lses[i] - largest) * kLog2e);
-  __syncthreads();
-  float total = 0;
-  for (int64_t d = threadIdx.x; d < D; d += kThreads) {
-    float x = 0;
-    total = 0;
-#pragma unroll 16  // loads that do not wait for each other
-    for (int i = 0; i < splits; ++i) total += weights[i], x += weights[i] * outs[i * D + d];
-    static_cast<T*>(a.out)[row * D + d] = static_cast<T>(total == 0 ? 0.0f : x / total);
-  }
-  if (threadIdx.x == 0) a.lse[row] = total == 0 ? -INFINITY : largest + logf(total);
-}
-
-// Attention over two disjoint sets of keys from that over each, N channels a thread.
-template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__ MergeArgs a) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, parts = a.D / N, row = i / parts;
-  if (row >= a.rows) return;
-  const float lse_a = a.lse_a[row], lse_b = a.lse_b[row], largest = fmaxf(lse_a, lse_b);
-  const float shift = largest == -INFINITY ? 0.0f : largest;  // (-inf) - (-inf) is no number
-  const float w_a = expf(lse_a - shift), w_b = expf(lse_b - shift), total = w_a + w_b;
-  const float share_a = w_a / total, share_b = w_b / total;
-  const auto x = load_vector<T, N>(static_cast<const T*>(a.out_a) + i * N);
-  const auto y = load_vector<T, N>(static_cast<const T*>(a.out_b) + i * N);
-  Vector<T, N> out;
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    // What has no weight is not read into the sum: it may be anything.
-    const float from_a = w_a == 0 ? 0.0f : share_a * static_cast<float>(x.value[j]);
-    const float from_b = w_b == 0 ? 0.0f : share_b * static_cast<float>(y.value[j]);
-    out.value[j] = static_cast<T>(from_a + from_b);
-  }
-  store_vector(static_cast<T*>(a.out) + i * N, out);
-  if (i % parts == 0) a.lse[row] = total == 0 ? -INFINITY : shift + logf(total);
+  join_splits<kMaxSplits>(partials, row, splits, D, static_cast<T*>(a.out) + row * D, a.lse + row);
 }
 
 }  // namespace lserve::cuda

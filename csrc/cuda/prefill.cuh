@@ -1,5 +1,5 @@
 // prefill: many queries a sequence. A block of threads takes 64 neighbouring queries of one query head over tiles of the
-// keys that they attend: those of the cache, then the new ones.
+// keys that they attend: those of the cache, then the new ones. Sequences of few queries go by split_prefill.cuh.
 #pragma once
 #include "cuda/general.cuh"
 #include "cuda/launch.h"
@@ -8,13 +8,17 @@
 
 namespace lserve::cuda {
 
-constexpr int kQueries = 64;  // of a tile: four warps of 16
+constexpr int kQueries = 64;       // of a tile: four warps of 16
+constexpr int kSplitQueries = 16;  // of a sequence that goes by split_prefill.cuh, at most
 
 // Neighbouring queries of one sequence that attend the same entries.
 struct QueryTile {
   int b, first, count;  // first: within the sequence's queries; count 0: there is no such tile
   int position;         // of the first query
   int start;            // position of the sequence's first query
+  int heads = 1;        // rows that a query has in the tile
+
+  __device__ __forceinline__ int position_of(int row) const { return position + row / heads; }
 };
 
 // Queries of a head with a window or a list share a tile only within one page; those of a dense head, anywhere.
@@ -36,6 +40,12 @@ inline int64_t query_tiles(const PrefillArgs& a) {
 }
 
 __device__ __forceinline__ int held_tokens(const PrefillArgs& a, int b) { return a.context_lens ? a.context_lens[b] : 0; }
+__device__ __forceinline__ int queries_of(const PrefillArgs& a, int b) { return a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b]; }
+// The position of a sequence's first query.
+__device__ __forceinline__ int first_position(const PrefillArgs& a, int b) {
+  return held_tokens(a, b) + (a.cu_seqlens_k[b + 1] - a.cu_seqlens_k[b]) - queries_of(a, b);
+}
+__device__ __forceinline__ bool is_split(const PrefillArgs& a, int queries) { return a.workspace && queries <= kSplitQueries; }
 
 __device__ __forceinline__ QueryTile query_tile(const PrefillArgs& a, int index, int32_t window) {
   const int span = tile_span(window, a.kv.P), per_span = tiles_of_span(span);
@@ -45,9 +55,9 @@ __device__ __forceinline__ QueryTile query_tile(const PrefillArgs& a, int index,
     if (tiles_before(middle, a.cu_seqlens_q[middle], span) <= index) b = middle;
     else end = middle;
   }
-  const int own = index - static_cast<int>(tiles_before(b, a.cu_seqlens_q[b], span)),
-            queries = a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b];
-  const int start = held_tokens(a, b) + (a.cu_seqlens_k[b + 1] - a.cu_seqlens_k[b]) - queries;
+  const int own = index - static_cast<int>(tiles_before(b, a.cu_seqlens_q[b], span)), queries = queries_of(a, b);
+  if (is_split(a, queries)) return {b, 0, 0, 0, 0};
+  const int start = first_position(a, b);
   const int origin = window == kDense ? start : start / span * span;  // spans are counted from here
   const int begin = origin + own / per_span * span, offset = own % per_span * kQueries;
   const int first = max(begin + offset, start);
@@ -152,7 +162,7 @@ __device__ __forceinline__ void take_infinite_values(Tile v, const KeyTable& tab
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const T value = *v.at(key, n * 8 + lane % 4 * 2 + e % 2);
-        const int query = tile.position + warp * 16 + lane / 4 + e / 2 * 8;
+        const int query = tile.position_of(warp * 16 + lane / 4 + e / 2 * 8);
         if (table.position[key] <= query && !is_finite(value)) softmax.out[n][e] += static_cast<float>(value);
       }
   }
@@ -163,26 +173,37 @@ __device__ __forceinline__ void take_infinite_values(Tile v, const KeyTable& tab
   Crew::sync();
 }
 
-// The results of a warp's 16 queries, the tile's from `query` on.
-template <typename T, int kD>
-__device__ __forceinline__ void store_rows(const PrefillArgs& a, const QueryTile& tile, int head, int query,
-                                           const OnlineSoftmax<T, kD>& softmax) {
-  const int lane = threadIdx.x % 32, D = static_cast<int>(a.kv.D);
+// The results of a warp's 16 rows, of which the first is `row` of its tile: out(row, d, value, next value) and
+// lse(row, value), for rows before `end`.
+template <typename T, int kD, typename Out, typename Lse>
+__device__ __forceinline__ void take_results(const OnlineSoftmax<T, kD>& softmax, int row, int end, int D, Out out, Lse lse) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = over_quad(softmax.sum[r], [](float a, float b) { return a + b; }), share = sum == 0 ? 0.0f : 1 / sum;
-    const int own = query + lane / 4 + 8 * r;
-    if (own >= tile.count) continue;
-    const int64_t row = (a.cu_seqlens_q[tile.b] + tile.first + own) * (a.kv.H * a.G) + head;
-    T* const out = static_cast<T*>(a.out) + row * D;
+    const int own = row + lane / 4 + 8 * r;
+    if (own >= end) continue;
 #pragma unroll
     for (int n = 0; n < kD / 8; ++n) {
       const int d = n * 8 + lane % 4 * 2;
-      if (d < D)
-        *reinterpret_cast<uint32_t*>(out + d) = pack<T>(softmax.out[n][2 * r] * share, softmax.out[n][2 * r + 1] * share);
+      if (d < D) out(own, d, softmax.out[n][2 * r] * share, softmax.out[n][2 * r + 1] * share);
     }
-    if (lane % 4 == 0) a.lse[row] = sum == 0 ? -INFINITY : (softmax.max[r] + kHeadroom<T> + log2f(sum)) * kLn2;
+    if (lane % 4 == 0) lse(own, sum == 0 ? -INFINITY : (softmax.max[r] + kHeadroom<T> + log2f(sum)) * kLn2);
   }
+}
+
+// A warp's 16 queries, the tile's from `query` on.
+template <typename T, int kD>
+__device__ __forceinline__ void store_rows(const PrefillArgs& a, const QueryTile& tile, int head, int query,
+                                           const OnlineSoftmax<T, kD>& softmax) {
+  const int D = static_cast<int>(a.kv.D);
+  const auto at = [&](int own) { return (a.cu_seqlens_q[tile.b] + tile.first + own) * (a.kv.H * a.G) + head; };
+  take_results(
+      softmax, query, tile.count, D,
+      [&](int own, int d, float x, float y) {
+        *reinterpret_cast<uint32_t*>(static_cast<T*>(a.out) + at(own) * D + d) = pack<T>(x, y);
+      },
+      [&](int own, float x) { a.lse[at(own)] = x; });
 }
 
 // What the threads of a block share.
@@ -203,37 +224,23 @@ struct PrefillMemory {
       : q{shared.take<T>(kQueryElements)}, tables(shared.take<KeyTable>(Values::kTables)), data(shared.take<char>(kData)) {}
 };
 
+// Attention of a tile of queries, which lie in shared memory, over its tokens [first, last).
 template <typename T, int kD, bool kInt8>
-__global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_constant__ PrefillArgs a) {
+__device__ __forceinline__ OnlineSoftmax<T, kD> attend_tile(const PrefillMemory<T, kD, kInt8>& memory,
+                                                            const Sequence<T>& sequence, const QueryTile& tile,
+                                                            const Tokens& tokens, int first, int last, int D, float scale) {
   using Memory = PrefillMemory<T, kD, kInt8>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y;
-  const int h = head / static_cast<int>(a.G), D = static_cast<int>(a.kv.D);
-  const int32_t window = a.mask.windows[h];
-  const QueryTile tile = query_tile(a, gridDim.x - 1 - blockIdx.x, window);  // the last tiles have most to do
-  if (tile.count == 0) return;
-
-  const Memory memory{SharedMemory()};
-  const auto& q = memory.q;
-  char* const data = memory.data;
-
-  const int64_t first_row = a.cu_seqlens_q[tile.b] + tile.first;
-  const T* const queries = static_cast<const T*>(a.q.data) + first_row * a.q.stride0 + head * a.q.stride1;
-  load_queries<kQueries>(q, D, [&](int row) { return row < tile.count ? queries + row * a.q.stride0 : nullptr; });
-
-  const Tokens tokens = prefill_tokens(a, tile, h, window);
-  const Sequence<T> sequence = prefill_sequence<T>(a, tile.b, h);
-  const float scale = a.scale * kLog2e;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   OnlineSoftmax<T, kD> softmax;
-
   const auto attend = [&](const KvOperand<T, kD>& source, const KeyTable& table, auto newest) {
     float s[kKeys / 8][4] = {};
-    gemm_qk<kKeys>(s, q, warp * 16, source, 0);
+    gemm_qk<kKeys>(s, memory.q, warp * 16, source, 0);
     const bool masked = max(table.newest[0], table.newest[1]) > tile.position;
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int query = tile.position + warp * 16 + lane / 4 + e / 2 * 8;
+        const int query = tile.position_of(warp * 16 + lane / 4 + e / 2 * 8);
         s[n][e] *= scale;
         if (masked && table.position[n * 8 + lane % 4 * 2 + e % 2] > query) s[n][e] = -INFINITY;
       }
@@ -245,11 +252,12 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
     gemm_pv<kKeys>(softmax.out, s, source, 0);
   };
 
-  const int boundary = kInt8 ? tokens.sealed : 0;
+  const int boundary = kInt8 ? max(first, min(last, tokens.sealed)) : first;
   if constexpr (kInt8) {
-    const typename Memory::Codes pipeline{reinterpret_cast<uint8_t*>(data), memory.tables, sequence, tokens, 0, boundary, D};
-    const SmemTile<T, kD> k{reinterpret_cast<T*>(data + Memory::Codes::kBytes)};
-    const SmemTile<T, kD> v{reinterpret_cast<T*>(data + Memory::Codes::kBytes + Memory::kTile)};
+    const typename Memory::Codes pipeline{
+        reinterpret_cast<uint8_t*>(memory.data), memory.tables, sequence, tokens, first, boundary, D};
+    const SmemTile<T, kD> k{reinterpret_cast<T*>(memory.data + Memory::Codes::kBytes)};
+    const SmemTile<T, kD> v{reinterpret_cast<T*>(memory.data + Memory::Codes::kBytes + Memory::kTile)};
     pipeline.start();
     for (int i = 0; i < pipeline.tiles(); ++i) {
       pipeline.wait();
@@ -260,8 +268,7 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
     }
     pipeline.finish();
   }
-  const typename Memory::Values pipeline{
-      reinterpret_cast<T*>(data), memory.tables, sequence, tokens, boundary, tokens.count, D};
+  const typename Memory::Values pipeline{reinterpret_cast<T*>(memory.data), memory.tables, sequence, tokens, boundary, last, D};
   pipeline.start();
   for (int i = 0; i < pipeline.tiles(); ++i) {
     pipeline.wait();
@@ -269,7 +276,24 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
     attend({pipeline.keys(i), pipeline.values(i)}, pipeline.table_at(i), std::true_type{});
   }
   pipeline.finish();
-  store_rows(a, tile, head, warp * 16, softmax);
+  return softmax;
+}
+
+template <typename T, int kD, bool kInt8>
+__global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_constant__ PrefillArgs a) {
+  const int head = blockIdx.y, h = head / static_cast<int>(a.G), D = static_cast<int>(a.kv.D);
+  const int32_t window = a.mask.windows[h];
+  const QueryTile tile = query_tile(a, gridDim.x - 1 - blockIdx.x, window);  // the last tiles have most to do
+  if (tile.count == 0) return;
+
+  const PrefillMemory<T, kD, kInt8> memory{SharedMemory()};
+  const int64_t first_row = a.cu_seqlens_q[tile.b] + tile.first;
+  const T* const queries = static_cast<const T*>(a.q.data) + first_row * a.q.stride0 + head * a.q.stride1;
+  load_queries<kQueries>(memory.q, D, [&](int row) { return row < tile.count ? queries + row * a.q.stride0 : nullptr; });
+  const Tokens tokens = prefill_tokens(a, tile, h, window);
+  const auto softmax =
+      attend_tile(memory, prefill_sequence<T>(a, tile.b, h), tile, tokens, 0, tokens.count, D, a.scale * kLog2e);
+  store_rows(a, tile, head, threadIdx.x / 32 * 16, softmax);
 }
 
 // The same without tensor cores: a warp for each query of each query head.
@@ -284,8 +308,7 @@ __global__ void __launch_bounds__(kThreads, 4) general_prefill_kernel(const __gr
     if (a.cu_seqlens_q[middle] <= row) b = middle;
     else end = middle;
   }
-  const int first = static_cast<int>(row - a.cu_seqlens_q[b]), queries = a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b];
-  const int start = held_tokens(a, b) + (a.cu_seqlens_k[b + 1] - a.cu_seqlens_k[b]) - queries;
+  const int first = static_cast<int>(row - a.cu_seqlens_q[b]), start = first_position(a, b);
   const QueryTile tile{b, first, 1, start + first, start};
   const Tokens tokens = prefill_tokens(a, tile, h, a.mask.windows[h]);
   const float* const q = load_query(static_cast<const T*>(a.q.data) + row * a.q.stride0 + head * a.q.stride1, D);

@@ -38,6 +38,9 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(keep) : "memory");
 }
 
+// Asks for a line of global memory, so that it lies in the second-level cache when it is read.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(p)); }
+
 // Four 8 x 8 matrices of 16-bit elements. Lane l names row l % 8 of matrix l / 8, and gets of matrix i, in r[i], the
 // elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/convert.cuh"
+#include "cuda/launch.h"
 #include "cuda/ptx.cuh"
 #include "kernels.h"
 
@@ -199,6 +200,8 @@ __global__ void __launch_bounds__(kScoreThreads) plain_page_scores_kernel(const 
 constexpr int kSelectThreads = 512;
 constexpr int kSelectWarps = kSelectThreads / 32;
 constexpr int kBins = 256;
+// Of every bin: keys are mostly in few bins, and lanes that count into the same word wait for each other.
+constexpr int kCopies = 8;
 
 // What one block of threads picks from a row of values.
 template <typename V>
@@ -230,11 +233,11 @@ __device__ __forceinline__ uint32_t pick_key(const int32_t* x) { return ~static_
 
 // Counts the candidates level with the cut by the 8 bits above `shift`.
 template <typename V>
-__device__ __forceinline__ void count_bins(const Choice<V>& c, const Cut& cut, int shift, int* bins) {  // [kBins], shared
-#pragma unroll 4
+__device__ __forceinline__ void count_bins(const Choice<V>& c, const Cut& cut, int shift, int* bins) {  // [kBins, kCopies]
+#pragma unroll 16
   for (int i = c.begin + static_cast<int>(threadIdx.x); i < c.end; i += kSelectThreads) {
     const uint32_t key = pick_key(c.values + i);
-    if (cut.is_level(key)) atomicAdd(bins + (key >> shift & (kBins - 1)), 1);
+    if (cut.is_level(key)) atomicAdd(bins + (key >> shift & (kBins - 1)) * kCopies + threadIdx.x % kCopies, 1);
   }
 }
 
@@ -257,19 +260,32 @@ __device__ __forceinline__ void settle(const int* bins, const Cut& cut, int shif
   *settled = {cut.least | static_cast<uint32_t>(bin) << shift, cut.mask | (kBins - 1u) << shift, ties, bins[bin]};
 }
 
+// Shared memory of find_cut and write_picks.
+inline int select_bytes() {
+  return shared_bytes(
+      {kBins * kCopies * int(sizeof(int)), kBins * int(sizeof(int)), int(sizeof(Cut)), kSelectWarps * int(sizeof(int2))});
+}
+
 // All threads get the cut that leaves `count` picks.
 template <typename V>
 __device__ __forceinline__ Cut find_cut(const Choice<V>& c, SharedMemory& shared) {
-  int* const bins = shared.take<int>(4 * kBins);  // of every pass
+  int* const bins = shared.take<int>(kBins * kCopies);
+  int* const sums = shared.take<int>(kBins);
   Cut* const settled = shared.take<Cut>(1);
-  for (int i = threadIdx.x; i < 4 * kBins; i += kSelectThreads) bins[i] = 0;
-  __syncthreads();
   Cut cut{0, 0, c.count, c.end - c.begin};
   for (int shift = 24; shift >= 0 && 0 < cut.ties && cut.ties < cut.level; shift -= 8) {
-    int* const own = bins + shift / 8 * kBins;
-    count_bins(c, cut, shift, own);
+    for (int i = threadIdx.x; i < kBins * kCopies; i += kSelectThreads) bins[i] = 0;
     __syncthreads();
-    if (threadIdx.x < 32) settle(own, cut, shift, settled);
+    count_bins(c, cut, shift, bins);
+    __syncthreads();
+    if (const int bin = threadIdx.x; bin < kBins) {
+      int sum = 0;
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) sum += bins[bin * kCopies + (i + bin / 4) % kCopies];  // each lane another bank
+      sums[bin] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) settle(sums, cut, shift, settled);
     __syncthreads();
     cut = *settled;
   }
@@ -298,7 +314,7 @@ __device__ __forceinline__ void write_picks(const Choice<V>& c, const Cut& cut, 
   const int part = (c.end - c.begin + kSelectThreads - 1) / kSelectThreads * 32;
   const int begin = c.begin + warp * part, end = min(begin + part, c.end);
   const auto walk = [&](auto visit) {
-#pragma unroll 4
+#pragma unroll 8
     for (int first = begin; first < end; first += 32) {
       const int i = first + lane;
       const uint32_t key = i < end ? pick_key(c.values + i) : 0;

@@ -20,7 +20,6 @@ void page_scores(const PageScoresArgs& a) { cuda::page_scores(a, nullptr); }
 void select_pages(const SelectPagesArgs& a) { cuda::select_pages(a, nullptr); }
 void select_tokens(const SelectTokensArgs& a) { cuda::select_tokens(a, nullptr); }
 void attention_mass(const MassArgs& a) { cuda::attention_mass(a, nullptr); }
-void prefill(const PrefillArgs& a) { cuda::prefill(a, nullptr); }
 void merge_states(const MergeArgs& a) { cuda::merge_states(a, nullptr); }
 
 void resolve_pages(const ResolveArgs& a) {
@@ -30,13 +29,27 @@ void resolve_pages(const ResolveArgs& a) {
   cuda::resolve_pages(args, nullptr);
 }
 
+// Memory for partial results that holds no number until one is written; null if it is to hold nothing.
+std::unique_ptr<float, decltype(&free)> workspace(int64_t floats) {
+  const int64_t bytes = floats * sizeof(float);
+  if (bytes == 0) return {nullptr, free};
+  float* const memory = static_cast<float*>(malloc(bytes));
+  memset(memory, 0xff, bytes);
+  return {memory, free};
+}
+
 void decode(const DecodeArgs& a) {
-  const int64_t bytes = cuda::decode_workspace(a) * sizeof(float);
-  const std::unique_ptr<void, decltype(&free)> workspace(malloc(bytes + 1), free);
-  memset(workspace.get(), 0xff, bytes);  // NaN
+  const auto memory = workspace(cuda::decode_workspace(a));
   DecodeArgs args = a;
-  args.workspace = static_cast<float*>(workspace.get());
+  args.workspace = memory.get();
   cuda::decode(args, nullptr);
+}
+
+void prefill(const PrefillArgs& a) {
+  const auto memory = workspace(cuda::prefill_workspace(a));
+  PrefillArgs args = a;
+  args.workspace = memory.get();
+  cuda::prefill(args, nullptr);
 }
 
 }  // namespace lserve::cpu

@@ -12,6 +12,8 @@ constexpr int kWarpgroup = 128, kHeads = 2, kBlockThreads = (1 + kHeads) * kWarp
 // Of 65,536 registers. Copying needs few, and gives the others to those who multiply.
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 
+enum NamedBarrier { kConsumers = 1, kProducers, kEverybody };  // 0 is that of __syncthreads
+
 // A tile as wgmma reads it: panels of 64 channels.
 template <typename T, int kD>
 struct SwizzledTile {
@@ -82,8 +84,8 @@ struct Handover {
 struct Consumers {
   __device__ static int thread() { return threadIdx.x - kWarpgroup; }
   __device__ static constexpr int threads() { return kHeads * kWarpgroup; }
-  __device__ static void sync() { sync_threads(1, threads()); }
-  __device__ static bool sync_or(bool x) { return sync_threads_or(1, threads(), x); }
+  __device__ static void sync() { sync_threads(kConsumers, threads()); }
+  __device__ static bool sync_or(bool x) { return sync_threads_or(kConsumers, threads(), x); }
 };
 
 template <typename T, int kD, bool kInt8>
@@ -119,7 +121,7 @@ __device__ __forceinline__ void produce(const Pipeline& pipeline, Handover<kStag
     if (i < tiles) {
       if (i % Pipeline::kBatch == 0) {
         pipeline.look_up(i);
-        sync_threads(2, kWarpgroup);
+        sync_threads(kProducers, kWarpgroup);
       }
       handover.wait_empty(i);
       pipeline.copy(i);
@@ -148,7 +150,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) prefill_kernel(const __grid_
   auto& handover = memory.handover;
   auto& code_handover = memory.code_handover;
   if (threadIdx.x == 0) handover.init(), code_handover.init();
-  const auto sync_block = [] { __syncthreads(); };
+  const auto sync_block = [] { sync_threads(kEverybody, kBlockThreads); };  // from wherever a warpgroup is
   sync_block();
 
   const Tokens tokens = prefill_tokens(a, tile, h, window);

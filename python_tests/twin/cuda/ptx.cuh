@@ -34,6 +34,7 @@ inline void cp_async_16(void* to, const void* from, bool pred = true, SIMT_HERE)
   simt::async_issue({to, from, 16, pred ? 16u : 0u});
 }
 inline void cp_async_commit() { simt::async_commit(); }
+inline void prefetch(const void*) {}
 template <int kKeep>
 void cp_async_wait() {
   simt::Copy copy;

@@ -1,0 +1,106 @@
+// prefill of few queries a sequence over a long cache, as in turns of a chat and in the verification of drafts: time goes
+// into reading keys, as in decode. So the rows of a tile are all query heads that share them, and blocks of threads share
+// the tokens, whose partial results are joined. Where a sequence is cut depends on its own tokens alone.
+#pragma once
+#include "cuda/merge.cuh"
+#include "cuda/prefill.cuh"
+
+namespace lserve::cuda {
+
+constexpr int kSplitChunk = 512;           // tokens: a split is worth a block's prologue and a partial result
+constexpr int kPrefillSplits = 32;         // of a sequence, at most
+constexpr int kSplitHeads = kQueries / 4;  // that share keys, at most: a tile has room for 4 queries then
+
+// Queries of a tile, and tiles of a sequence.
+__host__ __device__ inline int queries_of_tile(int64_t G) { return kQueries / static_cast<int>(G); }
+__host__ __device__ inline int tiles_of_span(int span, int64_t G) {
+  const int queries = span < kSplitQueries ? span : kSplitQueries, size = queries_of_tile(G);
+  return (queries + size - 1) / size;
+}
+inline int64_t split_tiles(const PrefillArgs& a) {
+  const int P = static_cast<int>(a.kv.P), pages = (kSplitQueries - 2) / P + 2;  // that the queries may lie in
+  return std::max(tiles_of_span(kSplitQueries, a.G), pages * tiles_of_span(P, a.G));
+}
+
+// Results of queries, the row of each in the workspace, and how many splits each (row, kv head) has.
+struct SplitQueries {
+  Partials partials;  // rows: [rows, Hq]
+  int32_t* splits;    // [rows, H]
+
+  // Queries lie there as they do in q, or, where others stand among them, kSplitQueries to a sequence.
+  __host__ __device__ static bool packed(const PrefillArgs& a) { return a.Nq <= kSplitQueries * a.kv.B; }
+  __host__ __device__ static int64_t rows(const PrefillArgs& a) { return packed(a) ? a.Nq : kSplitQueries * a.kv.B; }
+  __device__ static int64_t row(const PrefillArgs& a, int b, int query) {
+    return (packed(a) ? a.cu_seqlens_q[b] : kSplitQueries * b) + query;
+  }
+};
+
+// The tile `index` of sequence b, like query_tile's.
+__device__ __forceinline__ QueryTile split_tile(const PrefillArgs& a, int b, int index, int32_t window) {
+  const int queries = queries_of(a, b), start = first_position(a, b), P = static_cast<int>(a.kv.P), size = queries_of_tile(a.G);
+  const int span = window == kDense ? kSplitQueries : P, per_span = tiles_of_span(span, a.G);
+  const int origin = (window == kDense ? start : start / P * P) + index / per_span * span;
+  const int first = max(origin, start) + index % per_span * size;
+  const int last = min(min(first + size, origin + span), start + queries);
+  return {b, first - start, is_split(a, queries) ? max(0, last - first) : 0, first, start, static_cast<int>(a.G)};
+}
+
+template <typename T, int kD, bool kInt8>
+__global__ void __launch_bounds__(kThreads, 2)
+    split_prefill_kernel(const __grid_constant__ PrefillArgs a, const SplitQueries results) {
+  allow_next_kernel();
+  const int b = blockIdx.z, h = blockIdx.y % static_cast<int>(a.kv.H), D = static_cast<int>(a.kv.D);
+  const int32_t window = a.mask.windows[h];
+  const QueryTile tile = split_tile(a, b, blockIdx.y / static_cast<int>(a.kv.H), window);
+  if (tile.count == 0) return;
+  const Tokens tokens = prefill_tokens(a, tile, h, window);
+  const int size = split_tokens(tokens.count, kSplitChunk, kPrefillSplits), split = blockIdx.x;
+  const int first = split * size, last = min(first + size, tokens.count);
+  if (first >= last) return;
+
+  const PrefillMemory<T, kD, kInt8> memory{SharedMemory()};
+  const int64_t first_row = a.cu_seqlens_q[b] + tile.first;
+  const T* const queries = static_cast<const T*>(a.q.data) + first_row * a.q.stride0 + h * a.G * a.q.stride1;
+  const int rows = tile.count * tile.heads;
+  load_queries<kQueries>(memory.q, D, [&](int row) {
+    return row < rows ? queries + row / tile.heads * a.q.stride0 + row % tile.heads * a.q.stride1 : nullptr;
+  });
+  const auto softmax = attend_tile(memory, prefill_sequence<T>(a, b, h), tile, tokens, first, last, D, a.scale * kLog2e);
+
+  const int64_t results_row = SplitQueries::row(a, b, tile.first);
+  const auto at = [&](int row) {
+    const int64_t head = (results_row + row / tile.heads) * (a.kv.H * a.G) + h * a.G + row % tile.heads;
+    return head * results.partials.splits + split;
+  };
+  take_results(
+      softmax, threadIdx.x / 32 * 16, rows, D,
+      [&](int row, int d, float x, float y) { store_vector(results.partials.out + at(row) * D + d, Vector<float, 2>{{x, y}}); },
+      [&](int row, float x) { results.partials.lse[at(row)] = x; });
+  if (split == 0 && static_cast<int>(threadIdx.x) < tile.count)
+    results.splits[(results_row + threadIdx.x) * a.kv.H + h] = (tokens.count + size - 1) / size;
+}
+
+// One block of threads for each row of results.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    join_prefill_kernel(const __grid_constant__ PrefillArgs a, const SplitQueries results) {
+  const int heads = static_cast<int>(a.kv.H * a.G), own = blockIdx.x / heads, head = blockIdx.x % heads;
+  int b = own / kSplitQueries, query = own % kSplitQueries;
+  if (SplitQueries::packed(a)) {
+    b = 0;  // the last sequence whose queries begin at or before this one
+    for (int end = static_cast<int>(a.kv.B); b + 1 < end;) {
+      const int middle = (b + end) / 2;
+      if (a.cu_seqlens_q[middle] <= own) b = middle;
+      else end = middle;
+    }
+    query = own - a.cu_seqlens_q[b];
+  }
+  const int queries = queries_of(a, b);
+  if (query < 0 || query >= queries || !is_split(a, queries)) return;
+  const int64_t D = a.kv.D, row = (a.cu_seqlens_q[b] + query) * static_cast<int64_t>(heads) + head;
+  wait_for_last_kernel();
+  const int splits = results.splits[own * a.kv.H + head / static_cast<int>(a.G)];
+  join_splits<kPrefillSplits>(results.partials, blockIdx.x, splits, D, static_cast<T*>(a.out) + row * D, a.lse + row);
+}
+
+}  // namespace lserve::cuda
