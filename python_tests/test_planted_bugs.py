@@ -232,8 +232,8 @@ BUGS = [
     Bug(
         "bins are read while they are counted",
         "select",
-        "    count_bins(c, cut, shift, bins);\n    __syncthreads();",
-        "    count_bins(c, cut, shift, bins);",
+        "    count_bins(c, cut, shift, own);\n    __syncthreads();",
+        "    count_bins(c, cut, shift, own);",
     ),
     Bug(
         "the sign of q is lost",

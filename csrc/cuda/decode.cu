@@ -23,7 +23,8 @@ int blocks_a_row(const Partials& partials, int64_t rows) {
 template <typename T, int kD, Storage kStorage, bool kScattered>
 void launch_tiles(const DecodeArgs& a, const Partials& partials, void* stream) {
   const int64_t rows = a.kv.H * ((a.G + kGroup - 1) / kGroup);
-  const dim3 grid(kGoesOn<kD> ? blocks_a_row(partials, rows * a.kv.B) : partials.splits, rows, a.kv.B);
+  // Splits that every row has come before those that only long ones do.
+  const dim3 grid(rows, a.kv.B, kGoesOn<kD> ? blocks_a_row(partials, rows * a.kv.B) : partials.splits);
   launch("decode", decode_kernel<T, kD, kStorage, kScattered>, grid, kThreads,
          DecodeMemory<T, kD, kStorage, kScattered>::kBytes, stream, a, partials);
 }
@@ -45,7 +46,7 @@ void launch_splits(const DecodeArgs& a, const Partials& partials, void* stream) 
     }
   }
   const int64_t warps = kThreads / 32, rows = (a.kv.H * a.G + warps - 1) / warps;
-  const dim3 grid(blocks_a_row(partials, rows * a.kv.B), rows, a.kv.B);
+  const dim3 grid(rows, a.kv.B, blocks_a_row(partials, rows * a.kv.B));
   launch("decode", general_decode_kernel<T>, grid, kThreads, shared_bytes({kQueryBytes}), stream, a, partials);
 }
 

@@ -408,12 +408,12 @@ template <typename T, int kD, Storage kStorage, bool kScattered>
 __global__ void __launch_bounds__(kThreads, (kBlocks<kD, kStorage>))
     decode_kernel(const __grid_constant__ DecodeArgs a, const Partials partials) {
   allow_next_kernel();
-  const int b = blockIdx.z, parts = static_cast<int>(a.G + kGroup - 1) / kGroup, h = blockIdx.y / parts;
-  const int head = static_cast<int>(h * a.G) + blockIdx.y % parts * kGroup;  // of the first query
+  const int b = blockIdx.y, parts = static_cast<int>(a.G + kGroup - 1) / kGroup, h = blockIdx.x / parts;
+  const int head = static_cast<int>(h * a.G) + blockIdx.x % parts * kGroup;  // of the first query
   const int heads = min(kGroup, static_cast<int>((h + 1) * a.G) - head), D = static_cast<int>(a.kv.D);
 
   prefetch_tables(a, b, h);
-  if (!may_have(a, b, h, blockIdx.x)) return;
+  if (!may_have(a, b, h, blockIdx.z)) return;
   const DecodeMemory<T, kD, kStorage, kScattered> memory{SharedMemory()};
   const T* const queries = static_cast<const T*>(a.q.data) + b * a.q.stride0 + head * a.q.stride1;
   const auto query = [&](int row) { return row < heads ? queries + row * a.q.stride1 : nullptr; };
@@ -422,7 +422,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<kD, kStorage>))
   if (threadIdx.x == 0) *memory.tokens = found;
   __syncthreads();
 
-  for (int split = blockIdx.x;; split += gridDim.x) {
+  for (int split = blockIdx.z;; split += gridDim.z) {
     const int size = split_tokens(a.mask, tokens.count), first = split * size, last = min(first + size, tokens.count);
     if (first >= last) return;
     TransposedSoftmax<T, kD> softmax =
@@ -441,13 +441,13 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     general_decode_kernel(const __grid_constant__ DecodeArgs a, const Partials partials) {
   allow_next_kernel();
-  const int heads = static_cast<int>(a.kv.H * a.G), head = blockIdx.y * (kThreads / 32) + threadIdx.x / 32;
-  const int b = blockIdx.z, h = head / static_cast<int>(a.G), D = static_cast<int>(a.kv.D);
+  const int heads = static_cast<int>(a.kv.H * a.G), head = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
+  const int b = blockIdx.y, h = head / static_cast<int>(a.G), D = static_cast<int>(a.kv.D);
   if (head >= heads) return;
   const Tokens tokens = decode_tokens(a, b, h);
   const int size = split_tokens(a.mask, tokens.count);
   const float* const q = load_query(static_cast<const T*>(a.q.data) + b * a.q.stride0 + head * a.q.stride1, D);
-  for (int split = blockIdx.x; split * size < tokens.count; split += gridDim.x) {
+  for (int split = blockIdx.z; split * size < tokens.count; split += gridDim.z) {
     const int first = split * size, last = min(first + size, tokens.count);
     const int64_t partial = (static_cast<int64_t>(b) * heads + head) * partials.splits + split;
     const float lse = attend_warp(Sequence<T>{a.kv, b, h, a.seq_lens[b]}, tokens, first, last, q, D, a.scale,

@@ -17,7 +17,7 @@ void launch_tiles(const PrefillArgs& a, void* stream) {
 
 template <typename T, int kD, bool kInt8>
 void launch_splits(const PrefillArgs& a, const SplitQueries& results, void* stream) {
-  const dim3 grid(results.partials.splits, a.kv.H * split_tiles(a), a.kv.B);
+  const dim3 grid(a.kv.H * split_tiles(a), a.kv.B, results.partials.splits);
   const int shared = PrefillMemory<T, kD, kInt8>::kBytes;
   launch("prefill", split_prefill_kernel<T, kD, kInt8>, grid, kThreads, shared, stream, a, results);
 }

@@ -200,8 +200,6 @@ __global__ void __launch_bounds__(kScoreThreads) plain_page_scores_kernel(const 
 constexpr int kSelectThreads = 512;
 constexpr int kSelectWarps = kSelectThreads / 32;
 constexpr int kBins = 256;
-// Of every bin: keys are mostly in few bins, and lanes that count into the same word wait for each other.
-constexpr int kCopies = 8;
 
 // What one block of threads picks from a row of values.
 template <typename V>
@@ -231,13 +229,19 @@ __device__ __forceinline__ uint32_t pick_key(const float* x) {
 // Of integers from 0 on, the least ones. The kernel itself may have written them.
 __device__ __forceinline__ uint32_t pick_key(const int32_t* x) { return ~static_cast<uint32_t>(*x); }
 
-// Counts the candidates level with the cut by the 8 bits above `shift`.
+// Counts the candidates level with the cut by the 8 bits above `shift`. Some are read before the first is counted, which
+// the compiler would not do.
 template <typename V>
-__device__ __forceinline__ void count_bins(const Choice<V>& c, const Cut& cut, int shift, int* bins) {  // [kBins, kCopies]
-#pragma unroll 16
-  for (int i = c.begin + static_cast<int>(threadIdx.x); i < c.end; i += kSelectThreads) {
-    const uint32_t key = pick_key(c.values + i);
-    if (cut.is_level(key)) atomicAdd(bins + (key >> shift & (kBins - 1)) * kCopies + threadIdx.x % kCopies, 1);
+__device__ __forceinline__ void count_bins(const Choice<V>& c, const Cut& cut, int shift, int* bins) {  // [kBins], shared
+  constexpr int kReads = 8;
+  for (int first = c.begin + static_cast<int>(threadIdx.x); first < c.end; first += kReads * kSelectThreads) {
+    uint32_t keys[kReads];
+#pragma unroll
+    for (int j = 0; j < kReads; ++j)
+      if (const int i = first + j * kSelectThreads; i < c.end) keys[j] = pick_key(c.values + i);
+#pragma unroll
+    for (int j = 0; j < kReads; ++j)
+      if (first + j * kSelectThreads < c.end && cut.is_level(keys[j])) atomicAdd(bins + (keys[j] >> shift & (kBins - 1)), 1);
   }
 }
 
@@ -262,30 +266,22 @@ __device__ __forceinline__ void settle(const int* bins, const Cut& cut, int shif
 
 // Shared memory of find_cut and write_picks.
 inline int select_bytes() {
-  return shared_bytes(
-      {kBins * kCopies * int(sizeof(int)), kBins * int(sizeof(int)), int(sizeof(Cut)), kSelectWarps * int(sizeof(int2))});
+  return shared_bytes({4 * kBins * int(sizeof(int)), int(sizeof(Cut)), kSelectWarps * int(sizeof(int2))});
 }
 
 // All threads get the cut that leaves `count` picks.
 template <typename V>
 __device__ __forceinline__ Cut find_cut(const Choice<V>& c, SharedMemory& shared) {
-  int* const bins = shared.take<int>(kBins * kCopies);
-  int* const sums = shared.take<int>(kBins);
+  int* const bins = shared.take<int>(4 * kBins);  // of every pass
   Cut* const settled = shared.take<Cut>(1);
+  for (int i = threadIdx.x; i < 4 * kBins; i += kSelectThreads) bins[i] = 0;
+  __syncthreads();
   Cut cut{0, 0, c.count, c.end - c.begin};
   for (int shift = 24; shift >= 0 && 0 < cut.ties && cut.ties < cut.level; shift -= 8) {
-    for (int i = threadIdx.x; i < kBins * kCopies; i += kSelectThreads) bins[i] = 0;
+    int* const own = bins + shift / 8 * kBins;
+    count_bins(c, cut, shift, own);
     __syncthreads();
-    count_bins(c, cut, shift, bins);
-    __syncthreads();
-    if (const int bin = threadIdx.x; bin < kBins) {
-      int sum = 0;
-#pragma unroll
-      for (int i = 0; i < kCopies; ++i) sum += bins[bin * kCopies + (i + bin / 4) % kCopies];  // each lane another bank
-      sums[bin] = sum;
-    }
-    __syncthreads();
-    if (threadIdx.x < 32) settle(sums, cut, shift, settled);
+    if (threadIdx.x < 32) settle(own, cut, shift, settled);
     __syncthreads();
     cut = *settled;
   }

@@ -49,12 +49,12 @@ template <typename T, int kD, bool kInt8>
 __global__ void __launch_bounds__(kThreads, 2)
     split_prefill_kernel(const __grid_constant__ PrefillArgs a, const SplitQueries results) {
   allow_next_kernel();
-  const int b = blockIdx.z, h = blockIdx.y % static_cast<int>(a.kv.H), D = static_cast<int>(a.kv.D);
+  const int b = blockIdx.y, h = blockIdx.x % static_cast<int>(a.kv.H), D = static_cast<int>(a.kv.D);
   const int32_t window = a.mask.windows[h];
-  const QueryTile tile = split_tile(a, b, blockIdx.y / static_cast<int>(a.kv.H), window);
+  const QueryTile tile = split_tile(a, b, blockIdx.x / static_cast<int>(a.kv.H), window);
   if (tile.count == 0) return;
   const Tokens tokens = prefill_tokens(a, tile, h, window);
-  const int size = split_tokens(tokens.count, kSplitChunk, kPrefillSplits), split = blockIdx.x;
+  const int size = split_tokens(tokens.count, kSplitChunk, kPrefillSplits), split = blockIdx.z;
   const int first = split * size, last = min(first + size, tokens.count);
   if (first >= last) return;
 
