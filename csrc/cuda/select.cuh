@@ -351,9 +351,10 @@ __device__ __forceinline__ Choice<float> choice(const SelectTokensArgs& a, int64
   return {a.mass + b * a.mass_stride0 + h * a.mass_stride1, 0, end, picks, a.tokens + (b * a.H + h) * K, K};
 }
 
-// Picks of one (sequence, kv head): what select_pages and select_tokens have in common.
+// Picks of one (sequence, kv head): what select_pages and select_tokens have in common. Blocks an SM: or ptxas saves the
+// registers that hold what is read ahead.
 template <typename Args>
-__global__ void __launch_bounds__(kSelectThreads) select_kernel(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(const __grid_constant__ Args a) {
   const int64_t h = blockIdx.x, b = blockIdx.y;
   const Choice<float> c = choice(a, b, h);
   if (h == 0 && threadIdx.x == 0) a.local_start[b] = c.end;
