@@ -24,25 +24,13 @@ struct SmemTile {
   __device__ __forceinline__ static void publish() {}
 };
 
-// Where the keys of one tile stand in their sequence.
-struct KeyMask {
-  int position[kKeys];  // kMasked: not attended
-  int newest[2];        // position of each half: beyond a query's own, and the tile must be masked
-};
-
 // What is known of the keys of one tile, a step ahead of the copies.
-struct KeyTable : KeyMask {
+struct KeyTable {
   const void *k[kKeys], *v[kKeys];
   const void* stats[kKeys];
   float2 k_grid[kKeys], v_grid[kKeys];
-};
-
-// Who works on a tile together: all threads of a block.
-struct Block {
-  __device__ static uint32_t thread() { return threadIdx.x; }
-  __device__ static constexpr int threads() { return kThreads; }
-  __device__ static void sync() { __syncthreads(); }
-  __device__ static bool sync_or(bool x) { return __syncthreads_or(x); }
+  int position[kKeys];  // kMasked: not attended
+  int newest[2];        // position of each half: beyond a query's own, and the tile must be masked
 };
 
 // Copies the tokens [first, last), 64 at a time, from wherever their rows lie into shared memory, kAhead tiles before their
@@ -55,15 +43,15 @@ struct Block {
 //     ... pipeline.keys(i), pipeline.values(i), pipeline.table_at(i) ...
 //   }
 //   pipeline.finish();
-template <typename T, typename X, int kD, int kStages, int kAhead = kStages - 1, typename Crew = Block,
+template <typename T, typename X, int kD, int kStages, int kAhead = kStages - 1, int kBlock = kThreads,
           template <typename, int> typename Layout = SmemTile>
 struct KvPipeline {
   using Tile = Layout<X, kD>;
   static constexpr int kBytes = 2 * kStages * Tile::kTile * sizeof(X);
-  static constexpr int kBatch = Crew::threads() / kKeys;  // tiles that are looked up together, before the first is copied
-  static constexpr int kTables = kAhead + 1 + kBatch;     // which are needed until a tile has been used
-  X* data;                                                // [kStages, K and V, kTile]
-  KeyTable* table;                                        // [kTables]
+  static constexpr int kBatch = kBlock / kKeys;        // tiles that are looked up together, before the first is copied
+  static constexpr int kTables = kAhead + 1 + kBatch;  // which are needed until a tile has been used
+  X* data;                                             // [kStages, K and V, kTile]
+  KeyTable* table;                                     // [kTables]
   const Sequence<T>& sequence;
   const Tokens& tokens;
   int first, last, D;
@@ -75,7 +63,7 @@ struct KvPipeline {
 
   __device__ __forceinline__ void start() const {
     for (int i = 0; i <= kAhead; i += kBatch) look_up(i);
-    Crew::sync();
+    __syncthreads();
     for (int i = 0; i < kAhead; ++i) {
       if (i < tiles()) copy(i);
       cp_async_commit();
@@ -85,7 +73,7 @@ struct KvPipeline {
   __device__ __forceinline__ void wait() const {
     cp_async_wait<kAhead - 1>();
     Tile::publish();
-    Crew::sync();
+    __syncthreads();
   }
   __device__ __forceinline__ void advance(int i) const {
     if (i + kAhead < tiles()) copy(i + kAhead);
@@ -94,12 +82,12 @@ struct KvPipeline {
   }
   __device__ __forceinline__ void finish() const {
     cp_async_wait<0>();
-    Crew::sync();
+    __syncthreads();
   }
 
   // Tiles [i, i + kBatch).
   __device__ __forceinline__ void look_up(int i) const {
-    const int own = i + Crew::thread() / kKeys, key = Crew::thread() % kKeys, token = first + own * kKeys + key;
+    const int own = i + threadIdx.x / kKeys, key = threadIdx.x % kKeys, token = first + own * kKeys + key;
     if (own >= tiles()) return;
     KeyTable& t = table_at(own);
     int position = kMasked;
@@ -121,15 +109,14 @@ struct KvPipeline {
     if (key % 32 == 0) t.newest[key / 32] = newest;
   }
 
-  __device__ __forceinline__ void copy(int i) const { copy(i, keys(i), values(i)); }
-
   // Zeros where there is no key, and beyond channel D.
-  __device__ __forceinline__ void copy(int i, Tile k, Tile v) const {
+  __device__ __forceinline__ void copy(int i) const {
     constexpr int kChunk = 16 / sizeof(X), kChunks = kD / kChunk;
     const KeyTable& t = table_at(i);
+    const Tile k = keys(i), v = values(i);
 #pragma unroll
-    for (int j = 0; j < kKeys * kChunks; j += Crew::threads()) {
-      const int row = (j + Crew::thread()) / kChunks, element = (j + Crew::thread()) % kChunks * kChunk;
+    for (int j = 0; j < kKeys * kChunks; j += kBlock) {
+      const int row = (j + threadIdx.x) / kChunks, element = (j + threadIdx.x) % kChunks * kChunk;
       const X *from_k = static_cast<const X*>(t.k[row]), *from_v = static_cast<const X*>(t.v[row]);
       const bool read = from_k && element < D;
       cp_async_16(k.at(row, element), read ? from_k + element : from_k, read);

@@ -91,6 +91,14 @@ __device__ __forceinline__ Sequence<T> prefill_sequence(const PrefillArgs& a, in
           a.v.stride0};
 }
 
+// Who works on a tile together: all threads of a block.
+struct Block {
+  __device__ static int thread() { return threadIdx.x; }
+  __device__ static constexpr int threads() { return kThreads; }
+  __device__ static void sync() { __syncthreads(); }
+  __device__ static bool sync_or(bool x) { return __syncthreads_or(x); }
+};
+
 // Dequantises a tile of codes, once for all warps. A thread takes 8 channels of neighbouring keys, which mostly share a grid.
 template <typename T, int kD, typename Crew, typename Tile>
 __device__ __forceinline__ void dequantize_tile(SmemTile<uint8_t, kD> from_k, SmemTile<uint8_t, kD> from_v,
@@ -133,11 +141,11 @@ __device__ __forceinline__ void dequantize_tile(SmemTile<uint8_t, kD> from_k, Sm
 // A weight of 0 hides a later token from a query, but not its value if that is infinite: 0 * inf is NaN. Such values
 // become 0 in the tile, after the queries that do attend them have taken them.
 template <typename T, int kD, typename Crew, typename Tile>
-__device__ __forceinline__ void take_infinite_values(Tile v, const KeyMask& keys, const QueryTile& tile,
+__device__ __forceinline__ void take_infinite_values(Tile v, const KeyTable& table, const QueryTile& tile,
                                                      OnlineSoftmax<T, kD>& softmax) {
   constexpr int kN = 8;                                                          // channels at a time
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % (kQueries / 16);  // of a tile of queries
-  const auto hidden = [&](int key) { return keys.position[key] > tile.position && keys.position[key] != kMasked; };
+  const auto hidden = [&](int key) { return table.position[key] > tile.position && table.position[key] != kMasked; };
   const auto is_finite = [](T value) { return static_cast<float>(value) - static_cast<float>(value) == 0.0f; };
   bool found = false;
   for (int j = Crew::thread(); j < kKeys * kD / kN; j += Crew::threads()) {
@@ -155,7 +163,7 @@ __device__ __forceinline__ void take_infinite_values(Tile v, const KeyMask& keys
       for (int e = 0; e < 4; ++e) {
         const T value = *v.at(key, n * 8 + lane % 4 * 2 + e % 2);
         const int query = tile.position_of(warp * 16 + lane / 4 + e / 2 * 8);
-        if (keys.position[key] <= query && !is_finite(value)) softmax.out[n][e] += static_cast<float>(value);
+        if (table.position[key] <= query && !is_finite(value)) softmax.out[n][e] += static_cast<float>(value);
       }
   }
   Crew::sync();

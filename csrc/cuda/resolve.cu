@@ -11,7 +11,8 @@ void wanted_pages(const WantedArgs& a, void* stream) {
 }
 
 void resolve_pages(const ResolveArgs& a, void* stream) {
-  const int shared = shared_bytes({kSelectWarps * int(sizeof(int2)), int(sizeof(int))}) + select_bytes();
+  const int sums = kSelectWarps * int(sizeof(int2));
+  const int shared = shared_bytes({sums, int(sizeof(int)), 4 * kBins * int(sizeof(int)), int(sizeof(Cut)), sums});
   launch("resolve_pages", resolve_kernel, 1, kSelectThreads, shared, stream, a);
 }
 

@@ -26,7 +26,8 @@ void launch_plain_page_scores(const PageScoresArgs& a, void* stream) {
 template <typename Args>
 void launch_select(const char* op, const Args& a, void* stream) {
   if (a.B == 0 || a.H == 0) return;
-  launch(op, select_kernel<Args>, dim3(a.H, a.B), kSelectThreads, select_bytes(), stream, a);
+  const int shared = shared_bytes({4 * kBins * int(sizeof(int)), int(sizeof(Cut)), kSelectWarps * int(sizeof(int2))});
+  launch(op, select_kernel<Args>, dim3(a.H, a.B), kSelectThreads, shared, stream, a);
 }
 
 }  // namespace

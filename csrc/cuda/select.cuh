@@ -6,7 +6,6 @@
 #include <cstdint>
 
 #include "cuda/convert.cuh"
-#include "cuda/launch.h"
 #include "cuda/ptx.cuh"
 #include "kernels.h"
 
@@ -229,19 +228,13 @@ __device__ __forceinline__ uint32_t pick_key(const float* x) {
 // Of integers from 0 on, the least ones. The kernel itself may have written them.
 __device__ __forceinline__ uint32_t pick_key(const int32_t* x) { return ~static_cast<uint32_t>(*x); }
 
-// Counts the candidates level with the cut by the 8 bits above `shift`. Some are read before the first is counted, which
-// the compiler would not do.
+// Counts the candidates level with the cut by the 8 bits above `shift`.
 template <typename V>
 __device__ __forceinline__ void count_bins(const Choice<V>& c, const Cut& cut, int shift, int* bins) {  // [kBins], shared
-  constexpr int kReads = 8;
-  for (int first = c.begin + static_cast<int>(threadIdx.x); first < c.end; first += kReads * kSelectThreads) {
-    uint32_t keys[kReads];
-#pragma unroll
-    for (int j = 0; j < kReads; ++j)
-      if (const int i = first + j * kSelectThreads; i < c.end) keys[j] = pick_key(c.values + i);
-#pragma unroll
-    for (int j = 0; j < kReads; ++j)
-      if (first + j * kSelectThreads < c.end && cut.is_level(keys[j])) atomicAdd(bins + (keys[j] >> shift & (kBins - 1)), 1);
+#pragma unroll 4
+  for (int i = c.begin + static_cast<int>(threadIdx.x); i < c.end; i += kSelectThreads) {
+    const uint32_t key = pick_key(c.values + i);
+    if (cut.is_level(key)) atomicAdd(bins + (key >> shift & (kBins - 1)), 1);
   }
 }
 
@@ -262,11 +255,6 @@ __device__ __forceinline__ void settle(const int* bins, const Cut& cut, int shif
   int bin = top;
   for (; bins[bin] < ties; --bin) ties -= bins[bin];
   *settled = {cut.least | static_cast<uint32_t>(bin) << shift, cut.mask | (kBins - 1u) << shift, ties, bins[bin]};
-}
-
-// Shared memory of find_cut and write_picks.
-inline int select_bytes() {
-  return shared_bytes({4 * kBins * int(sizeof(int)), int(sizeof(Cut)), kSelectWarps * int(sizeof(int2))});
 }
 
 // All threads get the cut that leaves `count` picks.
@@ -310,7 +298,7 @@ __device__ __forceinline__ void write_picks(const Choice<V>& c, const Cut& cut, 
   const int part = (c.end - c.begin + kSelectThreads - 1) / kSelectThreads * 32;
   const int begin = c.begin + warp * part, end = min(begin + part, c.end);
   const auto walk = [&](auto visit) {
-#pragma unroll 8
+#pragma unroll 4
     for (int first = begin; first < end; first += 32) {
       const int i = first + lane;
       const uint32_t key = i < end ? pick_key(c.values + i) : 0;
@@ -351,10 +339,9 @@ __device__ __forceinline__ Choice<float> choice(const SelectTokensArgs& a, int64
   return {a.mass + b * a.mass_stride0 + h * a.mass_stride1, 0, end, picks, a.tokens + (b * a.H + h) * K, K};
 }
 
-// Picks of one (sequence, kv head): what select_pages and select_tokens have in common. Blocks an SM: or ptxas saves the
-// registers that hold what is read ahead.
+// Picks of one (sequence, kv head): what select_pages and select_tokens have in common.
 template <typename Args>
-__global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kSelectThreads) select_kernel(const __grid_constant__ Args a) {
   const int64_t h = blockIdx.x, b = blockIdx.y;
   const Choice<float> c = choice(a, b, h);
   if (h == 0 && threadIdx.x == 0) a.local_start[b] = c.end;
