@@ -69,10 +69,6 @@ LSERVE_AVX512 inline void multiply_32(int64_t rows, int64_t columns, int64_t inn
                                       int64_t ldb, float* c, int64_t ldc, bool add) {
   multiply_blocks<wide_floats, 8>(rows, columns, inner, a, lda, b, ldb, c, ldc, add);  // 16 sums of 32 registers
 }
-inline bool has_avx512() {
-  static const bool has = __builtin_cpu_supports("x86-64-v4");
-  return has;
-}
 #endif
 
 // Rows a multiple of 8, columns of 16. Every sum is one chain along `inner`: the same bits on every instruction set with

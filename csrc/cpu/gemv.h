@@ -54,26 +54,34 @@ LSERVE_CLONES static void load_query(const T* q, int64_t stride, int64_t G, int6
     for (int64_t d = 0; d < D; d += 16) store(out + g * kMaxD + d, load(q + g * stride + d) * scale);
 }
 
-// ---- keys: how channels d, ... of row i are read, and multiplied with a query's
+// ---- keys: how channels d, ... of row i are read, a register F of them, and multiplied with a query's
 
-LSERVE_INLINE floats product(floats x, floats q) { return x * q; }
+template <class F>
+LSERVE_INLINE F product(F x, F q) {
+  return x * q;
+}
 
 template <class X>
 struct PlainKeys {
   using Stored = X;
   static constexpr int64_t kVectors = 1;  // [D] a row
-  static constexpr int kTogether = 1;     // rows
-  LSERVE_INLINE floats operator()(const X* row, int64_t, int64_t d) const { return load_part(row + d); }
+  static constexpr bool kWide = true;     // whether wide registers, where there are any, are faster
+  template <class F>
+  LSERVE_INLINE F read(const X* row, int64_t, int64_t d) const {
+    return load_part<F>(row + d);
+  }
 };
 
 // Codes on the grid of their group, as dequantize reads them.
 struct GroupKeys {
   using Stored = uint8_t;
   static constexpr int64_t kVectors = 1;
-  static constexpr int kTogether = 2;
+  static constexpr bool kWide = true;
   const ChannelGrid& grid;
-  LSERVE_INLINE floats operator()(const uint8_t* row, int64_t, int64_t d) const {
-    const floats x = load_part(row + d) * load_part(grid.step + d) + load_part(grid.low + d), high = load_part(grid.high + d);
+  template <class F>
+  LSERVE_INLINE F read(const uint8_t* row, int64_t, int64_t d) const {
+    const F x = load_part<F>(row + d) * load_part<F>(grid.step + d) + load_part<F>(grid.low + d);
+    const F high = load_part<F>(grid.high + d);
     return x > high ? high : x;
   }
 };
@@ -86,39 +94,48 @@ struct TokenGrid {
 struct TokenKeys {
   using Stored = uint8_t;
   static constexpr int64_t kVectors = 1;
-  static constexpr int kTogether = 2;
+  static constexpr bool kWide = true;
   const TokenGrid* grid;
-  LSERVE_INLINE floats operator()(const uint8_t* row, int64_t i, int64_t d) const {
-    return load_part(row + d) * grid[i].step + grid[i].min;
+  template <class F>
+  LSERVE_INLINE F read(const uint8_t* row, int64_t i, int64_t d) const {
+    return load_part<F>(row + d) * grid[i].step + grid[i].min;
   }
 };
 
 // Statistics [2, D] of a group: what a query could find there at best.
+template <class F>
 struct Bounds {
-  floats low, high;
+  F low, high;
 };
-LSERVE_INLINE floats product(Bounds x, floats q) { return q * (q > 0 ? x.high : x.low); }  // the greater of the two
+template <class F>
+LSERVE_INLINE F product(Bounds<F> x, F q) {
+  return q * (q > 0 ? x.high : x.low);  // the greater of the two
+}
 
 template <class X>
 struct BoundKeys {
   using Stored = X;
   static constexpr int64_t kVectors = 2;
-  static constexpr int kTogether = 1;
+  static constexpr bool kWide = false;
   int64_t D;
-  LSERVE_INLINE Bounds operator()(const X* row, int64_t, int64_t d) const {
-    return {load_part(row + d), load_part(row + D + d)};
+  template <class F>
+  LSERVE_INLINE Bounds<F> read(const X* row, int64_t, int64_t d) const {
+    return {load_part<F>(row + d), load_part<F>(row + D + d)};
   }
 };
 
-// Row after row, because the CPU's own prefetchers follow one stream better than several; but two rows of codes, which are
-// short, because unpacking their grid binds. Two sums for each head hide the latency of an addition.
-template <int Heads, class Keys>
+// Row after row, because the CPU's own prefetchers follow one stream better than several; but some rows of codes together,
+// which are short, because unpacking their grid binds: as many as there are registers for. Two sums for each head hide the
+// latency of an addition.
+template <class F, int Heads, class Keys>
 LSERVE_INLINE void score_heads(const float* q, const Keys& keys, const void* const* rows, int64_t count, int64_t D, float* s) {
   using X = typename Keys::Stored;
-  constexpr int C = columns(Heads), Together = Keys::kTogether, Parts = 2 / Together, R = std::max(4 / C, Together);
+  constexpr int64_t lanes = kLanesOf<F>;
+  constexpr int Together = sizeof(X) > 1 ? 1 : lanes > 8 ? 4 : 2, Parts = Together > 1 ? 1 : 2;
+  constexpr int C = columns(Heads), R = std::max(4 / C, Together);
   const int64_t width = Keys::kVectors * D, ahead = rows_ahead<X>(width);
   for (int64_t i = 0; i < count; i += R) {
-    floats total[R * C] = {};
+    F total[R * C] = {};
     for (int first = 0; first < R; first += Together) {
       const X* row[Together];
       int64_t place[Together];
@@ -127,80 +144,125 @@ LSERVE_INLINE void score_heads(const float* q, const Keys& keys, const void* con
         row[r] = static_cast<const X*>(rows[place[r]]);
         prefetch<X>(rows[place[r] + ahead], width);
       }
-      floats acc[Together][Heads][Parts] = {};
-      for (int64_t d = 0; d < D; d += Parts * kLanes)
-        for (int part = 0; part < Parts; ++part) {
-          const int64_t channel = d + part * kLanes;
-          decltype(keys(row[0], 0, channel)) x[Together];
-          for (int r = 0; r < Together; ++r) x[r] = keys(row[r], place[r], channel);
-          for (int g = 0; g < Heads; ++g) {
-            const floats y = load_part(q + g * kMaxD + channel);
-            for (int r = 0; r < Together; ++r) acc[r][g][part] += product(x[r], y);
-          }
+      F acc[Together][Heads][Parts] = {};
+      const auto add = [&](int64_t channel, int part) LSERVE_LAMBDA {
+        decltype(keys.template read<F>(row[0], 0, channel)) x[Together];
+        for (int r = 0; r < Together; ++r) x[r] = keys.template read<F>(row[r], place[r], channel);
+        for (int g = 0; g < Heads; ++g) {
+          const F y = load_part<F>(q + g * kMaxD + channel);
+          for (int r = 0; r < Together; ++r) acc[r][g][part] += product(x[r], y);
         }
+      };
+      int64_t d = 0;
+      for (; d + Parts * lanes <= D; d += Parts * lanes)
+        for (int part = 0; part < Parts; ++part) add(d + part * lanes, part);
+      if (Parts * lanes > 16 && d < D) add(d, 0);  // D is a multiple of 16
       for (int r = 0; r < Together; ++r)
-        for (int g = 0; g < Heads; ++g)
-          total[(first + r) * C + g] = acc[r][g][0] + (Parts > 1 ? acc[r][g][Parts - 1] : floats{});
+        for (int g = 0; g < Heads; ++g) total[(first + r) * C + g] = acc[r][g][0] + (Parts > 1 ? acc[r][g][Parts - 1] : F{});
     }
     for (int j = 0; j < R * C; j += 4) store_quad(s + i * C + j, sums(total[j], total[j + 1], total[j + 2], total[j + 3]));
   }
 }
 
-// s [count, columns(heads)] = rows · q [heads, kMaxD], and up to 7 values more. rows [count], and kAhead to ask for.
-template <class Keys>
-LSERVE_CLONES static void score(int64_t heads, const float* q, Keys keys, const void* const* rows, int64_t count, int64_t D,
-                                float* s) {
+template <class F, class Keys>
+LSERVE_INLINE void score_rows(int64_t heads, const float* q, Keys keys, const void* const* rows, int64_t count, int64_t D,
+                              float* s) {
   switch (heads) {
-    case 1: return score_heads<1>(q, keys, rows, count, D, s);
-    case 2: return score_heads<2>(q, keys, rows, count, D, s);
-    case 3: return score_heads<3>(q, keys, rows, count, D, s);
-    default: return score_heads<4>(q, keys, rows, count, D, s);
+    case 1: return score_heads<F, 1>(q, keys, rows, count, D, s);
+    case 2: return score_heads<F, 2>(q, keys, rows, count, D, s);
+    case 3: return score_heads<F, 3>(q, keys, rows, count, D, s);
+    default: return score_heads<F, 4>(q, keys, rows, count, D, s);
   }
+}
+
+template <class Keys>
+LSERVE_CLONES static void score_8(int64_t heads, const float* q, Keys keys, const void* const* rows, int64_t count, int64_t D,
+                                  float* s) {
+  score_rows<floats>(heads, q, keys, rows, count, D, s);
+}
+#ifdef LSERVE_AVX512
+template <class Keys>
+LSERVE_AVX512 static void score_16(int64_t heads, const float* q, Keys keys, const void* const* rows, int64_t count, int64_t D,
+                                   float* s) {
+  score_rows<wide_floats>(heads, q, keys, rows, count, D, s);
+}
+#endif
+
+constexpr int64_t kScoresMore = 12;  // that may be written after the last
+
+// s [count, columns(heads)] = rows · q [heads, kMaxD], and up to kScoresMore. rows [count], and kAhead to ask for.
+template <class Keys>
+void score(int64_t heads, const float* q, Keys keys, const void* const* rows, int64_t count, int64_t D, float* s) {
+#ifdef LSERVE_AVX512
+  if constexpr (Keys::kWide)
+    if (has_avx512()) return score_16(heads, q, keys, rows, count, D, s);
+#endif
+  score_8(heads, q, keys, rows, count, D, s);
 }
 
 // ---- values
 
-template <int Heads, int Parts, class X>
+template <class F, int Heads, int Parts, class X>
 LSERVE_INLINE void add_columns(const float* w, const void* const* rows, int64_t d, int64_t count, float* acc) {
   constexpr int C = columns(Heads);
-  floats sums[Heads][Parts];
+  constexpr int64_t lanes = kLanesOf<F>;
+  F sums[Heads][Parts];
   for (int g = 0; g < Heads; ++g)
-    for (int v = 0; v < Parts; ++v) sums[g][v] = load_part(acc + g * kMaxD + d + v * kLanes);
+    for (int v = 0; v < Parts; ++v) sums[g][v] = load_part<F>(acc + g * kMaxD + d + v * lanes);
   for (int64_t i = 0; i < count; ++i) {
     const X* row = static_cast<const X*>(rows[i]) + d;
-    floats x[Parts];
-    for (int v = 0; v < Parts; ++v) x[v] = load_part(row + v * kLanes);
+    F x[Parts];
+    for (int v = 0; v < Parts; ++v) x[v] = load_part<F>(row + v * lanes);
     for (int g = 0; g < Heads; ++g)
       for (int v = 0; v < Parts; ++v) sums[g][v] += x[v] * w[i * C + g];
   }
   for (int g = 0; g < Heads; ++g)
-    for (int v = 0; v < Parts; ++v) store_part(acc + g * kMaxD + d + v * kLanes, sums[g][v]);
+    for (int v = 0; v < Parts; ++v) store_part(acc + g * kMaxD + d + v * lanes, sums[g][v]);
 }
 
 // A few rows at a time, 1 KiB: more of them are more streams, fewer are more loads and stores of the sums.
-template <int Heads, class X>
+template <class F, int Heads, class X>
 LSERVE_INLINE void add_heads(const float* w, const void* const* rows, int64_t count, int64_t D, float* acc) {
-  constexpr int C = columns(Heads), Parts = Heads > 2 ? 2 : 4;  // 16 channels or more: D is a multiple of 16
+  constexpr int64_t lanes = kLanesOf<F>;
+  constexpr int C = columns(Heads), Parts = Heads > 2 && lanes < 16 ? 2 : 4, Rest = 16 / lanes;  // D is a multiple of 16
   const int64_t ahead = rows_ahead<X>(D), block = std::clamp<int64_t>((int64_t{1} << 10) / (D * sizeof(X)), 2, 8);
   for (int64_t i = 0; i < count; i += block) {
     const int64_t some = std::min(block, count - i);
     for (int64_t r = 0; r < some; ++r) prefetch<X>(rows[i + r + ahead], D);
     int64_t d = 0;
-    for (; d + Parts * kLanes <= D; d += Parts * kLanes) add_columns<Heads, Parts, X>(w + i * C, rows + i, d, some, acc);
-    for (; d < D; d += 2 * kLanes) add_columns<Heads, 2, X>(w + i * C, rows + i, d, some, acc);
+    for (; d + Parts * lanes <= D; d += Parts * lanes) add_columns<F, Heads, Parts, X>(w + i * C, rows + i, d, some, acc);
+    for (; d < D; d += 16) add_columns<F, Heads, Rest, X>(w + i * C, rows + i, d, some, acc);
   }
 }
 
+template <class F, class X>
+LSERVE_INLINE void add_any(int64_t heads, const float* w, const void* const* rows, int64_t count, int64_t D, float* acc) {
+  switch (heads) {
+    case 1: return add_heads<F, 1, X>(w, rows, count, D, acc);
+    case 2: return add_heads<F, 2, X>(w, rows, count, D, acc);
+    case 3: return add_heads<F, 3, X>(w, rows, count, D, acc);
+    default: return add_heads<F, 4, X>(w, rows, count, D, acc);
+  }
+}
+
+template <class X>
+LSERVE_CLONES static void add_8(int64_t heads, const float* w, const void* const* rows, int64_t count, int64_t D, float* acc) {
+  add_any<floats, X>(heads, w, rows, count, D, acc);
+}
+#ifdef LSERVE_AVX512
+template <class X>
+LSERVE_AVX512 static void add_16(int64_t heads, const float* w, const void* const* rows, int64_t count, int64_t D, float* acc) {
+  add_any<wide_floats, X>(heads, w, rows, count, D, acc);
+}
+#endif
+
 // acc [heads, kMaxD] += w [count, columns(heads)] · rows, X each. rows [count], and kAhead to ask for.
 template <class X>
-LSERVE_CLONES static void add_rows(int64_t heads, const float* w, const void* const* rows, int64_t count, int64_t D,
-                                   float* acc) {
-  switch (heads) {
-    case 1: return add_heads<1, X>(w, rows, count, D, acc);
-    case 2: return add_heads<2, X>(w, rows, count, D, acc);
-    case 3: return add_heads<3, X>(w, rows, count, D, acc);
-    default: return add_heads<4, X>(w, rows, count, D, acc);
-  }
+void add_rows(int64_t heads, const float* w, const void* const* rows, int64_t count, int64_t D, float* acc) {
+#ifdef LSERVE_AVX512
+  if (has_avx512()) return add_16<X>(heads, w, rows, count, D, acc);
+#endif
+  add_8<X>(heads, w, rows, count, D, acc);
 }
 
 }  // namespace lserve::cpu

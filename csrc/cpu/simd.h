@@ -44,7 +44,21 @@ typedef uint32_t words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t shorts __attribute__((vector_size(2 * kLanes)));
 // For what is bound by arithmetic, within LSERVE_AVX512.
 typedef float wide_floats __attribute__((vector_size(64)));
+typedef int32_t wide_ints __attribute__((vector_size(64)));
 typedef uint32_t wide_words __attribute__((vector_size(64)));
+#ifdef LSERVE_AVX512
+inline bool has_avx512() {
+  static const bool has = __builtin_cpu_supports("x86-64-v4");
+  return has;
+}
+#endif
+
+template <class F>
+constexpr int64_t kLanesOf = sizeof(F) / sizeof(float);
+template <class F>
+using IntsOf = std::conditional_t<std::is_same_v<F, floats>, ints, wide_ints>;
+template <class F>
+using WordsOf = std::conditional_t<std::is_same_v<F, floats>, words, wide_words>;
 
 struct f32x16 {
   floats part[kParts];
@@ -126,21 +140,35 @@ LSERVE_INLINE uint32_t code(T x) {
 }
 
 // Lane by lane, which compilers turn into one widening load.
-template <class T>
-LSERVE_INLINE words widen(const T* p) {
-  if constexpr (kLanes == 4) return words{code(p[0]), code(p[1]), code(p[2]), code(p[3])};
-  else return words{code(p[0]), code(p[1]), code(p[2]), code(p[3]), code(p[4]), code(p[5]), code(p[6]), code(p[7])};
+template <class U, class T>
+LSERVE_INLINE U widen(const T* p) {
+  if constexpr (sizeof(U) == 16) return U{code(p[0]), code(p[1]), code(p[2]), code(p[3])};
+  else if constexpr (sizeof(U) == 32)
+    return U{code(p[0]), code(p[1]), code(p[2]), code(p[3]), code(p[4]), code(p[5]), code(p[6]), code(p[7])};
+  else
+    return U{code(p[0]), code(p[1]), code(p[2]),  code(p[3]),  code(p[4]),  code(p[5]),  code(p[6]),  code(p[7]),
+             code(p[8]), code(p[9]), code(p[10]), code(p[11]), code(p[12]), code(p[13]), code(p[14]), code(p[15])};
 }
 
-// One register.
-LSERVE_INLINE floats load_part(const float* p) {
-  floats x;
+// One register: F is floats or wide_floats.
+template <class F = floats>
+LSERVE_INLINE F load_part(const float* p) {
+  F x;
   std::memcpy(&x, p, sizeof(x));
   return x;
 }
-LSERVE_INLINE floats load_part(const bf16* p) { return bit_cast<floats>(widen(p) << 16); }
-LSERVE_INLINE floats load_part(const f16* p) { return widen_f16<floats>(widen(p)); }
-LSERVE_INLINE floats load_part(const uint8_t* p) { return __builtin_convertvector(bit_cast<ints>(widen(p)), floats); }
+template <class F = floats>
+LSERVE_INLINE F load_part(const bf16* p) {
+  return bit_cast<F>(widen<WordsOf<F>>(p) << 16);
+}
+template <class F = floats>
+LSERVE_INLINE F load_part(const f16* p) {
+  return widen_f16<F>(widen<WordsOf<F>>(p));
+}
+template <class F = floats>
+LSERVE_INLINE F load_part(const uint8_t* p) {
+  return __builtin_convertvector(bit_cast<IntsOf<F>>(widen<WordsOf<F>>(p)), F);
+}
 
 template <class T>
 LSERVE_INLINE f32x16 load(const T* p) {
@@ -157,7 +185,10 @@ LSERVE_INLINE void store_u16(T* p, f32x16 x, Narrow narrow) {
   }
 }
 
-LSERVE_INLINE void store_part(float* p, floats x) { std::memcpy(p, &x, sizeof(x)); }
+template <class F>
+LSERVE_INLINE void store_part(float* p, F x) {
+  std::memcpy(p, &x, sizeof(x));
+}
 LSERVE_INLINE void store_quad(float* p, quad x) { std::memcpy(p, &x, sizeof(x)); }
 LSERVE_INLINE void store(float* p, f32x16 x) {
   for (int i = 0; i < kParts; ++i) store_part(p + i * kLanes, x.part[i]);
@@ -248,6 +279,15 @@ LSERVE_INLINE quad sums(floats a, floats b, floats c, floats d) {
   const quad ab = pair(half(a), half(b)), cd = pair(half(c), half(d));
   return quad{ab[0], ab[1], cd[0], cd[1]} + quad{ab[2], ab[3], cd[2], cd[3]};
 }
+#ifdef LSERVE_AVX512
+LSERVE_INLINE quad sums(wide_floats a, wide_floats b, wide_floats c, wide_floats d) {
+  const auto half = [](wide_floats x) LSERVE_LAMBDA {
+    const f32x16 both = bit_cast<f32x16>(x);
+    return both.part[0] + both.part[1];
+  };
+  return sums(half(a), half(b), half(c), half(d));
+}
+#endif
 LSERVE_INLINE float max(f32x16 x) {
   return fold(x, [](auto a, auto b) LSERVE_LAMBDA { return a > b ? a : b; });
 }
