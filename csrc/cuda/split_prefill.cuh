@@ -2,6 +2,8 @@
 // into reading keys, as in decode. So the rows of a tile are all query heads that share them, and blocks of threads share
 // the tokens, whose partial results are joined. Where a sequence is cut depends on its own tokens alone.
 #pragma once
+#include <algorithm>
+
 #include "cuda/merge.cuh"
 #include "cuda/prefill.cuh"
 
