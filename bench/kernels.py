@@ -140,13 +140,8 @@ class Layer:
 
 
 CASES: dict[str, Callable[[Layer], Work]] = {}
-READS_POOLS = (
-    "append_kv",
-    "decode",
-    "attention_mass",
-    "prefill chunk",
-    "prefill drafts",
-)  # run with every kind of pools, the rest once
+# Run with every kind of pools, the rest once.
+READS_POOLS = ("append_kv", "decode", "attention_mass", "prefill chunk", "prefill drafts")
 
 
 def case(*variants: str) -> Callable[[Callable[..., Work]], Callable[..., Work]]:

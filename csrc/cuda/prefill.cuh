@@ -41,6 +41,16 @@ inline int64_t query_tiles(const PrefillArgs& a) {
 
 __device__ __forceinline__ int held_tokens(const PrefillArgs& a, int b) { return a.context_lens ? a.context_lens[b] : 0; }
 __device__ __forceinline__ int queries_of(const PrefillArgs& a, int b) { return a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b]; }
+// The sequence of a row of q: the last whose queries begin at or before it.
+__device__ __forceinline__ int sequence_of(const PrefillArgs& a, int64_t row) {
+  int b = 0;
+  for (int end = static_cast<int>(a.kv.B); b + 1 < end;) {
+    const int middle = (b + end) / 2;
+    if (a.cu_seqlens_q[middle] <= row) b = middle;
+    else end = middle;
+  }
+  return b;
+}
 // The position of a sequence's first query.
 __device__ __forceinline__ int first_position(const PrefillArgs& a, int b) {
   return held_tokens(a, b) + (a.cu_seqlens_k[b + 1] - a.cu_seqlens_k[b]) - queries_of(a, b);
@@ -302,13 +312,7 @@ __global__ void __launch_bounds__(kThreads, 4) general_prefill_kernel(const __gr
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   const int head = blockIdx.y, h = head / static_cast<int>(a.G), D = static_cast<int>(a.kv.D);
   if (row >= a.Nq) return;
-  int b = 0;
-  for (int end = static_cast<int>(a.kv.B); b + 1 < end;) {
-    const int middle = (b + end) / 2;
-    if (a.cu_seqlens_q[middle] <= row) b = middle;
-    else end = middle;
-  }
-  const int first = static_cast<int>(row - a.cu_seqlens_q[b]), start = first_position(a, b);
+  const int b = sequence_of(a, row), first = static_cast<int>(row - a.cu_seqlens_q[b]), start = first_position(a, b);
   const QueryTile tile{b, first, 1, start + first, start};
   const Tokens tokens = prefill_tokens(a, tile, h, a.mask.windows[h]);
   const float* const q = load_query(static_cast<const T*>(a.q.data) + row * a.q.stride0 + head * a.q.stride1, D);

@@ -87,16 +87,9 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     join_prefill_kernel(const __grid_constant__ PrefillArgs a, const SplitQueries results) {
   const int heads = static_cast<int>(a.kv.H * a.G), own = blockIdx.x / heads, head = blockIdx.x % heads;
-  int b = own / kSplitQueries, query = own % kSplitQueries;
-  if (SplitQueries::packed(a)) {
-    b = 0;  // the last sequence whose queries begin at or before this one
-    for (int end = static_cast<int>(a.kv.B); b + 1 < end;) {
-      const int middle = (b + end) / 2;
-      if (a.cu_seqlens_q[middle] <= own) b = middle;
-      else end = middle;
-    }
-    query = own - a.cu_seqlens_q[b];
-  }
+  const bool packed = SplitQueries::packed(a);
+  const int b = packed ? sequence_of(a, own) : own / kSplitQueries;
+  const int query = packed ? own - a.cu_seqlens_q[b] : own % kSplitQueries;
   const int queries = queries_of(a, b);
   if (query < 0 || query >= queries || !is_split(a, queries)) return;
   const int64_t D = a.kv.D, row = (a.cu_seqlens_q[b] + query) * static_cast<int64_t>(heads) + head;

@@ -9,7 +9,7 @@
 namespace lserve::cuda::sm90 {
 
 constexpr int kWarpgroup = 128, kHeads = 2, kBlockThreads = (1 + kHeads) * kWarpgroup;
-// Of 65,536 registers. Copying needs few, and gives the others to those who multiply.
+// Of a thread. Copying needs few, and gives the others to those who multiply.
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 // A block starts with as many registers a thread as fit, in eights, and who wants more than others gave waits for ever.
 static_assert(kProducerRegisters + kHeads * kConsumerRegisters <= (1 + kHeads) * (65536 / kBlockThreads / 8 * 8));
