@@ -43,7 +43,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Quantiz
 from lserve_ext import HeadPattern, SparseCache, SparseConfig, __version__, models, ops
 from lserve_ext.eval import tasks
 from lserve_ext.hf import cache_argument, interface
-from lserve_ext.machine import Machine
+from lserve_ext.machine import COLD, Machine
 
 WARM_UP = 5
 PRESETS = {
@@ -195,7 +195,7 @@ def attended_bytes(run: Run) -> int:
 def measure(model: Any, sdpa: Any, presets: dict[str, SparseConfig], ids: Tensor, tokens: int,
             options: argparse.Namespace) -> list[dict[str, Any]]:  # fmt: skip
     found = runs(model, sdpa, presets, tokens, options)
-    machine, rates = Machine(256 << 20, options.device), list[float]()
+    machine, rates = Machine(COLD[options.device], options.device), list[float]()
     for first in tqdm(range(0, tokens, options.chunk), desc=f"{tokens} tokens: prefill"):
         part = ids[:, first : min(first + options.chunk, tokens)]
         for run in found:

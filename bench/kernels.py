@@ -41,7 +41,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from lserve_ext import __version__, ops
 from lserve_ext.blocks import empty_blocks
-from lserve_ext.machine import Machine
+from lserve_ext.machine import COLD, Machine
 from lserve_ext.ops import DENSE, Mask, PagedKV
 
 SHAPES = {"llama3-8b": (32, 8, 128), "llama2-7b": (32, 32, 128), "mha": (32, 32, 64), "smollm2": (9, 3, 64)}  # Hq, H, D
@@ -334,6 +334,17 @@ def decode(layer: Layer, variant: str) -> Work:
             sdpa(q.unflatten(1, (layer.H, -1)), *both)
 
         peers["gather, SDPA grouped"] = gathered
+    if variant == "pages":  # as engines do whose kernels know no lists: selected pages become a table of their own
+        entries, dense = torch.cat(parts, -1).long(), Mask(layer.ints([DENSE] * layer.H))
+        sealed, ends = layer.ints([read // P - 1] * layer.B), layer.ints([read] * layer.B)
+
+        def compact() -> PagedKV:
+            table = layer.table.gather(-1, entries)
+            return kv._replace(block_table=table, slot_table=table, sealed=sealed)
+
+        ready = compact()
+        peers["dense kernel, compact table"] = lambda: ops.decode(q, dense, ready, ends)
+        peers["dense kernel, compact table made"] = lambda: ops.decode(q, dense, compact(), ends)
     return Work(
         partial(ops.decode, q, mask, kv, layer.lengths),
         reads=layer.read(kv, read) + size(q, lists),
@@ -434,7 +445,6 @@ def parse() -> argparse.Namespace:
     add(
         "--cold",
         type=positive,
-        default=256,
         help="MB that pass through the caches before each call, more than they hold",
     )
     add("--rounds", type=int, default=9, help="of which medians are taken")
@@ -444,7 +454,8 @@ def parse() -> argparse.Namespace:
     add("--save", action="store_true", help="write bench/results/kernels-<machine>.json")
     add("--out", type=Path, help="write this file")
     first = parser.parse_args()
-    parser.set_defaults(**QUICK if first.quick else FULL[first.device] if first.full else {})
+    cold = {"cold": COLD[first.device] >> 20}
+    parser.set_defaults(**cold | (QUICK if first.quick else FULL[first.device] if first.full else {}))
     options = parser.parse_args()
     if any(tokens % P or tokens < 1024 for tokens in options.tokens):
         parser.error(f"--tokens: expected multiples of {P}, from 1024 on, got {options.tokens}")

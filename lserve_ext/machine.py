@@ -22,6 +22,8 @@ import torch
 from . import files, ops
 from .tiers import DiskTier
 
+COLD = {"cpu": 256 << 20, "cuda": 1 << 30}
+"""Bytes that no cache holds, and that a device takes much longer to read than to start on."""
 _AHEAD = 2_000_000  # cycles of a GPU, about a millisecond: longer than the CPU needs for an op's launches
 
 
@@ -254,7 +256,7 @@ def measure(
         progress: is told what comes next.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    machine, found = Machine(256 << 20, device), dict[str, list[tuple[float, float]]]()
+    machine, found = Machine(COLD[device], device), dict[str, list[tuple[float, float]]]()
 
     def take(figure: str, *points: tuple[float, float]) -> None:
         found[figure] = list(points)
@@ -262,7 +264,7 @@ def measure(
     with torch.inference_mode():
         progress("memory")
         take("memory", (0, median(machine.bandwidth() for _ in range(9))))
-        host = machine if device == "cpu" else Machine(256 << 20, "cpu")
+        host = machine if device == "cpu" else Machine(COLD["cpu"], "cpu")
         take("host_memory", (0, median(host.bandwidth() for _ in range(9))))
         progress("matrix products")
         for dtype in (torch.float32, torch.bfloat16):

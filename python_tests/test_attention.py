@@ -179,6 +179,17 @@ def test_scale_and_large_logits(scale: float, device: str) -> None:
         assert got[0].isfinite().all() and (got[0].abs() <= 6).all()
 
 
+@pytest.mark.parametrize("scale", [-0.2, 0.0, 0.5])
+@pytest.mark.parametrize("kv", ["auto", "int8"])
+def test_any_scale_of_prefill(kv: str, scale: float, device: str) -> None:
+    """Among them such as turn the order of products around, and make them all equal."""
+    case = build(Shape(64, 16, 16, 2, BF16, kv), [90, 0], device=device)
+    q, cu = ragged(case.shape, [30, 21], case.heads * 2, device, seed=10)
+    k, v = (ragged(case.shape, [30, 21], case.heads, device, seed=seed)[0] for seed in (11, 12))
+    args = (k, v, cu, cu, Mask(case.windows(DENSE, 2, DENSE), sink=1), case.kv, case.lengths)
+    assert_attention(ops.prefill(q, *args, scale=scale), reference.prefill, q, *args, scale=scale)
+
+
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_all_pages_selected_is_dense(shape: Shape, device: str) -> None:
     case = build(shape, awkward_lengths(shape.page_size), device=device)
@@ -606,6 +617,21 @@ def test_attention_mass(shape: Shape, rows: int, device: str) -> None:
     got = ops.attention_mass(spread(q, 1), lse, *args)
     want = one_thread(reference.attention_mass)(q, lse, *args)
     assert got.dtype == F32 and torch.equal(got == 0, want == 0)
+    torch.testing.assert_close(got, want, rtol=mass_tolerance(shape), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s.dtype != F32][:4], ids=str)
+@pytest.mark.parametrize("rows", [43, 100])
+def test_attention_mass_of_many_queries(shape: Shape, rows: int, device: str) -> None:
+    """More than a kernel knows the places of at once; and a sequence that is shorter than they are many."""
+    case = build(shape, [130, 60], device=device)
+    q = case.queries(rows=rows)
+    lse = 3 + normal(9, *q.shape[:3], device=device)
+    for b, n in enumerate(case.lengths.tolist()):
+        lse[b, : max(0, rows - n)] = -math.inf
+    args = (Mask(case.windows(DENSE, WINDOW, DENSE), sink=SINK), case.kv, case.lengths)
+    got, want = ops.attention_mass(q, lse, *args), one_thread(reference.attention_mass)(q, lse, *args)
+    assert torch.equal(got == 0, want == 0)
     torch.testing.assert_close(got, want, rtol=mass_tolerance(shape), atol=1e-6)
 
 

@@ -20,6 +20,7 @@ SMALL = "python_tests/test_small.py"
 WANTED = "python_tests/test_pages.py -k wanted"
 RESOLVE = "python_tests/test_pages.py -k resolve_pages"
 WITHOUT = "python_tests/test_pages.py -k append_without"
+MANY = "python_tests/test_attention.py -k mass_of_many"
 DRAFTS = "python_tests/test_attention.py -k few"
 NUMBERS = "python_tests/test_pages.py -k any_number"
 MOMENTS = "python_tests/test_pages.py -k page_moments"
@@ -41,13 +42,13 @@ BUGS = [
         "x[0] *= factor[0], x[1] *= factor[0], x[2] *= factor[1], x[3] *= factor[1];",
         ";",
     ),
-    Bug("a tile is used before it is there for all", "pipeline", "    Tile::publish();\n    __syncthreads();", ";"),
+    Bug("a tile is used before it is there for all", "pipeline", "    Tile::publish();\n    Crew::sync();", ";"),
     Bug("a tile is used before its copies end", "pipeline", "cp_async_wait<kAhead - 1>", "cp_async_wait<kAhead>"),
     Bug(
         "a key table is overwritten while in use",
         "pipeline",
-        "kTables = kAhead + 1 + kBatch;",
-        "kTables = kAhead + kBatch;",
+        "kTables = power_of_two(kAhead + 1 + kBatch);",
+        "kTables = power_of_two(kAhead + 1 + kBatch) / 2;",
     ),
     Bug("keys after the query", "pipeline", "if (position > tokens.last) position = kMasked;", ""),
     Bug("the other half of the residual buffer", "paged_kv", "position % (2 * P) * kv.D", "position % P * kv.D"),
@@ -146,19 +147,24 @@ BUGS = [
         "kD, kStages, kStages - 1,",
         "kD, kStages, kStages - 3,",
     ),
-    Bug("tables while they are filled", "sm90/prefill", "        sync_threads(kProducers, kWarpgroup);\n", ""),
+    Bug(
+        "tables while they are filled",
+        "sm90/prefill",
+        "        pipeline.look_up(i);\n        Crew::sync();\n",
+        "        pipeline.look_up(i);\n",
+    ),
     Bug(
         "a tile unpacked over one in use",
         "sm90/prefill",
-        "      Consumers::sync();  // all have done with",
-        "      // all have done with",
+        "    memory.handover.wait_empty(i);\n",
+        "",
     ),
     Bug("chunks in their natural order", "sm90/prefill", "(element % 64 / 8 ^ row % 8)", "element % 64 / 8"),
     Bug(
         "the last tile's values are left out",
         "sm90/prefill",
-        "attend_tile(i, std::false_type{});\n      attend_last();",
-        "attend_tile(i, std::false_type{});",
+        "      add_values();\n      wait_for_values();",
+        "      wait_for_values();",
     ),
     Bug(
         "raw rows overwritten while a page is sealed",
@@ -186,6 +192,13 @@ BUGS = [
     ),
     Bug("moments by slot", "pages", "block * a.moments_stride", "slot * a.moments_stride"),
     Bug("a value's grid for a key", "pages", "2 * (is_key ? P + row : row)", "2 * (is_key ? row : P + row)", WITHOUT),
+    Bug(
+        "stages of codes taken again",
+        "sm90/prefill",
+        "(pipeline, memory, coded)",
+        "(pipeline, memory, 0)",
+    ),
+    Bug("a mask of another tile", "sm90/prefill", "memory.mask(i);\n      float", "memory.mask(i + 1);\n      float"),
     Bug("another head's row", "split_prefill", "row % tile.heads * a.q.stride1", "0", DRAFTS),
     Bug("a page's end is passed", "split_prefill", "origin + span), start", "origin + 2 * span), start", DRAFTS),
     Bug("a query's place taken for a row", "prefill", "position + row / heads", "position + row", DRAFTS),
@@ -250,6 +263,17 @@ BUGS = [
     ),
     Bug("a quarter of the queries", "mass", "lanes = 4; lanes < 32", "lanes = 16; lanes < 32"),
     Bug("a query that attends nothing", "mass", "lse == -INFINITY ? INFINITY : lse", "lse == -INFINITY ? lse : lse"),
+    Bug(
+        "rows of the batch before",
+        "mass",
+        "own.put(rows_of(step + kMassBatch))",
+        "own.put(rows_of(step))",
+        MANY,
+    ),
+    Bug("queries of the step before", "mass", "queries + step % 2 *", "queries + (step + 1) / 2 % 2 *", MANY),
+    Bug("a listed page is not attended", "mass", "table.listed[key] ? -1 : table.unit[key]", "table.unit[key]"),
+    Bug("a grid of another tile", "prefill", "kD, Block>(pipeline.table_at(i)", "kD, Block>(pipeline.table_at(i + 1)"),
+    Bug("the values of a panel twice", "sm90/prefill", "Tile::keys(step, panel)", "Tile::keys(step, 0)"),
     Bug("half of the queries is lost", "mass", "sums[key] + sums[kKeys + key]", "sums[key]"),
     Bug("the first local token is not attended", "mass", "unit >= reach.local", "unit > reach.local"),
     Bug(

@@ -13,11 +13,11 @@ int64_t max_splits(const DecodeArgs& a) {
   return std::min<int64_t>((tokens + chunk - 1) / chunk, kMaxSplits);
 }
 
-// Blocks that share the splits of one row: as many as the GPU holds four times over, so that it is evenly busy and yet
-// few of them find out that their sequence is too short.
+// Blocks that share the splits of one row: as many as the GPU holds four times over at most, so that it is evenly busy, the
+// last ones do not come alone, and few of them find out that their sequence is too short.
 int blocks_a_row(const Partials& partials, int64_t rows) {
   const int64_t wanted = 4 * 2 * device_attribute("decode", cudaDevAttrMultiProcessorCount);
-  return static_cast<int>(std::clamp<int64_t>((wanted + rows - 1) / rows, 1, partials.splits));
+  return static_cast<int>(std::clamp<int64_t>(wanted / rows, 1, partials.splits));
 }
 
 template <typename T, int kD, Storage kStorage, bool kScattered>

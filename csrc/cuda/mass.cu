@@ -18,7 +18,7 @@ void attention_mass(const MassArgs& a, void* stream) {
         return with_head_dim(a.kv.D, [&](auto kD) {
           const int rows = SmemTile<T, kD>::kStride * sizeof(T);
           const int tiles =
-              shared_bytes({kKeys * rows, kMassRows * rows, int(sizeof(MassKeys)), kMassRows * int(sizeof(MassRow))});
+              shared_bytes({kKeys * rows, 2 * kMassRows * rows, int(sizeof(MassKeys)), 2 * kThreads * int(sizeof(MassRow<T>))});
           const auto kernel = int8 ? mass_kernel<T, kD, true> : mass_kernel<T, kD, false>;
           launch("attention_mass", kernel, grid, kThreads, tiles, stream, a);
         });

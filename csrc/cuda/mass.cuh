@@ -58,84 +58,175 @@ struct MassKeys {
   }
 };
 
-constexpr int kMassRows = 16;  // queries of a kv head's group, and of several tokens: the rows of an MMA
+constexpr int kMassRows = 16;                     // queries of a group, and of several tokens: the rows of an MMA
+constexpr int kMassBatch = kThreads / kMassRows;  // steps of so many rows, a thread for each row
 
-// One of them. lse is in units of log2, and infinite where nothing is to be added.
+// One of them. lse is in units of log2, and infinite where nothing is to be added. Without a query, position is -1.
+template <typename T>
 struct MassRow {
+  const T* query;
   int sink, local, position;
   float lse;
 };
 
-// Puts the keys of a tile into shared memory; zeros where there is none, and beyond channel D.
+// A thread's rows: one of every batch.
+template <typename T>
+struct MassRows {
+  const MassArgs& a;
+  const int h, b, start;  // start: position of the first query
+  int row;                // the next one
+  float lse;
+
+  __device__ __forceinline__ MassRows(const MassArgs& a, int h, int b, int start)
+      : a(a), h(h), b(b), start(start), row(max(0, -start) * static_cast<int>(a.G) + threadIdx.x) {
+    ask();
+  }
+  __device__ __forceinline__ int token() const { return row / static_cast<int>(a.G); }
+  __device__ __forceinline__ int head() const { return h * static_cast<int>(a.G) + row % static_cast<int>(a.G); }
+
+  // For the number that takes longest to come.
+  __device__ __forceinline__ void ask() {
+    lse = token() < a.T ? a.lse[(b * a.T + token()) * (a.kv.H * a.G) + head()] : -INFINITY;
+  }
+  __device__ __forceinline__ void put(MassRow<T>* rows) {
+    const bool there = token() < a.T;
+    const Reach reach(a, b, a.mask.windows[h], start + token());
+    const T* const query = static_cast<const T*>(a.q.data) + b * a.q.stride0 + token() * a.q.stride1 + head() * a.q.stride2;
+    rows[threadIdx.x] = {there ? query : nullptr, reach.sink, reach.local, there ? reach.position : -1,
+                         lse == -INFINITY ? INFINITY : lse * kLog2e};
+    row += kThreads;
+  }
+};
+
+// Brings the keys of a tile into shared memory, those that are no codes in the background; zeros where there is none, and
+// beyond channel D. A thread takes 8 channels of neighbouring keys.
 template <typename T, int kD, bool kInt8>
 __device__ __forceinline__ void load_keys(const MassKeys& table, int D, SmemTile<T, kD> to) {
-  constexpr int kN = 8;  // channels at a time
-  for (int j = threadIdx.x; j < kKeys * kD / kN; j += kThreads) {
-    const int key = j / (kD / kN), d = j % (kD / kN) * kN;
-    Vector<uint32_t, kN / 2> k{};
-    if (table.position[key] != kMasked && d < D) {
-      const T* const stats = static_cast<const T*>(table.stats[key]);
-      if (kInt8 && table.coded[key])
-        k = key_of_codes<T>(static_cast<const uint8_t*>(table.k[key]) + d, stats ? stats + d : nullptr, D, table.k_grid[key]);
-      else k = load_vector<uint32_t, kN / 2>(reinterpret_cast<const uint32_t*>(static_cast<const T*>(table.k[key]) + d));
+  constexpr int kN = 8, kRun = kD < 128 ? 4 : 8;
+  for (int j = threadIdx.x; j < kKeys / kRun * kD / kN; j += kThreads) {
+    const int first = j / (kD / kN) * kRun, d = j % (kD / kN) * kN;
+    Codes8 codes[kRun];
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const int key = first + i;
+      const bool read = table.position[key] != kMasked && d < D;
+      if (kInt8 && table.coded[key]) {
+        if (read) codes[i] = load_codes(static_cast<const uint8_t*>(table.k[key]) + d);
+      } else {
+        const T* const from = static_cast<const T*>(table.k[key]);
+        cp_async_16(to.at(key, d), read ? from + d : from, read);
+      }
     }
-    store_vector(reinterpret_cast<uint32_t*>(to.at(key, d)), k);
+    if constexpr (kInt8) {
+      const T* of = nullptr;
+      Bounds<T> bounds{};
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        const int key = first + i;
+        if (!table.coded[key]) continue;
+        Vector<uint32_t, 4> k{};
+        if (const T* const stats = static_cast<const T*>(table.stats[key]); d >= D) {
+        } else if (stats) {
+          if (stats != of) bounds = Bounds<T>::load(stats + d, D);
+          of = stats;
+          k = GroupGrid<T>(bounds).dequantize(codes[i]);
+        } else {
+          k = dequantize_8<T>(codes[i], table.k_grid[key]);
+        }
+        store_vector(reinterpret_cast<uint32_t*>(to.at(key, d)), k);
+      }
+    }
   }
 }
 
-// A warp takes 16 keys of the block's, and 16 queries at a time.
+// A warp's 16 keys in registers, as gemm_qk wants them.
+template <typename T, int kD>
+struct HeldKeys {
+  uint32_t b[kD / 32][2][4];
+
+  __device__ __forceinline__ HeldKeys(SmemTile<T, kD> tile, int key) {
+#pragma unroll
+    for (int pair = 0; pair < kD / 32; ++pair) KvOperand<T, kD>{tile, tile}.keys(b[pair], key, pair);
+  }
+  __device__ __forceinline__ void keys(uint32_t (&to)[2][4], int, int pair) const {
+#pragma unroll
+    for (int step = 0; step < 2; ++step)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[step][i] = b[pair][step][i];
+  }
+};
+
+// A warp takes 16 keys of the block's, and 16 queries at a time, while the next 16 come.
 template <typename T, int kD, bool kInt8>
-__global__ void __launch_bounds__(kThreads, 6) mass_kernel(const __grid_constant__ MassArgs a) {
+__global__ void __launch_bounds__(kThreads, kD <= 128 ? 5 : 4) mass_kernel(const __grid_constant__ MassArgs a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z;
-  const int tokens = static_cast<int>(a.kv.M * a.kv.P), D = static_cast<int>(a.kv.D), G = static_cast<int>(a.G);
+  const int tokens = static_cast<int>(a.kv.M * a.kv.P), D = static_cast<int>(a.kv.D);
   const int length = a.seq_lens[b], start = length - static_cast<int>(a.T);  // position of the first query
-  const int32_t window = a.mask.windows[h];
 
+  using Tile = SmemTile<T, kD>;
   SharedMemory shared;
-  const SmemTile<T, kD> keys{shared.take<T>(kKeys * SmemTile<T, kD>::kStride)},
-      q{shared.take<T>(kMassRows * SmemTile<T, kD>::kStride)};
+  const Tile keys{shared.take<T>(kKeys * Tile::kStride)};
+  T* const queries = shared.take<T>(2 * kMassRows * Tile::kStride);
   MassKeys& table = *shared.take<MassKeys>(1);
-  MassRow* const rows = shared.take<MassRow>(kMassRows);
+  MassRow<T>* const rows = shared.take<MassRow<T>>(2 * kThreads);
+  const auto queries_of = [&](int step) { return Tile{queries + step % 2 * (kMassRows * Tile::kStride)}; };
+  const auto rows_of = [&](int step) { return rows + step % (2 * kMassBatch) * kMassRows; };
 
+  MassRows<T> own(a, h, b, start);
   bool wanted = false;
   if (const int key = threadIdx.x, position = blockIdx.x * kKeys + key; key < kKeys) {
     table.look_up(Sequence<T>{a.kv, b, h, length}, a, key, position);
     wanted = table.position[key] != kMasked;
   }
+  own.put(rows_of(0));
   float sums[2][2] = {};
   if (__syncthreads_or(wanted)) {
-    load_keys<T, kD, kInt8>(table, D, keys);
-    const int count = static_cast<int>(a.T) * G;
-    for (int first = max(0, -start) * G; first < count; first += kMassRows) {
-      load_queries<kMassRows>(q, D, [&](int row) {
-        const int i = first + row;
-        const T* const from = static_cast<const T*>(a.q.data) + b * a.q.stride0 + i / G * a.q.stride1;
-        return i < count ? from + (h * G + i % G) * a.q.stride2 : nullptr;
-      });
-      if (const int i = first + threadIdx.x; threadIdx.x < kMassRows) {
-        MassRow row{0, 0, -1, INFINITY};
-        if (i < count) {
-          const Reach reach(a, b, window, start + i / G);
-          const float lse = a.lse[(b * a.T + i / G) * (a.kv.H * G) + h * G + i % G];
-          row = {reach.sink, reach.local, reach.position, lse == -INFINITY ? INFINITY : lse * kLog2e};
-        }
-        rows[threadIdx.x] = row;
+    const auto fetch = [&](int step) {
+      constexpr int kN = 8;
+      for (int j = threadIdx.x; j < kMassRows * kD / kN; j += kThreads) {
+        const int row = j / (kD / kN), d = j % (kD / kN) * kN;
+        const T* const from = rows_of(step)[row].query;
+        const bool read = from && d < D;
+        cp_async_16(queries_of(step).at(row, d), read ? from + d : from, read);
       }
-      __syncthreads();
+      cp_async_commit();
+    };
+
+    fetch(0);
+    load_keys<T, kD, kInt8>(table, D, keys);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    const HeldKeys<T, kD> held(keys, warp * 16);
+    int positions[2][2], units[2][2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int key = warp * 16 + n * 8 + lane % 4 * 2 + e;
+        positions[n][e] = table.position[key];
+        units[n][e] = table.listed[key] ? -1 : table.unit[key];  // what is listed is attended like a sink
+      }
+
+    const int steps = (static_cast<int>(min(a.T, int64_t{length}) * a.G) + kMassRows - 1) / kMassRows;
+    for (int step = 0; step < steps; ++step) {
+      const bool next_batch = step % kMassBatch == 0 && step + kMassBatch < steps;
+      if (next_batch) own.ask();
+      if (step + 1 < steps) fetch(step + 1);
       float s[2][4] = {};
-      gemm_qk<16>(s, q, 0, KvOperand<T, kD>{keys, keys}, warp * 16);
+      gemm_qk<16>(s, queries_of(step), 0, held, 0);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const MassRow row = rows[lane / 4 + 8 * r];
+        const MassRow<T> row = rows_of(step)[lane / 4 + 8 * r];
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int key = warp * 16 + n * 8 + lane % 4 * 2 + e, unit = table.unit[key];
-            if (table.position[key] <= row.position && (unit < row.sink || unit >= row.local || table.listed[key]))
+          for (int e = 0; e < 2; ++e)
+            if (positions[n][e] <= row.position && (units[n][e] < row.sink || units[n][e] >= row.local))
               sums[n][e] += exp2_approx(s[n][2 * r + e] * (a.scale * kLog2e) - row.lse);
-          }
       }
+      if (next_batch) own.put(rows_of(step + kMassBatch));
+      cp_async_wait<0>();
       __syncthreads();
     }
   }

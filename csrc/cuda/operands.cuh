@@ -33,35 +33,55 @@ struct KvOperand {
 
 // ---- codes, dequantised for good: once for all warps
 
-// 8 neighbouring channels of a key. stats: those of its group, from the same channel on; null: its grid is (step, min).
-template <typename T>
-__device__ __forceinline__ Vector<uint32_t, 4> key_of_codes(const uint8_t* codes, const T* stats, int D, float2 grid) {
-  const auto words = load_vector<uint32_t, 2>(reinterpret_cast<const uint32_t*>(codes));
-  Vector<T, 8> low, high;
-  if (stats) low = load_global<T, 8>(stats), high = load_global<T, 8>(stats + D);
+using Codes8 = Vector<uint32_t, 2>;  // of 8 neighbouring channels
+
+__device__ __forceinline__ Codes8 load_codes(const uint8_t* codes) {
+  return load_vector<uint32_t, 2>(reinterpret_cast<const uint32_t*>(codes));
+}
+
+// Channels i of a token on grids (step(i), min(i)). Rounding to T brings what is past a maximum back to it.
+template <typename T, typename Step, typename Min>
+__device__ __forceinline__ Vector<uint32_t, 4> dequantize_8(Codes8 codes, Step step, Min min) {
   Vector<uint32_t, 4> out;
 #pragma unroll
-  for (int i = 0; i < 8; i += 2) {
-    float x[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      if (stats) {
-        grid.y = static_cast<float>(low.value[i + e]);
-        grid.x = narrow_step(grid.y, static_cast<float>(high.value[i + e]));
-      }
-      // Rounding to T brings what is past the maximum back to it.
-      x[e] = fmaf(grid.x, code_value(words.value[i / 4], i % 4 + e), grid.y);
-    }
-    out.value[i / 2] = pack<T>(x[0], x[1]);
-  }
+  for (int i = 0; i < 8; i += 2)
+    out.value[i / 2] = pack<T>(fmaf(step(i), code_value(codes.value[i / 4], i % 4), min(i)),
+                               fmaf(step(i + 1), code_value(codes.value[i / 4], i % 4 + 1), min(i + 1)));
   return out;
 }
 
-// 8 neighbouring channels of a value on its grid, (step, min).
+// On the token's own grid, (step, min).
 template <typename T>
-__device__ __forceinline__ Vector<uint32_t, 4> value_of_codes(const uint8_t* codes, float2 grid) {
-  return key_of_codes<T>(codes, nullptr, 0, grid);
+__device__ __forceinline__ Vector<uint32_t, 4> dequantize_8(Codes8 codes, float2 grid) {
+  return dequantize_8<T>(codes, [&](int) { return grid.x; }, [&](int) { return grid.y; });
 }
+
+// Minima and maxima of 8 channels of a group of keys.
+template <typename T>
+struct Bounds {
+  Vector<T, 8> min, max;
+
+  __device__ __forceinline__ static Bounds load(const T* stats, int D) {
+    return {load_global<T, 8>(stats), load_global<T, 8>(stats + D)};
+  }
+};
+
+// The grid that they make.
+template <typename T>
+struct GroupGrid {
+  float step[8], min[8];
+
+  __device__ __forceinline__ explicit GroupGrid(const Bounds<T>& bounds) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      min[i] = static_cast<float>(bounds.min.value[i]);
+      step[i] = narrow_step(min[i], static_cast<float>(bounds.max.value[i]));
+    }
+  }
+  __device__ __forceinline__ Vector<uint32_t, 4> dequantize(Codes8 codes) const {
+    return dequantize_8<T>(codes, [&](int i) { return step[i]; }, [&](int i) { return min[i]; });
+  }
+};
 
 // ---- queries
 
@@ -84,9 +104,8 @@ __device__ __forceinline__ void load_queries(SmemTile<T, kD> q, int D, Query que
 // ---- products
 
 // s[n] [16, 8 keys] = q · k, not scaled, of `Columns` keys from `key` on.
-template <int Columns, typename T, int kD>
-__device__ __forceinline__ void gemm_qk(float (&s)[Columns / 8][4], SmemTile<T, kD> q, int row, const KvOperand<T, kD>& kv,
-                                        int key) {
+template <int Columns, typename T, int kD, typename Keys>
+__device__ __forceinline__ void gemm_qk(float (&s)[Columns / 8][4], SmemTile<T, kD> q, int row, const Keys& kv, int key) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int pair = 0; pair < kD / 32; ++pair) {

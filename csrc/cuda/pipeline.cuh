@@ -24,13 +24,31 @@ struct SmemTile {
   __device__ __forceinline__ static void publish() {}
 };
 
+// p + elements for a p that may be null: nothing is read from there then, and no instruction chooses.
+template <typename X>
+__device__ __forceinline__ const void* at_offset(const X* p, int elements) {
+  return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + elements * sizeof(X));
+}
+
+// Where the keys of one tile stand in their sequence.
+struct KeyMask {
+  int position[kKeys];  // kMasked: not attended
+  int newest[2];        // position of each half: beyond a query's own, and the tile must be masked
+};
+
 // What is known of the keys of one tile, a step ahead of the copies.
-struct KeyTable {
+struct KeyTable : KeyMask {
   const void *k[kKeys], *v[kKeys];
   const void* stats[kKeys];
   float2 k_grid[kKeys], v_grid[kKeys];
-  int position[kKeys];  // kMasked: not attended
-  int newest[2];        // position of each half: beyond a query's own, and the tile must be masked
+};
+
+// Who works on a tile together: all threads of a block.
+struct Block {
+  __device__ static uint32_t thread() { return threadIdx.x; }
+  __device__ static constexpr int threads() { return kThreads; }
+  __device__ static void sync() { __syncthreads(); }
+  __device__ static bool sync_or(bool x) { return __syncthreads_or(x); }
 };
 
 // Copies the tokens [first, last), 64 at a time, from wherever their rows lie into shared memory, kAhead tiles before their
@@ -43,15 +61,16 @@ struct KeyTable {
 //     ... pipeline.keys(i), pipeline.values(i), pipeline.table_at(i) ...
 //   }
 //   pipeline.finish();
-template <typename T, typename X, int kD, int kStages, int kAhead = kStages - 1, int kBlock = kThreads,
+template <typename T, typename X, int kD, int kStages, int kAhead = kStages - 1, typename Crew = Block,
           template <typename, int> typename Layout = SmemTile>
 struct KvPipeline {
   using Tile = Layout<X, kD>;
   static constexpr int kBytes = 2 * kStages * Tile::kTile * sizeof(X);
-  static constexpr int kBatch = kBlock / kKeys;        // tiles that are looked up together, before the first is copied
-  static constexpr int kTables = kAhead + 1 + kBatch;  // which are needed until a tile has been used
-  X* data;                                             // [kStages, K and V, kTile]
-  KeyTable* table;                                     // [kTables]
+  static constexpr int kBatch = Crew::threads() / kKeys;  // tiles that are looked up together, before the first is copied
+  static constexpr int power_of_two(int x) { return x <= 1 ? 1 : 2 * power_of_two((x + 1) / 2); }
+  static constexpr int kTables = power_of_two(kAhead + 1 + kBatch);  // which are needed until a tile has been used
+  X* data;                                                           // [kStages, K and V, kTile]
+  KeyTable* table;                                                   // [kTables]
   const Sequence<T>& sequence;
   const Tokens& tokens;
   int first, last, D;
@@ -63,7 +82,7 @@ struct KvPipeline {
 
   __device__ __forceinline__ void start() const {
     for (int i = 0; i <= kAhead; i += kBatch) look_up(i);
-    __syncthreads();
+    Crew::sync();
     for (int i = 0; i < kAhead; ++i) {
       if (i < tiles()) copy(i);
       cp_async_commit();
@@ -73,7 +92,7 @@ struct KvPipeline {
   __device__ __forceinline__ void wait() const {
     cp_async_wait<kAhead - 1>();
     Tile::publish();
-    __syncthreads();
+    Crew::sync();
   }
   __device__ __forceinline__ void advance(int i) const {
     if (i + kAhead < tiles()) copy(i + kAhead);
@@ -82,12 +101,12 @@ struct KvPipeline {
   }
   __device__ __forceinline__ void finish() const {
     cp_async_wait<0>();
-    __syncthreads();
+    Crew::sync();
   }
 
   // Tiles [i, i + kBatch).
   __device__ __forceinline__ void look_up(int i) const {
-    const int own = i + threadIdx.x / kKeys, key = threadIdx.x % kKeys, token = first + own * kKeys + key;
+    const int own = i + Crew::thread() / kKeys, key = Crew::thread() % kKeys, token = first + own * kKeys + key;
     if (own >= tiles()) return;
     KeyTable& t = table_at(own);
     int position = kMasked;
@@ -109,18 +128,19 @@ struct KvPipeline {
     if (key % 32 == 0) t.newest[key / 32] = newest;
   }
 
+  __device__ __forceinline__ void copy(int i) const { copy(i, keys(i), values(i)); }
+
   // Zeros where there is no key, and beyond channel D.
-  __device__ __forceinline__ void copy(int i) const {
+  __device__ __forceinline__ void copy(int i, Tile k, Tile v) const {
     constexpr int kChunk = 16 / sizeof(X), kChunks = kD / kChunk;
     const KeyTable& t = table_at(i);
-    const Tile k = keys(i), v = values(i);
 #pragma unroll
-    for (int j = 0; j < kKeys * kChunks; j += kBlock) {
-      const int row = (j + threadIdx.x) / kChunks, element = (j + threadIdx.x) % kChunks * kChunk;
+    for (int j = 0; j < kKeys * kChunks; j += Crew::threads()) {
+      const int row = (j + Crew::thread()) / kChunks, element = (j + Crew::thread()) % kChunks * kChunk;
       const X *from_k = static_cast<const X*>(t.k[row]), *from_v = static_cast<const X*>(t.v[row]);
       const bool read = from_k && element < D;
-      cp_async_16(k.at(row, element), read ? from_k + element : from_k, read);
-      cp_async_16(v.at(row, element), read ? from_v + element : from_v, read);
+      cp_async_16(k.at(row, element), at_offset(from_k, element), read);
+      cp_async_16(v.at(row, element), at_offset(from_v, element), read);
     }
   }
 };

@@ -22,10 +22,10 @@ void launch_splits(const PrefillArgs& a, const SplitQueries& results, void* stre
   launch("prefill", split_prefill_kernel<T, kD, kInt8>, grid, kThreads, shared, stream, a, results);
 }
 
-// Whether tiles can take the call.
+// Whether tiles can take the call. Their softmax looks for the largest product before it is scaled.
 template <typename T>
 bool fits_tiles(const PrefillArgs& a) {
-  return !std::is_same_v<T, float> && rows_aligned<T>(a.q) && rows_aligned<T>(a.k) && rows_aligned<T>(a.v) &&
+  return !std::is_same_v<T, float> && a.scale > 0 && rows_aligned<T>(a.q) && rows_aligned<T>(a.k) && rows_aligned<T>(a.v) &&
          rows_aligned<T>(a.kv);
 }
 

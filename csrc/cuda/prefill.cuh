@@ -101,61 +101,72 @@ __device__ __forceinline__ Sequence<T> prefill_sequence(const PrefillArgs& a, in
           a.v.stride0};
 }
 
-// Who works on a tile together: all threads of a block.
-struct Block {
-  __device__ static int thread() { return threadIdx.x; }
-  __device__ static constexpr int threads() { return kThreads; }
-  __device__ static void sync() { __syncthreads(); }
-  __device__ static bool sync_or(bool x) { return __syncthreads_or(x); }
+// 8 channels of neighbouring keys, which mostly are of one group.
+template <int kD>
+struct Run {
+  static constexpr int kN = 8, kKeys = 4, kCount = cuda::kKeys / kKeys * kD / kN;  // so many to a tile
+  int key, d;                                                                      // the first
+
+  __device__ __forceinline__ explicit Run(int i) : key(i / (kD / kN) * kKeys), d(i % (kD / kN) * kN) {}
+
+  // Of its i-th key; null: the key has a grid of its own.
+  template <typename T>
+  __device__ __forceinline__ const T* stats(const KeyTable& table, int i, int D) const {
+    const T* const stats = static_cast<const T*>(table.stats[key + i]);
+    return stats && d < D ? stats + d : nullptr;
+  }
 };
 
-// Dequantises a tile of codes, once for all warps. A thread takes 8 channels of neighbouring keys, which mostly share a grid.
+// What a thread will want first.
+template <typename T, int kD, typename Crew>
+__device__ __forceinline__ Bounds<T> first_bounds(const KeyTable& table, int D) {
+  const int thread = Crew::thread();
+  if (thread < Run<kD>::kCount)
+    if (const T* const stats = Run<kD>(thread).template stats<T>(table, 0, D)) return Bounds<T>::load(stats, D);
+  return {};
+}
+
+// Dequantises a tile of codes, once for all warps. bounds: as of first_bounds.
 template <typename T, int kD, typename Crew, typename Tile>
 __device__ __forceinline__ void dequantize_tile(SmemTile<uint8_t, kD> from_k, SmemTile<uint8_t, kD> from_v,
-                                                const KeyTable& table, int D, Tile to_k, Tile to_v) {
-  constexpr int kN = 8, kRun = 4;
-  for (int j = Crew::thread(); j < kKeys / kRun * kD / kN; j += Crew::threads()) {
-    const int first = j / (kD / kN) * kRun, d = j % (kD / kN) * kN;
-    const T* grid_of = nullptr;
-    float step[kN] = {}, min[kN] = {};
+                                                const KeyTable& table, int D, Tile to_k, Tile to_v, Bounds<T> bounds) {
+  using Run = Run<kD>;
+  for (int j = Crew::thread(); j < Run::kCount; j += Crew::threads()) {
+    const Run run(j);
+    const T* const stats = run.template stats<T>(table, 0, D);
+    const auto put = [](Tile to, int key, int d, const Vector<uint32_t, 4>& x) {
+      store_vector(reinterpret_cast<uint32_t*>(to.at(key, d)), x);
+    };
+    if (stats && stats == run.template stats<T>(table, Run::kKeys - 1, D)) {
+      if (j != static_cast<int>(Crew::thread())) bounds = Bounds<T>::load(stats, D);
+      const GroupGrid<T> grid(bounds);
 #pragma unroll
-    for (int key = first; key < first + kRun; ++key) {
-      const T* const stats = d < D ? static_cast<const T*>(table.stats[key]) : nullptr;
-      if (stats && stats != grid_of) {
-        const auto low = load_global<T, kN>(stats + d), high = load_global<T, kN>(stats + D + d);
-#pragma unroll
-        for (int i = 0; i < kN; ++i) {
-          min[i] = static_cast<float>(low.value[i]);
-          step[i] = narrow_step(min[i], static_cast<float>(high.value[i]));
-        }
-        grid_of = stats;
+      for (int key = run.key; key < run.key + Run::kKeys; ++key)
+        put(to_k, key, run.d, grid.dequantize(load_codes(from_k.at(key, run.d))));
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < Run::kKeys; ++i) {
+        const int key = run.key + i;
+        const Codes8 codes = load_codes(from_k.at(key, run.d));
+        const T* const own = run.template stats<T>(table, i, D);
+        put(to_k, key, run.d,
+            own ? GroupGrid<T>(Bounds<T>::load(own, D)).dequantize(codes) : dequantize_8<T>(codes, table.k_grid[key]));
       }
-      Vector<uint32_t, kN / 2> k;
-      if (stats) {
-        const auto codes = load_vector<uint32_t, kN / 4>(reinterpret_cast<const uint32_t*>(from_k.at(key, d)));
-#pragma unroll
-        for (int i = 0; i < kN; i += 2) {
-          // Rounding to T brings what is past the maximum back to it.
-          k.value[i / 2] = pack<T>(fmaf(step[i], code_value(codes.value[i / 4], i % 4), min[i]),
-                                   fmaf(step[i + 1], code_value(codes.value[i / 4], i % 4 + 1), min[i + 1]));
-        }
-      } else {
-        k = value_of_codes<T>(from_k.at(key, d), table.k_grid[key]);
-      }
-      store_vector(reinterpret_cast<uint32_t*>(to_k.at(key, d)), k);
-      store_vector(reinterpret_cast<uint32_t*>(to_v.at(key, d)), value_of_codes<T>(from_v.at(key, d), table.v_grid[key]));
     }
+#pragma unroll
+    for (int key = run.key; key < run.key + Run::kKeys; ++key)
+      put(to_v, key, run.d, dequantize_8<T>(load_codes(from_v.at(key, run.d)), table.v_grid[key]));
   }
 }
 
 // A weight of 0 hides a later token from a query, but not its value if that is infinite: 0 * inf is NaN. Such values
 // become 0 in the tile, after the queries that do attend them have taken them.
 template <typename T, int kD, typename Crew, typename Tile>
-__device__ __forceinline__ void take_infinite_values(Tile v, const KeyTable& table, const QueryTile& tile,
+__device__ __forceinline__ void take_infinite_values(Tile v, const KeyMask& keys, const QueryTile& tile,
                                                      OnlineSoftmax<T, kD>& softmax) {
   constexpr int kN = 8;                                                          // channels at a time
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % (kQueries / 16);  // of a tile of queries
-  const auto hidden = [&](int key) { return table.position[key] > tile.position && table.position[key] != kMasked; };
+  const auto hidden = [&](int key) { return keys.position[key] > tile.position && keys.position[key] != kMasked; };
   const auto is_finite = [](T value) { return static_cast<float>(value) - static_cast<float>(value) == 0.0f; };
   bool found = false;
   for (int j = Crew::thread(); j < kKeys * kD / kN; j += Crew::threads()) {
@@ -173,7 +184,7 @@ __device__ __forceinline__ void take_infinite_values(Tile v, const KeyTable& tab
       for (int e = 0; e < 4; ++e) {
         const T value = *v.at(key, n * 8 + lane % 4 * 2 + e % 2);
         const int query = tile.position_of(warp * 16 + lane / 4 + e / 2 * 8);
-        if (table.position[key] <= query && !is_finite(value)) softmax.out[n][e] += static_cast<float>(value);
+        if (keys.position[key] <= query && !is_finite(value)) softmax.out[n][e] += static_cast<float>(value);
       }
   }
   Crew::sync();
@@ -251,11 +262,10 @@ __device__ __forceinline__ OnlineSoftmax<T, kD> attend_tile(const PrefillMemory<
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int query = tile.position_of(warp * 16 + lane / 4 + e / 2 * 8);
-        s[n][e] *= scale;
         if (masked && table.position[n * 8 + lane % 4 * 2 + e % 2] > query) s[n][e] = -INFINITY;
       }
     float factor[2];
-    softmax.template update<kKeys>(s, factor);
+    softmax.template update<kKeys>(s, scale, factor);
     softmax.rescale(factor);
     if constexpr (newest.value)
       if (masked) take_infinite_values<T, kD, Block>(source.v, table, tile, softmax);
@@ -270,9 +280,10 @@ __device__ __forceinline__ OnlineSoftmax<T, kD> attend_tile(const PrefillMemory<
     const SmemTile<T, kD> v{reinterpret_cast<T*>(memory.data + Memory::Codes::kBytes + Memory::kTile)};
     pipeline.start();
     for (int i = 0; i < pipeline.tiles(); ++i) {
+      const Bounds<T> bounds = first_bounds<T, kD, Block>(pipeline.table_at(i), D);  // come while codes are waited for
       pipeline.wait();
       pipeline.advance(i);
-      dequantize_tile<T, kD, Block>(pipeline.keys(i), pipeline.values(i), pipeline.table_at(i), D, k, v);
+      dequantize_tile<T, kD, Block>(pipeline.keys(i), pipeline.values(i), pipeline.table_at(i), D, k, v, bounds);
       __syncthreads();
       attend({k, v}, pipeline.table_at(i), std::false_type{});  // sealed: older than all queries
     }

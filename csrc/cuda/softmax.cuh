@@ -29,15 +29,16 @@ struct OnlineSoftmax {
   float out[kD / 8][4] = {};
   float max[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 
-  // s: masked logits, become weights. factor: what `out` must shrink by, since their maximum rose.
+  // s: masked logits before `scale`, which is positive; become weights. factor: what `out` must shrink by, since their
+  // maximum rose.
   template <int Columns>
-  __device__ __forceinline__ void update(float (&s)[Columns / 8][4], float (&factor)[2]) {
+  __device__ __forceinline__ void update(float (&s)[Columns / 8][4], float scale, float (&factor)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float largest = max[r];
+      float largest = -INFINITY;
 #pragma unroll
       for (int n = 0; n < Columns / 8; ++n) largest = fmaxf(largest, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
-      largest = over_quad(largest, [](float a, float b) { return fmaxf(a, b); });
+      largest = fmaxf(max[r], scale * over_quad(largest, [](float a, float b) { return fmaxf(a, b); }));
       const float base = largest == -INFINITY ? 0.0f : largest;  // nothing attended yet: weights of 0, not of NaN
       const float shift = base + kHeadroom<T>;
       factor[r] = exp2_approx(max[r] - base);
@@ -45,7 +46,7 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int n = 0; n < Columns / 8; ++n)
 #pragma unroll
-        for (int e = 2 * r; e < 2 * r + 2; ++e) sum[r] += s[n][e] = exp2_approx(s[n][e] - shift);
+        for (int e = 2 * r; e < 2 * r + 2; ++e) sum[r] += s[n][e] = exp2_approx(fmaf(s[n][e], scale, -shift));
     }
   }
   __device__ __forceinline__ void rescale(const float (&factor)[2]) {

@@ -60,6 +60,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int first = split * size, last = min(first + size, tokens.count);
   if (first >= last) return;
 
+  const int64_t results_row = SplitQueries::row(a, b, tile.first);
+  if (split == 0 && static_cast<int>(threadIdx.x) < tile.count)
+    results.splits[(results_row + threadIdx.x) * a.kv.H + h] = (tokens.count + size - 1) / size;
+
   const PrefillMemory<T, kD, kInt8> memory{SharedMemory()};
   const int64_t first_row = a.cu_seqlens_q[b] + tile.first;
   const T* const queries = static_cast<const T*>(a.q.data) + first_row * a.q.stride0 + h * a.G * a.q.stride1;
@@ -69,7 +73,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   });
   const auto softmax = attend_tile(memory, prefill_sequence<T>(a, b, h), tile, tokens, first, last, D, a.scale * kLog2e);
 
-  const int64_t results_row = SplitQueries::row(a, b, tile.first);
   const auto at = [&](int row) {
     const int64_t head = (results_row + row / tile.heads) * (a.kv.H * a.G) + h * a.G + row % tile.heads;
     return head * results.partials.splits + split;
@@ -78,8 +81,6 @@ __global__ void __launch_bounds__(kThreads, 2)
       softmax, threadIdx.x / 32 * 16, rows, D,
       [&](int row, int d, float x, float y) { store_vector(results.partials.out + at(row) * D + d, Vector<float, 2>{{x, y}}); },
       [&](int row, float x) { results.partials.lse[at(row)] = x; });
-  if (split == 0 && static_cast<int>(threadIdx.x) < tile.count)
-    results.splits[(results_row + threadIdx.x) * a.kv.H + h] = (tokens.count + size - 1) / size;
 }
 
 // One block of threads for each row of results.

@@ -118,7 +118,7 @@ __device__ void multiply_wide(const uint16_t (&a)[64][16], const uint16_t (&b)[1
   sm90::pin(fragment), sm90::pin(sums);
   sm90::fence_registers();
   for (int i = 0; i < 2; ++i) {
-    sm90::wgmma_m64n64k16<T, kRows>(sums, 0, fragment[0], panel + (kRows ? 16 * 64 : 16), i > 0);
+    sm90::wgmma_m64n64k16<T, kRows>(sums, 0, fragment[0], sm90::Panels(panels), 64 * 64 + (kRows ? 16 * 64 : 16), i > 0);
     sm90::commit_wgmma();
   }
   sm90::wait_wgmma<1>();

@@ -9,7 +9,7 @@ namespace {
 template <typename T, int kD, bool kInt8>
 void launch_tiles(const PrefillArgs& a, void* stream) {
   const dim3 grid(query_tiles(a), a.kv.H * ((a.G + kHeads - 1) / kHeads));
-  launch("prefill", prefill_kernel<T, kD, kInt8>, grid, kBlockThreads, PrefillMemory<T, kD, kInt8>::kBytes, stream, a);
+  launch("prefill", prefill_kernel<T, kD, kInt8>, grid, Roles<kInt8>::kThreads, PrefillMemory<T, kD, kInt8>::kBytes, stream, a);
 }
 
 template <typename T, int kD>
@@ -29,7 +29,7 @@ bool prefill(const PrefillArgs& a, void* stream) {
     using T = decltype(zero);
     if constexpr (!std::is_same_v<T, float>) {
       const bool aligned = rows_aligned<T>(a.q) && rows_aligned<T>(a.k) && rows_aligned<T>(a.v) && rows_aligned<T>(a.kv);
-      done = aligned && (a.kv.D <= 64 || (a.kv.D > 96 && a.kv.D <= 128));
+      done = aligned && a.scale > 0 && (a.kv.D <= 64 || (a.kv.D > 96 && a.kv.D <= 128));
       if (done && a.kv.D <= 64) launch_tiles<T, 64>(a, stream);
       else if (done) launch_tiles<T, 128>(a, stream);
     }

@@ -1,6 +1,6 @@
 // prefill by wgmma. A block of threads takes 64 neighbouring queries of two query heads that share a kv head. Its first
-// warpgroup copies keys and values; each of the others multiplies for one head. The product of a tile's weights with its
-// values runs while the logits of the next tile become weights.
+// warpgroup copies keys and values, and turns codes into numbers; each of the others multiplies for one head. The product
+// of a tile's weights with its values runs while the logits of the next tile become weights.
 #pragma once
 #include "cuda/launch.h"
 #include "cuda/prefill.cuh"
@@ -8,13 +8,19 @@
 
 namespace lserve::cuda::sm90 {
 
-constexpr int kWarpgroup = 128, kHeads = 2, kBlockThreads = (1 + kHeads) * kWarpgroup;
-// Of a thread. Copying needs few, and gives the others to those who multiply.
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
-// A block starts with as many registers a thread as fit, in eights, and who wants more than others gave waits for ever.
-static_assert(kProducerRegisters + kHeads * kConsumerRegisters <= (1 + kHeads) * (65536 / kBlockThreads / 8 * 8));
+constexpr int kWarpgroup = 128, kHeads = 2;
 
-enum NamedBarrier { kConsumers = 1, kProducers, kEverybody };  // 0 is that of __syncthreads
+// How a block shares its threads and registers. Unpacking codes takes two warpgroups as long as multiplying takes.
+template <bool kInt8>
+struct Roles {
+  static constexpr int kProducers = (kInt8 ? 2 : 1) * kWarpgroup, kConsumers = kHeads * kWarpgroup;
+  static constexpr int kThreads = kProducers + kConsumers;
+  static constexpr int kProducerRegisters = kInt8 ? 72 : 56, kConsumerRegisters = kInt8 ? 184 : 224;  // of a thread
+  // A block starts with as many registers a thread as fit, in eights, and who wants more than others gave waits for ever.
+  static_assert(kProducers * kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * kThreads);
+};
+
+enum NamedBarrier { kConsumersBarrier = 1, kProducersBarrier };  // 0 is that of __syncthreads
 
 // A tile as wgmma reads it: panels of 64 channels.
 template <typename T, int kD>
@@ -25,9 +31,9 @@ struct SwizzledTile {
   __device__ __forceinline__ T* at(int row, int element) const {
     return data + element / 64 * kPanel + row * 64 + (element % 64 / 8 ^ row % 8) * 8 + element % 8;
   }
-  // Channels [16 step, 16 step + 16) of all keys; keys [16 step, 16 step + 16) of a panel.
-  __device__ __forceinline__ const T* channels(int step) const { return data + step / 4 * kPanel + step % 4 * 16; }
-  __device__ __forceinline__ const T* keys(int step, int panel) const { return data + panel * kPanel + step * 16 * 64; }
+  // The first element of channels [16 step, 16 step + 16) of all keys; of keys [16 step, 16 step + 16) of a panel.
+  __device__ __forceinline__ static constexpr int channels(int step) { return step / 4 * kPanel + step % 4 * 16; }
+  __device__ __forceinline__ static constexpr int keys(int step, int panel) { return panel * kPanel + step * 16 * 64; }
 
   __device__ __forceinline__ static void publish() { fence_for_wgmma(); }
 };
@@ -67,10 +73,10 @@ template <int kStages>
 struct Handover {
   uint64_t full[kStages], empty[kStages];
 
-  __device__ void init() {
+  __device__ void init(int producers, int consumers) {
     for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(full + i, kWarpgroup);                 // every producer has copied its part
-      mbarrier_init(empty + i, kHeads * kWarpgroup / 32);  // every warp of the consumers has done with it
+      mbarrier_init(full + i, producers);        // every thread has brought its part
+      mbarrier_init(empty + i, consumers / 32);  // every warp has done with it
     }
   }
   __device__ void wait_full(int i) { mbarrier_wait(full + i % kStages, i / kStages % 2); }
@@ -82,64 +88,103 @@ struct Handover {
   }
 };
 
-// The threads that multiply.
+// The threads that copy, and those that multiply.
+template <bool kInt8>
+struct Producers {
+  __device__ static uint32_t thread() { return threadIdx.x; }
+  __device__ static constexpr int threads() { return Roles<kInt8>::kProducers; }
+  __device__ static void sync() { sync_threads(kProducersBarrier, threads()); }
+};
+template <bool kInt8>
 struct Consumers {
-  __device__ static int thread() { return threadIdx.x - kWarpgroup; }
-  __device__ static constexpr int threads() { return kHeads * kWarpgroup; }
-  __device__ static void sync() { sync_threads(kConsumers, threads()); }
-  __device__ static bool sync_or(bool x) { return sync_threads_or(kConsumers, threads(), x); }
+  __device__ static uint32_t thread() { return threadIdx.x - Roles<kInt8>::kProducers; }
+  __device__ static constexpr int threads() { return Roles<kInt8>::kConsumers; }
+  __device__ static void sync() { sync_threads(kConsumersBarrier, threads()); }
+  __device__ static bool sync_or(bool x) { return sync_threads_or(kConsumersBarrier, threads(), x); }
 };
 
 template <typename T, int kD, bool kInt8>
 struct PrefillMemory {
   // Consumers hold two tiles: of one they take logits, of the one before they add values.
-  static constexpr int kStages = 4, kCodeStages = 3;
-  // A batch of tiles is looked up while consumers may still need the tables of those whose stages come next.
-  using Values = KvPipeline<T, T, kD, kStages, kStages - 1, kWarpgroup, SwizzledTile>;
-  using Codes = KvPipeline<T, uint8_t, kD, kCodeStages, kStages - 1, kWarpgroup>;
-  // One stretch serves the tiles of values; or before them two tiles that codes are unpacked to in turn, and the codes.
-  static constexpr int kTile = SwizzledTile<T, kD>::kTile * sizeof(T), kUnpacked = 2 * 2 * kTile;
-  static constexpr int kCodeBytes = kUnpacked + Codes::kBytes;
-  static constexpr int kData = kInt8 && kCodeBytes > Values::kBytes ? kCodeBytes : Values::kBytes;
-  static constexpr int kBytes = shared_bytes(
-      {kData, Values::kTables * int(sizeof(KeyTable)), int(sizeof(Handover<kStages>)), int(sizeof(Handover<kCodeStages>))});
-  char* data;
-  KeyTable* tables;
+  static constexpr int kStages = 4;
+  using Tile = SwizzledTile<T, kD>;
+  using Values = KvPipeline<T, T, kD, kStages, kStages - 1, Producers<kInt8>, SwizzledTile>;
+  using Codes = KvPipeline<T, uint8_t, kD, 4, 3, Producers<kInt8>>;
+  static constexpr int kCodes = kInt8 ? Codes::kBytes : 0;
+  static_assert(Codes::kTables <= Values::kTables);
+  static constexpr int kBytes = shared_bytes({Values::kBytes, kCodes, Values::kTables * int(sizeof(KeyTable)),
+                                              kStages * int(sizeof(KeyMask)), int(sizeof(Handover<kStages>))});
+  T* data;           // [kStages, K and V, kTile]
+  uint8_t* codes;    // of the pipeline that fills the first stages, if there are codes
+  KeyTable* tables;  // of one pipeline after the other
+  KeyMask* masks;    // [kStages]
   Handover<kStages>& handover;
-  Handover<kCodeStages>& code_handover;
 
   __device__ explicit PrefillMemory(SharedMemory shared)
-      : data(shared.take<char>(kData)),
+      : data(shared.take<T>(Values::kBytes / int(sizeof(T)))),
+        codes(kInt8 ? shared.take<uint8_t>(kCodes) : nullptr),
         tables(shared.take<KeyTable>(Values::kTables)),
-        handover(*shared.take<Handover<kStages>>(1)),
-        code_handover(*shared.take<Handover<kCodeStages>>(1)) {}
+        masks(shared.take<KeyMask>(kStages)),
+        handover(*shared.take<Handover<kStages>>(1)) {}
+
+  __device__ __forceinline__ Tile keys(int i) const { return {data + i % kStages * 2 * Tile::kTile}; }
+  __device__ __forceinline__ Tile values(int i) const { return {data + (i % kStages * 2 + 1) * Tile::kTile}; }
+  __device__ __forceinline__ KeyMask& mask(int i) const { return masks[i % kStages]; }
+  __device__ __forceinline__ void set_mask(int i, const KeyMask& from) const {
+    KeyMask& to = mask(i);
+    if (threadIdx.x < kKeys) to.position[threadIdx.x] = from.position[threadIdx.x];
+    if (threadIdx.x < 2) to.newest[threadIdx.x] = from.newest[threadIdx.x];
+  }
 };
 
-// Copies all tiles of a pipeline.
-template <typename Pipeline, int kStages>
-__device__ __forceinline__ void produce(const Pipeline& pipeline, Handover<kStages>& handover) {
+// Fills the first stages from codes.
+template <typename T, int kD>
+__device__ __forceinline__ void produce_codes(const typename PrefillMemory<T, kD, true>::Codes& pipeline,
+                                              const PrefillMemory<T, kD, true>& memory, int D) {
+  pipeline.start();
+  for (int i = 0; i < pipeline.tiles(); ++i) {
+    const KeyTable& table = pipeline.table_at(i);
+    const Bounds<T> bounds = first_bounds<T, kD, Producers<true>>(table, D);  // come while codes are waited for
+    pipeline.wait();
+    pipeline.advance(i);
+    memory.handover.wait_empty(i);
+    dequantize_tile<T, kD, Producers<true>>(pipeline.keys(i), pipeline.values(i), table, D, memory.keys(i), memory.values(i),
+                                            bounds);
+    memory.set_mask(i, table);
+    SwizzledTile<T, kD>::publish();
+    memory.handover.arrive_full(i);
+  }
+  pipeline.finish();
+}
+
+// Copies all tiles of a pipeline into the stages from `before` on.
+template <typename Crew, typename Pipeline, typename Memory>
+__device__ __forceinline__ void produce(const Pipeline& pipeline, const Memory& memory, int before) {
   const int tiles = pipeline.tiles();
   for (int i = 0; i <= tiles; ++i) {
     if (i < tiles) {
       if (i % Pipeline::kBatch == 0) {
         pipeline.look_up(i);
-        sync_threads(kProducers, kWarpgroup);
+        Crew::sync();
       }
-      handover.wait_empty(i);
-      pipeline.copy(i);
+      memory.handover.wait_empty(before + i);
+      pipeline.copy(i, memory.keys(before + i), memory.values(before + i));
+      memory.set_mask(before + i, pipeline.table_at(i));
     }
     cp_async_commit();
     if (i > 0) {
       cp_async_wait<1>();  // the tile before has come
       Pipeline::Tile::publish();
-      handover.arrive_full(i - 1);
+      memory.handover.arrive_full(before + i - 1);
     }
   }
 }
 
 template <typename T, int kD, bool kInt8>
-__global__ void __launch_bounds__(kBlockThreads, 1) prefill_kernel(const __grid_constant__ PrefillArgs a) {
+__global__ void __launch_bounds__(Roles<kInt8>::kThreads, 1) prefill_kernel(const __grid_constant__ PrefillArgs a) {
   using Memory = PrefillMemory<T, kD, kInt8>;
+  using Roles = Roles<kInt8>;
+  using Consumers = Consumers<kInt8>;
   using Tile = SwizzledTile<T, kD>;
   const int G = static_cast<int>(a.G), parts = (G + kHeads - 1) / kHeads, h = blockIdx.y / parts;
   const int D = static_cast<int>(a.kv.D);
@@ -148,30 +193,21 @@ __global__ void __launch_bounds__(kBlockThreads, 1) prefill_kernel(const __grid_
   if (tile.count == 0) return;
 
   const Memory memory{SharedMemory()};
-  char* const data = memory.data;
   auto& handover = memory.handover;
-  auto& code_handover = memory.code_handover;
-  if (threadIdx.x == 0) handover.init(), code_handover.init();
-  const auto sync_block = [] { sync_threads(kEverybody, kBlockThreads); };  // from wherever a warpgroup is
-  sync_block();
+  if (threadIdx.x == 0) handover.init(Roles::kProducers, Roles::kConsumers);
+  __syncthreads();
 
   const Tokens tokens = prefill_tokens(a, tile, h, window);
   const Sequence<T> sequence = prefill_sequence<T>(a, tile.b, h);
-  const int boundary = kInt8 ? tokens.sealed : 0;
-  const typename Memory::Codes codes{
-      reinterpret_cast<uint8_t*>(data + Memory::kUnpacked), memory.tables, sequence, tokens, 0, boundary, D};
-  const typename Memory::Values pipeline{
-      reinterpret_cast<T*>(data), memory.tables, sequence, tokens, boundary, tokens.count, D};
+  const int boundary = kInt8 ? tokens.sealed : 0, coded = (boundary + kKeys - 1) / kKeys;  // tiles of codes
+  const typename Memory::Values pipeline{memory.data, memory.tables, sequence, tokens, boundary, tokens.count, D};
 
-  if (threadIdx.x < kWarpgroup) {
-    give_registers<kProducerRegisters>();
-    if constexpr (kInt8) {
-      produce(codes, code_handover);
-      sync_block();
-    }
-    produce(pipeline, handover);
+  if (threadIdx.x < Roles::kProducers) {
+    give_registers<Roles::kProducerRegisters>();
+    if constexpr (kInt8) produce_codes<T, kD>({memory.codes, memory.tables, sequence, tokens, 0, boundary, D}, memory, D);
+    produce<Producers<kInt8>>(pipeline, memory, coded);
   } else {
-    take_registers<kConsumerRegisters>();
+    take_registers<Roles::kConsumerRegisters>();
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16;
     const int own = blockIdx.y % parts * kHeads + Consumers::thread() / kWarpgroup, head = h * G + own;
     const T* const queries =
@@ -179,15 +215,15 @@ __global__ void __launch_bounds__(kBlockThreads, 1) prefill_kernel(const __grid_
     QueryFragments<T, kD> q(queries, a.q.stride0, own < G ? tile.count - row : 0, D);
     const float scale = a.scale * kLog2e;
     OnlineSoftmax<T, kD> softmax;
-    Weights<T> weights;  // of the tile before,
-    Tile values;         // and its values
+    Weights<T> weights;             // of the tile before,
+    Panels<T> values{memory.data};  // and its values
 
     const auto add_values = [&] {
 #pragma unroll
       for (int step = 0; step < kKeys / 16; ++step)
 #pragma unroll
         for (int panel = 0; panel < kD / 64; ++panel)
-          wgmma_m64n64k16<T, true>(softmax.out, 8 * panel, weights.a[step], values.keys(step, panel), true);
+          wgmma_m64n64k16<T, true>(softmax.out, 8 * panel, weights.a[step], values, Tile::keys(step, panel), true);
       commit_wgmma();
     };
     const auto wait_for_values = [&] {
@@ -195,9 +231,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1) prefill_kernel(const __grid_
       pin(softmax.out);
     };
 
-    // first: there is no tile before. newest: some keys may be newer than some queries. done(): the tile before is not needed
-    // any more.
-    const auto attend = [&](Tile k, Tile v, const KeyTable& table, auto first, auto newest, auto done) {
+    const auto attend = [&](int i, auto first) {  // first: there is no tile before
+      handover.wait_full(i);
+      const Panels<T> keys(memory.keys(i).data);
+      const KeyMask& mask = memory.mask(i);
       float s[kKeys / 8][4];
       pin(s);
       pin(q.a);
@@ -207,72 +244,43 @@ __global__ void __launch_bounds__(kBlockThreads, 1) prefill_kernel(const __grid_
       }
       fence_registers();
 #pragma unroll
-      for (int step = 0; step < kD / 16; ++step) wgmma_m64n64k16<T, false>(s, 0, q.a[step], k.channels(step), step > 0);
+      for (int step = 0; step < kD / 16; ++step)
+        wgmma_m64n64k16<T, false>(s, 0, q.a[step], keys, Tile::channels(step), step > 0);
       commit_wgmma();
       if constexpr (!first.value) add_values();
       wait_wgmma<first.value ? 0 : 1>();
       pin(s);
 
-      const bool masked = max(table.newest[0], table.newest[1]) > tile.position;
-#pragma unroll
-      for (auto& fragment : s)
-#pragma unroll
-        for (float& x : fragment) x *= scale;
+      const bool masked = max(mask.newest[0], mask.newest[1]) > tile.position;
       if (masked) {
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
           for (int e = 0; e < 4; ++e)
-            if (table.position[n * 8 + lane % 4 * 2 + e % 2] > tile.position + row + lane / 4 + e / 2 * 8) s[n][e] = -INFINITY;
+            if (mask.position[n * 8 + lane % 4 * 2 + e % 2] > tile.position + row + lane / 4 + e / 2 * 8) s[n][e] = -INFINITY;
       }
       float factor[2];
-      softmax.template update<kKeys>(s, factor);
+      softmax.template update<kKeys>(s, scale, factor);
       if constexpr (!first.value) {
         compute_first(softmax.sum[0] + softmax.sum[1]);  // weights are taken while the values of the tile before are multiplied
         wait_for_values();
-        done();
+        handover.arrive_empty(i - 1);
       }
       softmax.rescale(factor);
-      if constexpr (newest.value)
-        if (masked) take_infinite_values<T, kD, Consumers>(v, table, tile, softmax);
+      if (masked) take_infinite_values<T, kD, Consumers>(memory.values(i), mask, tile, softmax);
       weights.pack_from(s);
-      values = v;
+      values = Panels<T>(memory.values(i).data);
     };
-    const auto attend_last = [&] {
+    // Equal in all lanes, as the compiler cannot see: where tiles lie is then computed once a warp.
+    const int tiles = __shfl_sync(~0u, coded + pipeline.tiles(), 0);
+    if (tiles > 0) {
+      attend(0, std::true_type{});
+      for (int i = 1; i < tiles; ++i) attend(i, std::false_type{});
       pin(softmax.out);
       pin(weights.a);
       fence_registers();
       add_values();
       wait_for_values();
-    };
-
-    if constexpr (kInt8) {
-      const auto attend_codes = [&](int i, auto first) {
-        const Tile k{reinterpret_cast<T*>(data + i % 2 * 2 * Memory::kTile)}, v{k.data + Tile::kTile};
-        code_handover.wait_full(i);
-        Consumers::sync();  // all have done with what lay in k and v
-        dequantize_tile<T, kD, Consumers>(codes.keys(i), codes.values(i), codes.table_at(i), D, k, v);
-        Tile::publish();
-        Consumers::sync();
-        attend(k, v, codes.table_at(i), first, std::false_type{}, [] {});  // older than all queries
-        code_handover.arrive_empty(i);
-      };
-      if (codes.tiles() > 0) {
-        attend_codes(0, std::true_type{});
-        for (int i = 1; i < codes.tiles(); ++i) attend_codes(i, std::false_type{});
-        attend_last();
-      }
-      sync_block();
-    }
-    const auto attend_tile = [&](int i, auto first) {
-      handover.wait_full(i);
-      attend(pipeline.keys(i), pipeline.values(i), pipeline.table_at(i), first, std::true_type{},
-             [&] { handover.arrive_empty(i - 1); });
-    };
-    if (pipeline.tiles() > 0) {
-      attend_tile(0, std::true_type{});
-      for (int i = 1; i < pipeline.tiles(); ++i) attend_tile(i, std::false_type{});
-      attend_last();
     }
     if (own < G) store_rows(a, tile, head, row, softmax);
   }

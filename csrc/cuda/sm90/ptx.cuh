@@ -16,17 +16,26 @@ __device__ __forceinline__ void fence_for_wgmma() { asm volatile("fence.proxy.as
       "+f"(d[i + 6][0]), "+f"(d[i + 6][1]), "+f"(d[i + 6][2]), "+f"(d[i + 6][3]), "+f"(d[i + 7][0]), "+f"(d[i + 7][1]), \
       "+f"(d[i + 7][2]), "+f"(d[i + 7][3])
 
+// Panels that follow each other in shared memory, from a multiple of 1024 bytes on: 64 rows of 64 elements each.
+template <typename T>
+struct Panels {
+  uint32_t first;  // the lower half of a descriptor
+
+  __device__ __forceinline__ explicit Panels(const T* data)
+      : first(uint32_t{1} << 16 | (shared_address(data) & 0x3ffff) >> 4) {}
+};
+
 // d [64, 64] = a [64, 16] b [16, 64], or with `add` += : of each warp 16 rows, d[i + n] being the fragment of mma_m16n8k16
-// for columns 8 n and on. b lies in a panel: 64 rows of 64 elements in shared memory, whose 16-byte chunks are permuted within
-// a row, chunk c of row r at c ^ r % 8. kRows: b's rows lie in 16 of a panel's rows, and b points at the first; else its
-// columns lie in all 64, 16 elements of each, and b points at the first of the first row as if nothing were permuted.
-// SwizzledTile start at multiples of 1024 bytes.
+// for columns 8 n and on. b lies in a panel whose 16-byte chunks are permuted within a row, chunk c of row r at c ^ r % 8.
+// kRows: b's rows lie in 16 of a panel's rows, and `element` is the first; else its columns lie in all 64, 16 elements of
+// each, and `element` is the first of the first row as if nothing were permuted.
 //
 // It runs in the background, from commit_wgmma on; until wait_wgmma nobody touches a or d.
 template <typename T, bool kRows, int N>
-__device__ __forceinline__ void wgmma_m64n64k16(float (&d)[N][4], int i, const uint32_t (&a)[4], const T* b, bool add) {
+__device__ __forceinline__ void wgmma_m64n64k16(float (&d)[N][4], int i, const uint32_t (&a)[4], Panels<T> b, int element,
+                                                bool add) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32;
-  const uint64_t matrix = kSwizzle128 | kEightRows | uint64_t{1} << 16 | (shared_address(b) & 0x3ffff) >> 4;
+  const uint64_t matrix = kSwizzle128 | kEightRows | (b.first + element * int(sizeof(T)) / 16);
 #define LSERVE_WGMMA(type)                                                 \
   asm volatile(                                                            \
       "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                     \

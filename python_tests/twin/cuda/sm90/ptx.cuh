@@ -28,11 +28,19 @@ void multiply(const simt::Product& p) {
   }
 }
 
+template <typename T>
+struct Panels {
+  const T* first;
+
+  explicit Panels(const T* data) : first(data) {}
+};
+
 template <typename T, bool kRows, int N>
-void wgmma_m64n64k16(float (&d)[N][4], int i, const uint32_t (&a)[4], const T* b, bool add, SIMT_HERE) {
+void wgmma_m64n64k16(float (&d)[N][4], int i, const uint32_t (&a)[4], Panels<T> b, int element, bool add, SIMT_HERE) {
   const simt::Site site = SIMT_SITE("wgmma");
-  if ((uintptr_t)b % 16) simt::fail(site, "addresses must be 16-byte aligned");
-  simt::product_issue({d + i, a, b, add, site, multiply<T, kRows>});
+  if ((uintptr_t)b.first % 1024) simt::fail(site, "panels must start at multiples of 1024 bytes");
+  if (element % 8) simt::fail(site, "addresses must be 16-byte aligned");
+  simt::product_issue({d + i, a, b.first + element, add, site, multiply<T, kRows>});
 }
 
 inline void fence_registers() {}
