@@ -88,22 +88,6 @@ struct Handover {
   }
 };
 
-// Two warpgroups start their products in turns, so that those of one run while the other one takes weights.
-struct Turns {
-  static_assert(kHeads == 2);
-  uint64_t ended[kHeads];
-
-  __device__ void init() {
-    for (uint64_t& barrier : ended) mbarrier_init(&barrier, kWarpgroup / 32);
-  }
-  // For the i-th turn of warpgroup `own`: after the i-th of 0, or the one before it of 1.
-  __device__ void wait(int own, int i) { mbarrier_wait(ended + 1 - own, (i + 1 + own) % 2); }
-  __device__ void end(int own) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(ended + own);
-  }
-};
-
 // The threads that copy, and those that multiply.
 template <bool kInt8>
 struct Producers {
@@ -128,23 +112,20 @@ struct PrefillMemory {
   using Codes = KvPipeline<T, uint8_t, kD, 4, 3, Producers<kInt8>>;
   static constexpr int kCodes = kInt8 ? Codes::kBytes : 0;
   static_assert(Codes::kTables <= Values::kTables);
-  static constexpr int kBytes =
-      shared_bytes({Values::kBytes, kCodes, Values::kTables * int(sizeof(KeyTable)), kStages * int(sizeof(KeyMask)),
-                    int(sizeof(Handover<kStages>)), int(sizeof(Turns))});
+  static constexpr int kBytes = shared_bytes({Values::kBytes, kCodes, Values::kTables * int(sizeof(KeyTable)),
+                                              kStages * int(sizeof(KeyMask)), int(sizeof(Handover<kStages>))});
   T* data;           // [kStages, K and V, kTile]
   uint8_t* codes;    // of the pipeline that fills the first stages, if there are codes
   KeyTable* tables;  // of one pipeline after the other
   KeyMask* masks;    // [kStages]
   Handover<kStages>& handover;
-  Turns& turns;
 
   __device__ explicit PrefillMemory(SharedMemory shared)
       : data(shared.take<T>(Values::kBytes / int(sizeof(T)))),
         codes(kInt8 ? shared.take<uint8_t>(kCodes) : nullptr),
         tables(shared.take<KeyTable>(Values::kTables)),
         masks(shared.take<KeyMask>(kStages)),
-        handover(*shared.take<Handover<kStages>>(1)),
-        turns(*shared.take<Turns>(1)) {}
+        handover(*shared.take<Handover<kStages>>(1)) {}
 
   __device__ __forceinline__ Tile keys(int i) const { return {data + i % kStages * 2 * Tile::kTile}; }
   __device__ __forceinline__ Tile values(int i) const { return {data + (i % kStages * 2 + 1) * Tile::kTile}; }
@@ -213,7 +194,7 @@ __global__ void __launch_bounds__(Roles<kInt8>::kThreads, 1) prefill_kernel(cons
 
   const Memory memory{SharedMemory()};
   auto& handover = memory.handover;
-  if (threadIdx.x == 0) handover.init(Roles::kProducers, Roles::kConsumers), memory.turns.init();
+  if (threadIdx.x == 0) handover.init(Roles::kProducers, Roles::kConsumers);
   __syncthreads();
 
   const Tokens tokens = prefill_tokens(a, tile, h, window);
@@ -228,8 +209,7 @@ __global__ void __launch_bounds__(Roles<kInt8>::kThreads, 1) prefill_kernel(cons
   } else {
     take_registers<Roles::kConsumerRegisters>();
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16;
-    const int warpgroup = Consumers::thread() / kWarpgroup;
-    const int own = blockIdx.y % parts * kHeads + warpgroup, head = h * G + own;
+    const int own = blockIdx.y % parts * kHeads + Consumers::thread() / kWarpgroup, head = h * G + own;
     const T* const queries =
         static_cast<const T*>(a.q.data) + (a.cu_seqlens_q[tile.b] + tile.first + row) * a.q.stride0 + head * a.q.stride1;
     QueryFragments<T, kD> q(queries, a.q.stride0, own < G ? tile.count - row : 0, D);
@@ -255,7 +235,6 @@ __global__ void __launch_bounds__(Roles<kInt8>::kThreads, 1) prefill_kernel(cons
       handover.wait_full(i);
       const Panels<T> keys(memory.keys(i).data);
       const KeyMask& mask = memory.mask(i);
-      memory.turns.wait(warpgroup, i);
       float s[kKeys / 8][4];
       pin(s);
       pin(q.a);
@@ -269,7 +248,6 @@ __global__ void __launch_bounds__(Roles<kInt8>::kThreads, 1) prefill_kernel(cons
         wgmma_m64n64k16<T, false>(s, 0, q.a[step], keys, Tile::channels(step), step > 0);
       commit_wgmma();
       if constexpr (!first.value) add_values();
-      memory.turns.end(warpgroup);
       wait_wgmma<first.value ? 0 : 1>();
       pin(s);
 
