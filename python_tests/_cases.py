@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lserve_ext import reference
-from lserve_ext.ops import PagedKV
+from lserve_ext.ops import DENSE, PagedKV
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -62,6 +62,7 @@ SHAPES = [
     Shape(80, 64, 64, 5, F32, "auto"),
 ]
 SMALL = [SHAPES[1], SHAPES[4], SHAPES[9]]  # for tests that need no more than one of each kind
+SINK, WINDOW = 1, 2  # pages of a streaming head in most tests
 
 
 def awkward_lengths(page_size: int) -> list[int]:
@@ -229,6 +230,12 @@ def pack(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(list(sequences)), ints(sizes, str(sequences[0].device)).cumsum(0, dtype=torch.int32)
 
 
+def ragged(shape: Shape, lengths: list[int], heads: int, device: str, seed: int) -> tuple[Tensor, Tensor]:
+    """Random packed tokens [N, heads, D] and their bounds."""
+    dims = heads, shape.head_dim
+    return pack([normal(seed + b, n, *dims, dtype=shape.dtype, device=device) for b, n in enumerate(lengths)])
+
+
 def build(shape: Shape, lengths: Sequence[int], **options: Any) -> Case:
     """See `_build`, whose results are kept: many tests begin with the same cache. Guards are copied with the rest."""
     return copy.deepcopy(_build(shape, tuple(lengths), **options))
@@ -312,6 +319,15 @@ def free_past(case: Case, head: int, window: int, sink: int) -> Case:
                 if t is not None:
                     t[row] = math.nan if t.dtype.is_floating_point else 255
     return replace(case, kv=kv)
+
+
+def three_heads(shape: Shape, lengths: list[int], device: str, *, strided: bool = False, count: int = 2) -> tuple[
+    Case, Tensor, Tensor, Tensor
+]:  # fmt: skip
+    """A dense, a streaming (with its past freed) and a retrieval head: case, windows, lists, local_start."""
+    case = build(shape, lengths, device=device, strided=strided)
+    lists, start = case.lists(sink=SINK, local=1, count=count)
+    return free_past(case, 1, WINDOW, SINK), case.windows(DENSE, WINDOW, 0), lists, start
 
 
 def permuted(kv: PagedKV, seed: int) -> PagedKV:

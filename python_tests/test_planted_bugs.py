@@ -20,8 +20,8 @@ SMALL = "python_tests/test_small.py"
 WANTED = "python_tests/test_pages.py -k wanted"
 RESOLVE = "python_tests/test_pages.py -k resolve_pages"
 WITHOUT = "python_tests/test_pages.py -k append_without"
-MANY = "python_tests/test_attention.py -k mass_of_many"
-DRAFTS = "python_tests/test_attention.py -k few"
+MANY = "python_tests/test_mass.py -k many"
+DRAFTS = "python_tests/test_prefill.py -k few"
 NUMBERS = "python_tests/test_pages.py -k any_number"
 MOMENTS = "python_tests/test_pages.py -k page_moments"
 
@@ -88,7 +88,7 @@ BUGS = [
         "warp_pipeline",
         "position > tokens.last ? kMasked : position",
         "position",
-        "python_tests/test_attention.py -k test_decode",
+        "python_tests/test_decode.py -k test_decode",
     ),
     Bug("raw rows of the other page", "warp_pipeline", "page % 2 * P + row", "row"),
     Bug(
@@ -99,7 +99,7 @@ BUGS = [
         "warp_pipeline",
         "row / static_cast<int>(kv.L)",
         "row % static_cast<int>(kv.L)",
-        "python_tests/test_attention.py -k test_decode",
+        "python_tests/test_decode.py -k test_decode",
     ),
     Bug(
         "a grid in use while it is expanded",
@@ -120,7 +120,7 @@ BUGS = [
         "merge",
         "for (int i = 0; i < splits; ++i) total",
         "for (int i = 0; i < splits - 1; ++i) total",
-        "python_tests/test_attention.py -k over_many_chunks",
+        "python_tests/test_decode.py -k over_many_chunks",
     ),
     Bug("a query does not attend itself", "prefill", "lane % 4 * 2 + e % 2] > query", "lane % 4 * 2 + e % 2] >= query"),
     Bug(
@@ -259,7 +259,7 @@ BUGS = [
         "paged_kv",
         "min(rest - whole, stride - 1)",
         "min(rest - whole, stride - 2)",
-        "python_tests/test_attention.py -k over_many_chunks",
+        "python_tests/test_decode.py -k over_many_chunks",
     ),
     Bug("a quarter of the queries", "mass", "lanes = 4; lanes < 32", "lanes = 16; lanes < 32"),
     Bug("a query that attends nothing", "mass", "lse == -INFINITY ? INFINITY : lse", "lse == -INFINITY ? lse : lse"),
@@ -281,7 +281,7 @@ BUGS = [
         "prefill",
         "if (!Crew::sync_or(found)) return;",
         "return;",
-        "python_tests/test_attention.py -k later_token",
+        "python_tests/test_prefill.py -k later_token",
     ),
     Bug(
         "sums without headroom",
