@@ -20,6 +20,7 @@ SMALL = "python_tests/test_small.py"
 WANTED = "python_tests/test_pages.py -k wanted"
 RESOLVE = "python_tests/test_pages.py -k resolve_pages"
 WITHOUT = "python_tests/test_pages.py -k append_without"
+TRAFFIC = "python_tests/test_traffic.py"
 MANY = "python_tests/test_mass.py -k many"
 DRAFTS = "python_tests/test_prefill.py -k few"
 NUMBERS = "python_tests/test_pages.py -k any_number"
@@ -51,9 +52,14 @@ BUGS = [
         "kTables = power_of_two(kAhead + 1 + kBatch) / 2;",
     ),
     Bug("keys after the query", "pipeline", "if (position > tokens.last) position = kMasked;", ""),
-    Bug("the other half of the residual buffer", "paged_kv", "position % (2 * P) * kv.D", "position % P * kv.D"),
+    Bug("the other half of the residual buffer", "paged_kv.h", "page % 2 * P + row", "row"),
     Bug("a block taken for a slot", "paged_kv", "slot * kv.k_stride", "block * kv.k_stride"),
-    Bug("the group of another token", "paged_kv", "offset / static_cast<int>(kv.L)", "offset % static_cast<int>(kv.L)"),
+    Bug(
+        "the group of another token",
+        "paged_kv.h",
+        "row / static_cast<int32_t>(kv.L)",
+        "row % static_cast<int32_t>(kv.L)",
+    ),
     Bug("bank conflicts", "pipeline", "(kD / kChunk | 1) * kChunk", "(kD / kChunk) * kChunk"),
     Bug(
         "keys in another order",
@@ -90,7 +96,6 @@ BUGS = [
         "position",
         "python_tests/test_decode.py -k test_decode",
     ),
-    Bug("raw rows of the other page", "warp_pipeline", "page % 2 * P + row", "row"),
     Bug(
         "codes where their statistics lie", "warp_pipeline", "if (next.block < 0) return {};", "next.slot = next.block;"
     ),
@@ -191,7 +196,7 @@ BUGS = [
         "moments of the page's first group", "pages", "store_moments<N>(k, i / parts * size,", "store_moments<N>(k, 0,"
     ),
     Bug("moments by slot", "pages", "block * a.moments_stride", "slot * a.moments_stride"),
-    Bug("a value's grid for a key", "pages", "2 * (is_key ? P + row : row)", "2 * (is_key ? row : P + row)", WITHOUT),
+    Bug("a value's grid for a key", "paged_kv.h", "slot, kv.P + row", "slot, row", WITHOUT),
     Bug(
         "stages of codes taken again",
         "sm90/prefill",
@@ -222,8 +227,8 @@ BUGS = [
     Bug("a sequence's first token is another's", "pages", "middle] <= token", "middle] < token", WITHOUT),
     Bug("a pair that should be passed over", "pages", "if (from < 0 || to < 0) continue;", "if (to < 0) continue;"),
     Bug("one token picked too many", "select", "min(a.counts[b], K)", "min(a.counts[b] + 1, K)"),
-    Bug("a page just before the local ones", "mask", "end > e.local", "end >= e.local", WANTED),
-    Bug("an entry of the next page", "mask", "e.list[next] < end", "e.list[next] <= end", WANTED),
+    Bug("a page just before the local ones", "mask.h", "end > e.local", "end >= e.local", WANTED),
+    Bug("an entry of the next page", "mask.h", "e.list[next] < end", "e.list[next] <= end", WANTED),
     Bug("a warp that begins where the last one does", "resolve", "before += __popc(found);", ";", WANTED),
     Bug("a page that was freed", "resolve", "blocks[page] >= 0 && wants_page", "wants_page", WANTED),
     Bug("one page too many is kept", "resolve", ">= a.keep", "> a.keep", RESOLVE),
@@ -272,6 +277,7 @@ BUGS = [
     ),
     Bug("queries of the step before", "mass", "queries + step % 2 *", "queries + (step + 1) / 2 % 2 *", MANY),
     Bug("a listed page is not attended", "mass", "table.listed[key] ? -1 : table.unit[key]", "table.unit[key]"),
+    Bug("rows that nobody attends are copied", "warp_pipeline", "row < count};", "count > 0};", TRAFFIC),
     Bug("a grid of another tile", "prefill", "kD, Block>(pipeline.table_at(i)", "kD, Block>(pipeline.table_at(i + 1)"),
     Bug("the values of a panel twice", "sm90/prefill", "Tile::keys(step, panel)", "Tile::keys(step, 0)"),
     Bug("half of the queries is lost", "mass", "sums[key] + sums[kKeys + key]", "sums[key]"),
@@ -358,9 +364,8 @@ def notices(folder: Path, build: str, tests: str) -> bool:
 
 
 def source(root: Path, bug: Bug) -> Path:
-    """A header of kernels, or one that they share with the CPU."""
-    name = f"cuda/{bug.file}.cuh" if (root / f"csrc/cuda/{bug.file}.cuh").exists() else f"{bug.file}.h"
-    return root / "csrc" / name
+    """A header of kernels, or one that they share with the CPU (.h)."""
+    return root / "csrc" / (bug.file if bug.file.endswith(".h") else f"cuda/{bug.file}.cuh")
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.what.replace(" ", "_"))

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "../paged_kv.h"
 #include "../quant.h"
 #include "check.h"
 #include "simd.h"
@@ -190,13 +191,13 @@ std::vector<Span> plan(const AppendArgs& a) {
     units += (unsealed - seal) * kv.H;
     for (int64_t h = 0; h < kv.H; ++h)
       for (int64_t p = seal; p < unsealed; ++p) {
-        const int32_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + p];
+        const int32_t slot = slots_of(kv, b, h)[p];
         check_range("append_kv: slot_table", slot, -1, kv.slots - 1, b, h, p);
         if (slot >= 0 && !taken.insert(slot).second)
           throw std::runtime_error("lserve_ext::append_kv: slot_table: expected a slot of its own for every page, got " +
                                    std::to_string(slot) + " for two that this call writes");
         if (slot < 0 || !(kv.stats || a.moments)) continue;
-        const int32_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + p];
+        const int32_t block = blocks_of(kv, b, h)[p];
         check_range("append_kv: block_table", block, 0, kv.blocks - 1, b, h, p);
       }
   }
@@ -206,9 +207,9 @@ std::vector<Span> plan(const AppendArgs& a) {
 template <class T>
 void seal_page(const AppendArgs& a, const Span& s, int64_t b, int64_t h, int64_t p) {
   const PagedKV& kv = a.kv;
-  const int64_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + p];
+  const int64_t slot = slots_of(kv, b, h)[p];
   if (slot < 0) return;  // a streaming head's page that is already past
-  const int64_t residual = b * kv.residual_stride0 + h * kv.residual_stride1 + p % 2 * kv.P * kv.D;
+  const int64_t residual = residual_of(kv, b, h) + p % 2 * kv.P * kv.D;
   const int64_t split = std::clamp<int64_t>(s.before - p * kv.P, 0, kv.P);
   const int64_t row = s.first_row + p * kv.P + split - s.before;
   const auto rows = [&](const void* residual_x, const View& x) {
@@ -216,7 +217,7 @@ void seal_page(const AppendArgs& a, const Span& s, int64_t b, int64_t h, int64_t
                    static_cast<const T*>(x.data) + row * x.stride0 + h * x.stride1, x.stride0};
   };
   const Rows<T> k = rows(kv.residual_k, a.k), v = rows(kv.residual_v, a.v);
-  const int64_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + p];
+  const int64_t block = blocks_of(kv, b, h)[p];
   T* const stats = kv.stats ? static_cast<T*>(kv.stats) + block * kv.stats_stride : nullptr;
   if (stats) page_bounds(k, kv.P, kv.L, kv.D, stats);
   if (a.moments) soft_bounds(k, kv.P, a.moments_group, kv.D, static_cast<T*>(a.moments) + block * a.moments_stride);
@@ -234,7 +235,7 @@ void seal_page(const AppendArgs& a, const Span& s, int64_t b, int64_t h, int64_t
 template <class T>
 void write_residual(const AppendArgs& a, const Span& s, int64_t b, int64_t h) {
   const PagedKV& kv = a.kv;
-  const int64_t residual = b * kv.residual_stride0 + h * kv.residual_stride1;
+  const int64_t residual = residual_of(kv, b, h);
   const auto write = [&](void* residual_x, const View& x, int64_t t) {
     std::memcpy(static_cast<T*>(residual_x) + residual + t % (2 * kv.P) * kv.D,
                 static_cast<const T*>(x.data) + (s.first_row + t - s.before) * x.stride0 + h * x.stride1, kv.D * sizeof(T));
@@ -249,19 +250,19 @@ void write_residual(const AppendArgs& a, const Span& s, int64_t b, int64_t h) {
 template <class T>
 void write_rows(const AppendArgs& a, const Span& s, int64_t b, int64_t h, int64_t p) {
   const PagedKV& kv = a.kv;
-  const int64_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + p];
+  const int64_t slot = slots_of(kv, b, h)[p];
   if (slot < 0) return;  // a streaming head's page that is already past
   for (int64_t t = std::max(s.before, p * kv.P); t < std::min(s.after, (p + 1) * kv.P); ++t) {
     const int64_t from = s.first_row + t - s.before, row = t - p * kv.P;
-    const auto write = [&](const View& x, void* pool, int64_t stride, int64_t scale_row) {
+    const auto write = [&](const View& x, void* pool, int64_t stride, bool is_key) {
       const T* const token = static_cast<const T*>(x.data) + from * x.stride0 + h * x.stride1;
       if (kv.kv_dtype == Dtype::u8)
         encode_tokens(Rows<T>{token, 0, 1, nullptr, 0}, 1, kv.D, static_cast<uint8_t*>(pool) + slot * stride + row * kv.D,
-                      kv.scales + slot * kv.scales_stride + 2 * (scale_row * kv.P + row));
+                      is_key ? key_grid(kv, slot, row) : value_grid(kv, slot, row));
       else std::memcpy(static_cast<T*>(pool) + slot * stride + row * kv.D, token, kv.D * sizeof(T));
     };
-    write(a.k, kv.k_pool, kv.k_stride, 1);
-    write(a.v, kv.v_pool, kv.v_stride, 0);
+    write(a.k, kv.k_pool, kv.k_stride, true);
+    write(a.v, kv.v_pool, kv.v_stride, false);
   }
 }
 

@@ -20,8 +20,7 @@ Wanted wanted(const ResolveArgs& a, int64_t entry) {
   const int64_t b = entry / a.K / a.H, h = entry / a.K % a.H, i = entry % a.K;
   const int32_t page = a.lists[b * a.list_stride0 + h * a.list_stride1 + i];
   if (page < 0) return {-1, nullptr};
-  return {a.block_table[b * a.block_stride0 + h * a.block_stride1 + page],
-          a.slot_table + b * a.slot_stride0 + h * a.slot_stride1 + page};
+  return {blocks_of(a, b, h)[page], slots_of(a, b, h) + page};
 }
 
 bool is_hit(const ResolveArgs& a, const Wanted& w) { return *w.slot >= 0 && a.slot_blocks[*w.slot] == w.block; }
@@ -63,7 +62,7 @@ void wanted_pages(const WantedArgs& a) {
   for (int64_t b = 0; b < a.B; ++b) {
     for (int64_t h = 0; h < a.H; ++h) {
       const AttendedUnits e = entries_of(b, h);
-      const int32_t* blocks = a.block_table + b * a.block_stride0 + h * a.block_stride1;
+      const int32_t* blocks = blocks_of(a, b, h);
       int32_t* pages = a.pages + (b * a.H + h) * a.M;
       int64_t count = 0;
       for (int64_t page = 0; page < a.sealed[b]; ++page)

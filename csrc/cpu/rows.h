@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "../mask.h"
+#include "../paged_kv.h"
 #include "check.h"
 
 namespace lserve::cpu {
@@ -26,31 +27,28 @@ inline const void* at(const void* base, int64_t element, int64_t width) {
 
 // Rows of tokens [position, position + count) of one page that the cache holds. Count 0 if it was freed.
 inline Run cached_run(const PagedKV& kv, int64_t b, int64_t h, int64_t position, int64_t count) {
-  const int64_t page = position / kv.P, offset = position % kv.P;
+  const Place place = place_of(kv, b, h, static_cast<int32_t>(position));
   Run run{};
-  run.position = position, run.count = count, run.offset = offset;
+  run.position = position, run.count = count, run.offset = position % kv.P;
   run.k_stride = run.v_stride = kv.D;
-  if (page >= kv.sealed[b]) {
-    const int64_t row = b * kv.residual_stride0 + h * kv.residual_stride1 + position % (2 * kv.P) * kv.D;
+  if (!place.sealed) {
+    const int64_t row = residual_of(kv, b, h) + place.row * kv.D;
     run.floating = true;
     run.k = at(kv.residual_k, row, width(kv.dtype));
     run.v = at(kv.residual_v, row, width(kv.dtype));
     return run;
   }
-  const int64_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + page];
-  const int64_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + page];
-  if (block < 0) {
+  if (place.block < 0) {
     run.count = 0;
     return run;
   }
   run.floating = kv.kv_dtype != Dtype::u8;
-  run.k = at(kv.k_pool, slot * kv.k_stride + offset * kv.D, width(kv.kv_dtype));
-  run.v = at(kv.v_pool, slot * kv.v_stride + offset * kv.D, width(kv.kv_dtype));
+  run.k = at(kv.k_pool, place.slot * kv.k_stride + place.row * kv.D, width(kv.kv_dtype));
+  run.v = at(kv.v_pool, place.slot * kv.v_stride + place.row * kv.D, width(kv.kv_dtype));
   if (!run.floating) {
-    const float* scales = kv.scales + slot * kv.scales_stride;
-    run.v_scales = scales + offset * 2;
-    if (kv.stats) run.stats = at(kv.stats, block * kv.stats_stride, width(kv.dtype));
-    else run.k_scales = scales + (kv.P + offset) * 2;
+    run.v_scales = value_grid(kv, place.slot, place.row);
+    if (kv.stats) run.stats = at(kv.stats, place.block * kv.stats_stride, width(kv.dtype));
+    else run.k_scales = key_grid(kv, place.slot, place.row);
   }
   return run;
 }
@@ -84,8 +82,7 @@ inline void check_entries(const std::string& op, const PagedKV& kv, const Mask& 
     if (page >= kv.sealed[b]) break;
     if (page == checked) continue;
     checked = page;
-    const int64_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + page];
-    const int64_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + page];
+    const int64_t block = blocks_of(kv, b, h)[page], slot = slots_of(kv, b, h)[page];
     const int64_t blocks = kv.stats ? kv.blocks : kDense;  // without statistics a block is only a name
     if (block < (streaming ? -1 : 0) || block >= blocks)
       fail_range((op + ": block_table").c_str(), block, streaming ? -1 : 0, blocks - 1, b, h, page);

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "../paged_kv.h"
 #include "check.h"
 #include "gemv.h"
 
@@ -98,8 +99,7 @@ void page_scores(const PageScoresArgs& a) {
     check_range("page_scores: sealed", a.sealed[b], 0, a.M, b);
     for (int64_t h = 0; h < a.H; ++h)
       for (int64_t p = 0; scored(h) && p < a.sealed[b]; ++p)
-        check_range("page_scores: block_table", a.block_table[b * a.block_stride0 + h * a.block_stride1 + p], -1, a.blocks - 1,
-                    b, h, p);
+        check_range("page_scores: block_table", blocks_of(a, b, h)[p], -1, a.blocks - 1, b, h, p);
   }
   const int64_t pages = std::max<int64_t>(1, kRows / a.groups), units = (a.M + pages - 1) / pages;  // of a row of scores
   std::fill_n(a.scores, a.B * a.H * a.M, -kInf);
@@ -108,7 +108,7 @@ void page_scores(const PageScoresArgs& a) {
     const auto load = [&](int64_t index, Unit& unit) {
       unit.b = index / units / a.H, unit.h = index / units % a.H, unit.count = 0;
       unit.pages.clear();
-      const int32_t* blocks = a.block_table + unit.b * a.block_stride0 + unit.h * a.block_stride1;
+      const int32_t* blocks = blocks_of(a, unit.b, unit.h);
       const int64_t begin = index % units * pages, end = std::min<int64_t>(begin + pages, a.sealed[unit.b]);
       for (int64_t p = begin; scored(unit.h) && p < end; ++p) {
         if (blocks[p] < 0) continue;

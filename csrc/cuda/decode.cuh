@@ -48,8 +48,8 @@ __device__ __forceinline__ void prefetch_tables(const DecodeArgs& a, int b, int 
   const int warp = threadIdx.x / 32, first = threadIdx.x % 32 * kIds;
   const int32_t* const list = list_of(a.mask, b, h);
   if (warp == 0 && list && first < a.mask.K) prefetch(list + first);
-  if (warp == 1 && first < a.kv.M) prefetch(a.kv.block_table + b * a.kv.block_stride0 + h * a.kv.block_stride1 + first);
-  if (warp == 2 && first < a.kv.M) prefetch(a.kv.slot_table + b * a.kv.slot_stride0 + h * a.kv.slot_stride1 + first);
+  if (warp == 1 && first < a.kv.M) prefetch(blocks_of(a.kv, b, h) + first);
+  if (warp == 2 && first < a.kv.M) prefetch(slots_of(a.kv, b, h) + first);
 }
 
 // ---- operands of a warp's tile: keys [16, 16 channels] for S^T = K Q^T, and values [16 channels, 16] for O^T = V^T P^T

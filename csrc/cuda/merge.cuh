@@ -5,6 +5,7 @@
 
 #include "cuda/general.cuh"
 #include "cuda/softmax.cuh"
+#include "merge.h"
 
 namespace lserve::cuda {
 
@@ -49,22 +50,19 @@ template <typename T, int N>
 __global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__ MergeArgs a) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, parts = a.D / N, row = i / parts;
   if (row >= a.rows) return;
-  const float lse_a = a.lse_a[row], lse_b = a.lse_b[row], largest = fmaxf(lse_a, lse_b);
-  const float shift = largest == -INFINITY ? 0.0f : largest;  // (-inf) - (-inf) is no number
-  const float w_a = expf(lse_a - shift), w_b = expf(lse_b - shift), total = w_a + w_b;
-  const float share_a = w_a / total, share_b = w_b / total;
+  const Shares shares = shares_of(a.lse_a[row], a.lse_b[row]);
   const auto x = load_vector<T, N>(static_cast<const T*>(a.out_a) + i * N);
   const auto y = load_vector<T, N>(static_cast<const T*>(a.out_b) + i * N);
   Vector<T, N> out;
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     // What has no weight is not read into the sum: it may be anything.
-    const float from_a = w_a == 0 ? 0.0f : share_a * static_cast<float>(x.value[j]);
-    const float from_b = w_b == 0 ? 0.0f : share_b * static_cast<float>(y.value[j]);
+    const float from_a = shares.a == 0 ? 0.0f : shares.a * static_cast<float>(x.value[j]);
+    const float from_b = shares.b == 0 ? 0.0f : shares.b * static_cast<float>(y.value[j]);
     out.value[j] = static_cast<T>(from_a + from_b);
   }
   store_vector(static_cast<T*>(a.out) + i * N, out);
-  if (i % parts == 0) a.lse[row] = total == 0 ? -INFINITY : shift + logf(total);
+  if (i % parts == 0) a.lse[row] = shares.lse;
 }
 
 }  // namespace lserve::cuda

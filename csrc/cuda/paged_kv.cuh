@@ -5,6 +5,7 @@
 
 #include "cuda/convert.cuh"
 #include "mask.h"
+#include "paged_kv.h"
 
 namespace lserve::cuda {
 
@@ -35,17 +36,15 @@ struct Sequence {
       row.v = new_v + (position - held) * new_v_stride;
       return row;
     }
-    const int P = static_cast<int>(kv.P), page = position / P, offset = position - page * P;
-    if (page >= kv.sealed[b]) {
-      const int64_t at = b * kv.residual_stride0 + h * kv.residual_stride1 + position % (2 * P) * kv.D;
+    const Place place = place_of(kv, b, h, position);
+    if (!place.sealed) {
+      const int64_t at = residual_of(kv, b, h) + place.row * kv.D;
       row.k = static_cast<const T*>(kv.residual_k) + at;
       row.v = static_cast<const T*>(kv.residual_v) + at;
       return row;
     }
-    const int64_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + page];
-    const int64_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + page];
-    if (block < 0) return row;
-    const int64_t k_at = slot * kv.k_stride + offset * kv.D, v_at = slot * kv.v_stride + offset * kv.D;
+    if (place.block < 0) return row;
+    const int64_t k_at = place.slot * kv.k_stride + place.row * kv.D, v_at = place.slot * kv.v_stride + place.row * kv.D;
     if (kv.kv_dtype != Dtype::u8) {
       row.k = static_cast<const T*>(kv.k_pool) + k_at;
       row.v = static_cast<const T*>(kv.v_pool) + v_at;
@@ -54,12 +53,13 @@ struct Sequence {
     row.coded = true;
     row.k = static_cast<const uint8_t*>(kv.k_pool) + k_at;
     row.v = static_cast<const uint8_t*>(kv.v_pool) + v_at;
-    const float* grid = kv.scales + slot * kv.scales_stride + 2 * offset;
-    row.v_grid = make_float2(grid[0], grid[1]);
+    const float* const v_grid = value_grid(kv, place.slot, place.row);
+    row.v_grid = make_float2(v_grid[0], v_grid[1]);
     if (kv.stats) {
-      row.stats = static_cast<const T*>(kv.stats) + block * kv.stats_stride + offset / static_cast<int>(kv.L) * 2 * kv.D;
+      row.stats = static_cast<const T*>(kv.stats) + group_of(kv, place.block, place.row);
     } else {
-      row.k_grid = make_float2(grid[2 * P], grid[2 * P + 1]);
+      const float* const k_grid = key_grid(kv, place.slot, place.row);
+      row.k_grid = make_float2(k_grid[0], k_grid[1]);
     }
     return row;
   }

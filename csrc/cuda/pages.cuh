@@ -8,6 +8,7 @@
 
 #include "cuda/convert.cuh"
 #include "kernels.h"
+#include "paged_kv.h"
 #include "quant.h"
 
 namespace lserve::cuda {
@@ -295,11 +296,11 @@ __global__ void __launch_bounds__(kPageThreads, 4) append_kernel(const __grid_co
   if (own < 0) return;  // tokens before those of the first sequence
   const int before = a.context_lens[b], after = before + a.cu_seqlens_k[b + 1] - a.cu_seqlens_k[b], sealed = kv.sealed[b];
   const int unsealed = max(sealed, after / P - 1), page = before / P - 1 + own;  // of the pages, once this is done
-  const int64_t residual = b * kv.residual_stride0 + h * kv.residual_stride1;
+  const int64_t residual = residual_of(kv, b, h);
   const T* const new_k = static_cast<const T*>(a.k.data) + a.cu_seqlens_k[b] * a.k.stride0 + h * a.k.stride1;
   const T* const new_v = static_cast<const T*>(a.v.data) + a.cu_seqlens_k[b] * a.v.stride0 + h * a.v.stride1;
 
-  const int64_t slot = page >= sealed && page < unsealed ? kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + page] : -1;
+  const int64_t slot = page >= sealed && page < unsealed ? slots_of(kv, b, h)[page] : -1;
   if (slot >= 0) {  // else it is past already for a streaming head, or not due
     const int split = max(0, min(before - page * P, P));
     const int64_t first = page * static_cast<int64_t>(P) + split - before,
@@ -309,7 +310,7 @@ __global__ void __launch_bounds__(kPageThreads, 4) append_kernel(const __grid_co
     PageOut<T> out{};
     out.P = P, out.L = static_cast<int>(kv.L), out.D = D;
     if (kv.stats || a.moments) {
-      const int64_t block = kv.block_table[b * kv.block_stride0 + h * kv.block_stride1 + page];
+      const int64_t block = blocks_of(kv, b, h)[page];
       if (kv.stats) out.stats = static_cast<T*>(kv.stats) + block * kv.stats_stride;
       if (a.moments) out.moments = static_cast<T*>(a.moments) + block * a.moments_stride;
       out.moments_group = static_cast<int>(a.moments_group);
@@ -359,7 +360,7 @@ __global__ void __launch_bounds__(kPageThreads, 4) write_rows_kernel(const __gri
     else end = middle;
   }
   const int t = a.context_lens[b] + static_cast<int>(token - a.cu_seqlens_k[b]), row = t % P;
-  const int64_t slot = kv.slot_table[b * kv.slot_stride0 + h * kv.slot_stride1 + t / P];
+  const int64_t slot = slots_of(kv, b, h)[t / P];
   // Not past already for a streaming head, and not beyond the last token.
   const bool there = slot >= 0 && i < tokens * 2 * threads, is_key = i / threads % 2 == 0;
   const View& x = is_key ? a.k : a.v;
@@ -367,7 +368,7 @@ __global__ void __launch_bounds__(kPageThreads, 4) write_rows_kernel(const __gri
   const int64_t to = slot * (is_key ? kv.k_stride : kv.v_stride) + row * D;
   void* const pool = is_key ? kv.k_pool : kv.v_pool;
   if (codes) {
-    float* const scales = kv.scales + slot * kv.scales_stride + 2 * (is_key ? P + row : row);
+    float* const scales = is_key ? key_grid(kv, slot, row) : value_grid(kv, slot, row);
     encode_token<N>(there, from, D, threads, static_cast<uint8_t*>(pool) + to, scales);
   } else if (there) {
     const int d = static_cast<int>(i % threads) * N;

@@ -9,6 +9,7 @@
 #include "cuda/select.cuh"
 #include "kernels.h"
 #include "mask.h"
+#include "paged_kv.h"
 
 namespace lserve::cuda {
 
@@ -21,7 +22,7 @@ __global__ void __launch_bounds__(kSelectThreads) wanted_kernel(const __grid_con
   const int sealed = min(a.sealed[b], M), part = (sealed + kSelectThreads - 1) / kSelectThreads * 32;
   const int begin = warp * part, end = min(begin + part, sealed);
   const AttendedUnits e = attended(mask, b, h, max(a.first[b], 0), a.P, sealed);
-  const int32_t* const blocks = a.block_table + b * a.block_stride0 + h * a.block_stride1;
+  const int32_t* const blocks = blocks_of(a, b, h);
   int32_t* const pages = a.pages + (b * a.H + h) * a.M;
   SharedMemory shared;
   int2* const sums = shared.take<int2>(kSelectWarps);
@@ -52,8 +53,7 @@ struct Wanted {
     const int64_t b = entry / a.K / a.H, h = entry / a.K % a.H;
     const int32_t page = a.lists[b * a.list_stride0 + h * a.list_stride1 + entry % a.K];
     if (page < 0) return;
-    block = a.block_table[b * a.block_stride0 + h * a.block_stride1 + page];
-    slot = a.slot_table + b * a.slot_stride0 + h * a.slot_stride1 + page;
+    block = blocks_of(a, b, h)[page], slot = slots_of(a, b, h) + page;
   }
   __device__ bool is_hit(const ResolveArgs& a) const { return slot && *slot >= 0 && a.slot_blocks[*slot] == block; }
   __device__ bool is_miss(const ResolveArgs& a) const { return slot && !is_hit(a); }

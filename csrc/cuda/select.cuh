@@ -8,6 +8,7 @@
 #include "cuda/convert.cuh"
 #include "cuda/ptx.cuh"
 #include "kernels.h"
+#include "paged_kv.h"
 
 namespace lserve::cuda {
 
@@ -50,9 +51,7 @@ struct PageTile {
     sealed = static_cast<int>(max(min(end - first, static_cast<int64_t>(count)), static_cast<int64_t>(0)));
   }
 
-  __device__ const int32_t* blocks(const PageScoresArgs& a) const {
-    return a.block_table + b * a.block_stride0 + h * a.block_stride1 + first;
-  }
+  __device__ const int32_t* blocks(const PageScoresArgs& a) const { return blocks_of(a, b, h) + first; }
   __device__ float* scores(const PageScoresArgs& a) const { return a.scores + (b * a.H + h) * a.M + first; }
   template <typename T>
   __device__ const T* query(const PageScoresArgs& a, int64_t head) const {

@@ -89,16 +89,15 @@ struct WarpPipeline {
     const X *k = static_cast<const X*>(kv.k_pool) + slot * kv.k_stride,
             *v = static_cast<const X*>(kv.v_pool) + slot * kv.v_stride;
     if (!kCoded && slot < 0) {
-      const int64_t at = sequence.b * kv.residual_stride0 + sequence.h * kv.residual_stride1;
+      const int64_t at = residual_of(kv, sequence.b, sequence.h);
       k = static_cast<const X*>(kv.residual_k) + at, v = static_cast<const X*>(kv.residual_v) + at;
     }
     copy_chunks(stage, D, [&](int row, int element, bool of_values) {
       return Chunk{(of_values ? v : k) + (first_row + row) * D + element, row < count};
     });
     if constexpr (kCoded) {  // weights of 0 must meet no NaN
-      const float* const grid = kv.scales + slot * kv.scales_stride + 2 * first_row;
-      if (lane < 8) cp_async_16(stage.v_grid + 2 * lane, grid + 4 * lane, count > 0);
-      if (!kGroups && lane < 8) cp_async_16(stage.k_grid + 2 * lane, grid + 2 * kv.P + 4 * lane, count > 0);
+      if (lane < 8) cp_async_16(stage.v_grid + 2 * lane, value_grid(kv, slot, first_row) + 4 * lane, count > 0);
+      if (!kGroups && lane < 8) cp_async_16(stage.k_grid + 2 * lane, key_grid(kv, slot, first_row) + 4 * lane, count > 0);
     }
     if constexpr (kGroups) {
       const int block = __shfl_sync(~0u, next.block, source), group = __shfl_sync(~0u, next.group, source);
@@ -115,17 +114,13 @@ struct WarpPipeline {
     Next next{};
     if (position == kMasked) return next;
     const PagedKV& kv = sequence.kv;
-    const int P = static_cast<int>(kv.P), page = position / P;
-    const int row = position - page * P, count = min(tokens.last - position + 1, kWarpKeys);
-    if (page >= kv.sealed[sequence.b]) {
-      next.slot = -1, next.rows = (page % 2 * P + row) * 32 + count;
-      return next;
-    }
-    next.rows = row * 32 + count;
-    next.block = kv.block_table[sequence.b * kv.block_stride0 + sequence.h * kv.block_stride1 + page];
-    next.slot = kv.slot_table[sequence.b * kv.slot_stride0 + sequence.h * kv.slot_stride1 + page];
+    const Place place = place_of(kv, sequence.b, sequence.h, position);
+    next.rows = place.row * 32 + min(tokens.last - position + 1, kWarpKeys);
+    next.slot = place.sealed ? place.slot : -1;
+    if (!place.sealed) return next;
+    next.block = place.block;
     if (next.block < 0) return {};
-    if (kGroups) next.group = row / static_cast<int>(kv.L);
+    if (kGroups) next.group = place.row / static_cast<int>(kv.L);
     return next;
   }
 

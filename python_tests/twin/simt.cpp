@@ -16,6 +16,7 @@
 #include <map>
 #include <random>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 uint3 threadIdx, blockIdx;
@@ -126,6 +127,12 @@ std::mt19937 random_bits(getenv("SIMT_ORDER") ? atoi(getenv("SIMT_ORDER")) : 0);
 std::deque<void*> dead;
 constexpr size_t kDeadFibers = 1024;
 Stats counters{};
+std::unordered_set<uintptr_t> sectors;  // that were copied
+
+void count_copy(const Copy& copy) {
+  counters.copied_bytes += copy.read;
+  for (uintptr_t byte = 0; byte < copy.read; byte += 16) sectors.insert(((uintptr_t)copy.from + byte) / 32);
+}
 char launch_begin, launch_end;
 
 void switch_to(Fiber* next, bool leaving = false) {
@@ -328,8 +335,6 @@ void set_order(Order order, unsigned seed) {
   schedule = order;
   random_bits.seed(seed);
 }
-Stats stats() { return counters; }
-void reset_stats() { counters = {}; }
 
 void launch(dim3 grid, dim3 threads, size_t shared_bytes, void (*body)(void*), void* argument) {
   int count = threads.x * threads.y * threads.z;
@@ -553,7 +558,7 @@ unsigned active_warp_mask() {
 
 void async_issue(const Copy& copy) {
   AsHost as_host;
-  ++counters.async_copies;
+  count_copy(copy);
   current->open.push_back(copy);
 }
 void async_commit() {
@@ -651,7 +656,7 @@ void bulk_issue(uint64_t* bar, const Copy* copies, int count, Site site) {
 #endif
   for (int i = 0; i < count; ++i) memset(copies[i].to, 0xff, copies[i].bytes);  // NaN until the copy arrives
   become(&host);
-  for (int i = 0; i < count; ++i) m.copies.push_back(copies[i]);
+  for (int i = 0; i < count; ++i) count_copy(copies[i]), m.copies.push_back(copies[i]);
 }
 
 namespace {
@@ -681,3 +686,10 @@ bool deliver_bulk_copy() {
 // The runtime, as far as the launchers use it: no launch fails here.
 extern "C" const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 extern "C" cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+// For python_tests/test_traffic.py.
+#define SIMT_EXPORT extern "C" __attribute__((visibility("default")))
+SIMT_EXPORT void simt_reset_stats() { simt::counters = {}, simt::sectors.clear(); }
+SIMT_EXPORT void simt_copied(long* bytes, long* sectors) {
+  *bytes = simt::counters.copied_bytes, *sectors = long(simt::sectors.size());
+}

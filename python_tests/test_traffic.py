@@ -1,0 +1,95 @@
+"""What CUDA kernels copy from global memory, counted by the emulator: what is attended, once, and nothing else."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from _cases import BF16, F16, SINK, WINDOW, Shape, build
+
+from lserve_ext import _C, ops
+from lserve_ext.ops import DENSE, Mask
+
+LIBRARY = ctypes.CDLL(_C.__file__)
+pytestmark = pytest.mark.skipif(not hasattr(LIBRARY, "simt_copied"), reason="needs the emulator: CMake's LSERVE_TWIN")
+
+TILE = 16  # keys that a warp of decode copies together
+SECTOR = 32  # bytes that memory is read in
+LENGTHS = [300, 90, 17, 0]
+SHAPES = [
+    Shape(128, 64, 16, 4, BF16, "auto"),
+    Shape(64, 16, None, 2, F16, "auto"),
+    Shape(128, 32, 16, 4, BF16, "int8"),
+    Shape(64, 16, None, 4, BF16, "int8"),
+]
+
+
+def copied(call: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes, and distinct sectors."""
+    size, sectors = ctypes.c_long(), ctypes.c_long()
+    LIBRARY.simt_reset_stats()
+    call()
+    LIBRARY.simt_copied(ctypes.byref(size), ctypes.byref(sectors))
+    return size.value, sectors.value
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("window", [DENSE, WINDOW, 0], ids=["dense", "streaming", "list"])
+def test_decode_copies_what_it_attends(shape: Shape, window: int) -> None:
+    """Keys and values, of codes their grids too: what `bench/kernels.py` counts. Of a list, no page more."""
+    case = build(shape, LENGTHS)
+    p, d, item = shape.page_size, shape.head_dim, shape.dtype.itemsize
+    lists, start = case.lists(sink=SINK, local=1, count=2)
+    want = 0
+    for b, n in enumerate(LENGTHS):
+        pages, sealed = -(-n // p), int(case.kv.sealed[b])
+        for h in range(case.heads):
+            first = {DENSE: 0, 0: min(int(start[b]), sealed)}.get(window, min(pages - window, sealed))
+            listed = lists[b, h].tolist() if window == 0 else []
+            attended = {*range(min(SINK, pages)), *(page for page in listed if page >= 0), *range(max(first, 0), pages)}
+            for page in attended:
+                tokens = min(p, n - page * p)
+                if page >= sealed or shape.kv_dtype == "auto":
+                    want += tokens * 2 * d * item
+                elif shape.stats_group:
+                    want += tokens * (2 * d + 8) + tokens // TILE * 2 * d * item
+                else:
+                    want += tokens * (2 * d + 16)
+    mask = Mask(case.windows(*[window] * case.heads), lists, start, sink=SINK)
+    size, sectors = copied(lambda: ops.decode(case.queries(), mask, case.kv, case.lengths))
+    assert size == want
+    assert sectors * SECTOR == size  # whole sectors, and none twice
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_decode_copies_listed_tokens(shape: Shape) -> None:
+    case = build(shape, LENGTHS)
+    lists, start = case.token_lists(ratio=0.5, max_picks=100)
+    tokens = int((lists >= 0).sum()) + case.heads * int((case.lengths - start).sum())
+    mask = Mask(case.windows(*[0] * case.heads), lists, start, unit=1)
+    size, sectors = copied(lambda: ops.decode(case.queries(), mask, case.kv, case.lengths))
+    assert size == tokens * 2 * shape.head_dim * shape.dtype.itemsize and sectors * SECTOR == size
+
+
+def test_page_scores_copy_statistics_of_sealed_pages() -> None:
+    shape = SHAPES[0]
+    case = build(shape, LENGTHS)
+    assert case.kv.stats is not None
+    pages = case.heads * int(case.kv.sealed.sum())
+    size, sectors = copied(lambda: ops.page_scores(case.queries(), case.kv.stats, case.kv.block_table, case.kv.sealed))
+    assert size == pages * case.kv.stats[0].nbytes and sectors * SECTOR == size
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_attention_mass_copies_keys_once(shape: Shape) -> None:
+    """And the queries of every 64 tokens that anybody attends."""
+    case = build(shape, LENGTHS)
+    q = case.queries(rows=3)
+    lse = q.new_zeros(q.shape[:3]).float()
+    mask = Mask(case.windows(*[DENSE] * case.heads))
+    size, _ = copied(lambda: ops.attention_mass(q, lse, mask, case.kv, case.lengths))
+    row = shape.head_dim * shape.dtype.itemsize
+    queries = sum(min(n, 3) * -(-n // 64) for n in LENGTHS) * shape.group
+    assert size == case.heads * (sum(LENGTHS) + queries) * row
