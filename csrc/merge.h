@@ -14,8 +14,8 @@ struct Shares {
 LSERVE_HD Shares shares_of(float lse_a, float lse_b) {
   const float largest = lse_a > lse_b ? lse_a : lse_b;
   if (largest == -INFINITY) return {0, 0, largest};  // (-inf) - (-inf) is no number
-  const float a = expf(lse_a - largest), b = expf(lse_b - largest), total = a + b;
-  return {a / total, b / total, largest + logf(total)};
+  const float a = expf(lse_a - largest), b = expf(lse_b - largest), scale = 1.0f / (a + b);
+  return {a * scale, b * scale, largest + logf(a + b)};
 }
 
 }  // namespace lserve
