@@ -28,7 +28,7 @@ from lserve_ext.blocks import Pool
 from lserve_ext.eval import tasks
 from lserve_ext.eval.generate import prefill
 from lserve_ext.hf import cache_argument
-from lserve_ext.machine import Machine
+from lserve_ext.machine import COLD, Machine
 from lserve_ext.placement import Traffic, slot_bytes
 
 LOCALITY = Path(__file__).parents[1] / "lserve_ext" / "data" / "locality" / "smollm2-135m-instruct.json"
@@ -84,7 +84,7 @@ class Run(Decoding):
 
 @torch.inference_mode()
 def measure(model: Any, ids: Tensor, options: argparse.Namespace) -> list[dict[str, Any]]:
-    machine, rates = Machine(256 << 20, "cpu"), list[float]()
+    machine, rates = Machine(COLD["cpu"], "cpu"), list[float]()
     runs = []
     for reuse in options.reuse:
         config = SparseConfig.lserve(streaming_heads=None, budget_tokens=options.budget, reuse_interval=reuse)

@@ -37,7 +37,7 @@ from lserve_ext import SparseCache, SparseConfig, __version__, models
 from lserve_ext.eval import tasks
 from lserve_ext.eval.generate import prefill
 from lserve_ext.hf import cache_argument
-from lserve_ext.machine import Machine, Profile, measure
+from lserve_ext.machine import COLD, Machine, Profile, measure
 from lserve_ext.plan import Model, Plan
 from lserve_ext.trace import Trace, moved_bytes
 
@@ -92,7 +92,7 @@ def traced(model: Any, config: SparseConfig, ids: Tensor, context: int) -> Trace
 @torch.inference_mode()
 def one_sequence(model: Any, ids: Tensor, profile: Profile, folder: str, options: Any) -> list[dict[str, Any]]:
     """Every config at every context, all of it, a tenth and on a disk."""
-    shape, machine, results = Model.from_config(model.config, model.dtype), Machine(256 << 20, "cpu"), []
+    shape, machine, results = Model.from_config(model.config, model.dtype), Machine(COLD["cpu"], "cpu"), []
     configs = {
         "dense": SparseConfig.dense(kv_dtype="int8"),
         "lserve": SparseConfig.lserve(streaming_heads=None, budget_tokens=1024),
@@ -198,7 +198,7 @@ def recomputation(profile: Profile, folder: str, options: Any) -> list[dict[str,
     made = LlamaConfig(num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=8192, **shape)
     model: Any = LlamaForCausalLM._from_config(made, attn_implementation="lserve").train(False)
     seen = Model.from_config(made, torch.float32, "random, MHA")
-    machine, context, dense = Machine(256 << 20, "cpu"), options.tokens[0], SparseConfig.dense()
+    machine, context, dense = Machine(COLD["cpu"], "cpu"), options.tokens[0], SparseConfig.dense()
     held = Plan(seen, dense, profile).held(context) * Plan(seen, dense, profile).page_bytes
     limits: dict[str, Any] = {"device_bytes": held // 4, "host_bytes": held // 4, "disk_dir": folder}
     ids = torch.randint(0, 1000, (1, context + WARM_UP + options.steps), generator=torch.Generator().manual_seed(0))
