@@ -55,7 +55,7 @@ def compiled(folder: Path, device: str) -> ctypes.CDLL:
     else:
         command = ["c++", "-shared", "-fPIC", "-std=c++17", "-O1", "-fno-strict-aliasing", f"-I{TWIN}"]
         command += [f"-I{ROOT / 'csrc'}", "-isystem", str(headers()), "-o", str(library)]
-        command += [str(TWIN / "simt.cpp"), "-xc++", str(source)]
+        command += [*map(str, (TWIN / "simt").glob("*.cpp")), "-xc++", str(source)]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
 

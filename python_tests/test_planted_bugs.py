@@ -149,8 +149,8 @@ BUGS = [
     Bug(
         "a table for fewer tiles than are in use",
         "sm90/prefill",
-        "kD, kStages, kStages - 1,",
-        "kD, kStages, kStages - 3,",
+        "T, T, kD, kStages, kStages - 1,",
+        "T, T, kD, kStages, kStages - 3,",
     ),
     Bug(
         "tables while they are filled",

@@ -1,9 +1,11 @@
-"""What CUDA kernels copy from global memory, counted by the emulator: what is attended, once, and nothing else."""
+"""What CUDA kernels move, counted by the emulator: what is attended, once, and nothing else; and without conflicts."""
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,11 @@ from _cases import BF16, F16, SINK, WINDOW, Shape, build
 from lserve_ext import _C, ops
 from lserve_ext.ops import DENSE, Mask
 
-LIBRARY = ctypes.CDLL(_C.__file__)
-pytestmark = pytest.mark.skipif(not hasattr(LIBRARY, "simt_copied"), reason="needs the emulator: CMake's LSERVE_TWIN")
+pytestmark = pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(_C.__file__), "simt_start"), reason="needs the emulator: CMake's LSERVE_TWIN"
+)
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+import traffic  # noqa: E402
 
 TILE = 16  # keys that a warp of decode copies together
 SECTOR = 32  # bytes that memory is read in
@@ -28,11 +33,8 @@ SHAPES = [
 
 def copied(call: Callable[[], Any]) -> tuple[int, int]:
     """Bytes, and distinct sectors."""
-    size, sectors = ctypes.c_long(), ctypes.c_long()
-    LIBRARY.simt_reset_stats()
-    call()
-    LIBRARY.simt_copied(ctypes.byref(size), ctypes.byref(sectors))
-    return size.value, sectors.value
+    stats = traffic.counted(call)
+    return stats.copied_bytes, stats.copied_sectors
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -10,10 +10,6 @@
 
 namespace lserve::cuda {
 
-constexpr int kGroup = 8;  // query heads that share a pass over the keys: the columns of an MMA
-
-constexpr int kMaxSplits = 64;
-
 // How the pools hold keys and values: in the model's dtype, or as codes whose keys lie on the grid of 16 neighbours'
 // statistics or on one of their own.
 enum class Storage { plain, int8_per_group, int8_per_token };
@@ -218,17 +214,16 @@ constexpr bool kGoesOn = kD <= 128;
 template <typename T, int kD, Storage kStorage, bool kScattered>
 struct DecodeMemory {
   static constexpr bool kGroups = kStorage == Storage::int8_per_group;
-  // Codes leave few tokens to the other pipeline.
-  static constexpr int kFloatStages = kStorage == Storage::plain && kD <= 128 ? 3 : 2, kCodeStages = 3;
+  static constexpr int kFloatStages = kStorage == Storage::plain && kD <= 128 ? kDecodeStages : kDecodeFewStages;
   using Floats = WarpPipeline<T, T, kD, kFloatStages, false, kScattered>;
-  using Codes = WarpPipeline<T, uint8_t, kD, kCodeStages, kGroups, kScattered>;
+  using Codes = WarpPipeline<T, uint8_t, kD, kDecodeCodeStages, kGroups, kScattered>;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kRow = kD + 4;  // floats of a row of results: neighbouring rows in different banks
   static constexpr int larger(int a, int b) { return a > b ? a : b; }
   // One stretch of a warp serves both pipelines, one after the other; and then that of all, their results.
-  static constexpr int kStages = larger(kFloatStages * sizeof(typename Floats::Tile),
-                                        kStorage == Storage::plain ? 0 : kCodeStages * sizeof(typename Codes::Tile));
-  static constexpr int kData = larger(kWarps * kStages, kWarps * kGroup * kRow * sizeof(float));
+  static constexpr int kStageBytes = larger(kFloatStages * sizeof(typename Floats::Tile),
+                                            kStorage == Storage::plain ? 0 : kDecodeCodeStages * sizeof(typename Codes::Tile));
+  static constexpr int kData = larger(kWarps * kStageBytes, kWarps * kGroup * kRow * sizeof(float));
   static constexpr int kGrids = kGroups ? kWarps * 2 * kD : 0;  // floats
   static constexpr int kBytes = shared_bytes({kData, kWarps * kGroup * int(sizeof(float)), kWarps * kGroup * int(sizeof(float)),
                                               int(sizeof(Tokens)), kGrids * int(sizeof(float))});
@@ -246,7 +241,7 @@ struct DecodeMemory {
 
   template <typename Pipeline>
   __device__ Pipeline pipeline() const {
-    return {reinterpret_cast<typename Pipeline::Tile*>(data + threadIdx.x / 32 * kStages)};
+    return {reinterpret_cast<typename Pipeline::Tile*>(data + threadIdx.x / 32 * kStageBytes)};
   }
 };
 

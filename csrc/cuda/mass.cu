@@ -1,6 +1,6 @@
 #include "cuda/mass.cuh"
 
-#include "cuda/tiles.h"
+#include "cuda/dispatch.h"
 
 namespace lserve::cuda {
 

@@ -8,8 +8,6 @@
 
 namespace lserve::cuda {
 
-constexpr int kMassQueries = 8;  // in shared memory at a time: each half of the threads takes every other one
-
 // Which tokens a query attends, apart from the list.
 struct Reach {
   int sink, local;  // units: below the one, or from the other on
@@ -57,9 +55,6 @@ struct MassKeys {
     k[key] = row.k, stats[key] = row.stats, k_grid[key] = row.k_grid, coded[key] = row.coded;
   }
 };
-
-constexpr int kMassRows = 16;                     // queries of a group, and of several tokens: the rows of an MMA
-constexpr int kMassBatch = kThreads / kMassRows;  // steps of so many rows, a thread for each row
 
 // One of them. lse is in units of log2, and infinite where nothing is to be added. Without a query, position is -1.
 template <typename T>

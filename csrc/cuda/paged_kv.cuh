@@ -4,12 +4,12 @@
 #include <cuda_runtime.h>
 
 #include "cuda/convert.cuh"
+#include "cuda/tile_size.h"
 #include "mask.h"
 #include "paged_kv.h"
 
 namespace lserve::cuda {
 
-constexpr int kThreads = 128;        // of a block: four warps
 constexpr int kMasked = 0x7fffffff;  // the position of a key that nobody attends
 
 // Key and value of one token. k is null if its page is not held any more.

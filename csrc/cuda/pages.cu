@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cuda/tiles.h"
+#include "cuda/dispatch.h"
 
 namespace lserve::cuda {
 namespace {

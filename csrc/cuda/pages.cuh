@@ -7,13 +7,12 @@
 #include <cuda_runtime.h>
 
 #include "cuda/convert.cuh"
+#include "cuda/tile_size.h"
 #include "kernels.h"
 #include "paged_kv.h"
 #include "quant.h"
 
 namespace lserve::cuda {
-
-constexpr int kPageThreads = 128;
 
 // The rows of one page: the first `split` from the residual buffer, the rest from the new tokens.
 template <typename T>

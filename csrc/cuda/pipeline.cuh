@@ -8,8 +8,6 @@
 
 namespace lserve::cuda {
 
-constexpr int kKeys = 64;  // of a tile
-
 // SmemTile of kD elements in shared memory, an odd number of 16-byte chunks apart: ldmatrix meets no bank conflict.
 template <typename X, int kD>
 struct SmemTile {

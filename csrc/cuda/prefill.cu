@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
+#include "cuda/dispatch.h"
 #include "cuda/sm90/prefill.h"
 #include "cuda/split_prefill.cuh"
-#include "cuda/tiles.h"
 
 namespace lserve::cuda {
 namespace {

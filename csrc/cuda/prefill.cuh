@@ -8,9 +8,6 @@
 
 namespace lserve::cuda {
 
-constexpr int kQueries = 64;       // of a tile: four warps of 16
-constexpr int kSplitQueries = 16;  // of a sequence that goes by split_prefill.cuh, at most
-
 // Neighbouring queries of one sequence that attend the same entries.
 struct QueryTile {
   int b, first, count;  // first: within the sequence's queries; count 0: there is no such tile
@@ -230,8 +227,8 @@ __device__ __forceinline__ void store_rows(const PrefillArgs& a, const QueryTile
 // What the threads of a block share.
 template <typename T, int kD, bool kInt8>
 struct PrefillMemory {
-  using Codes = KvPipeline<T, uint8_t, kD, 2>;
-  using Values = KvPipeline<T, T, kD, 2>;
+  using Codes = KvPipeline<T, uint8_t, kD, kPrefillStages>;
+  using Values = KvPipeline<T, T, kD, kPrefillStages>;
   static constexpr int kTile = SmemTile<T, kD>::kTile * sizeof(T), kCodeBytes = Codes::kBytes + 2 * kTile;
   // One stretch serves the pipeline of values, or before it the pipeline of codes and the tile that they are unpacked to.
   static constexpr int kData = kInt8 && kCodeBytes > Values::kBytes ? kCodeBytes : Values::kBytes;

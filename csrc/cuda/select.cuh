@@ -7,6 +7,7 @@
 
 #include "cuda/convert.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/tile_size.h"
 #include "kernels.h"
 #include "paged_kv.h"
 
@@ -26,11 +27,8 @@ __device__ __forceinline__ float from_ordered(uint32_t key) { return __uint_as_f
 // reading statistics, each of which is used once. They are copied in the background, so that how many are on their way
 // depends on neither registers nor the compiler; each thread copies what it alone will read, and no barrier is needed.
 
-constexpr int kScoreThreads = 128;
 constexpr int kStepGroups = kScoreThreads / 4;            // that a block of threads scores at a time: 8 a warp
-constexpr int kScoreStages = 2;                           // steps on their way
 constexpr int kScoreGroups = kScoreStages * kStepGroups;  // of a block of threads; those of a page if they are more
-constexpr int kScoreHeads = 16;                           // query heads that share a pass: the rows of an MMA
 
 // Eight neighbouring channels. The order of channels within a product is free: when lane % 4 = c takes 8c to 8c + 7 of
 // every 32 in both operands, words 0 and 1 are its fragment for one MMA, and words 2 and 3 for the next.
@@ -195,7 +193,6 @@ __global__ void __launch_bounds__(kScoreThreads) plain_page_scores_kernel(const 
 // A radix select: four passes over the candidates settle the least key that is picked, 8 bits at a time; then they are
 // written in order. Counts are integers and places follow from them, so nothing depends on who comes first.
 
-constexpr int kSelectThreads = 512;
 constexpr int kSelectWarps = kSelectThreads / 32;
 constexpr int kBins = 256;
 

@@ -9,8 +9,6 @@
 
 namespace lserve::cuda {
 
-constexpr int kSplitChunk = 512;           // tokens: a split is worth a block's prologue and a partial result
-constexpr int kPrefillSplits = 32;         // of a sequence, at most
 constexpr int kSplitHeads = kQueries / 4;  // that share keys, at most: a tile has room for 4 queries then
 
 // Queries of a tile, and tiles of a sequence.

@@ -4,8 +4,6 @@
 
 namespace lserve::cuda {
 
-constexpr int kWarpKeys = 16;  // of a warp's tile: the rows of an MMA
-
 // A tile as it lies in memory, X is T or uint8_t for codes, and what turns codes into numbers.
 template <typename T, typename X, int kD>
 struct Stage {

@@ -198,7 +198,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   } call{kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)};
   simt::launch(
       config->gridDim, config->blockDim, config->dynamicSmemBytes,
-      [](void* p) { std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->arguments); }, &call);
+      [](void* p) { std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->arguments); }, &call, sizeof(call));
   return cudaSuccess;
 }
 template <typename Kernel>

@@ -1,7 +1,7 @@
 #include "cuda/sm90/prefill.cuh"
 
+#include "cuda/dispatch.h"
 #include "cuda/sm90/prefill.h"
-#include "cuda/tiles.h"
 
 namespace lserve::cuda::sm90 {
 namespace {

@@ -8,7 +8,9 @@
 
 namespace lserve::cuda::sm90 {
 
-constexpr int kWarpgroup = 128, kHeads = 2;
+constexpr int kWarpgroup = 128;
+constexpr int kHeads = 2;   // of a block, that read the same keys: a warpgroup each
+constexpr int kStages = 4;  // tiles at a time: consumers hold two, of one they take logits, of the one before they add values
 
 // How a block shares its threads and registers. Unpacking codes takes two warpgroups as long as multiplying takes.
 template <bool kInt8>
@@ -69,7 +71,6 @@ struct Weights {
 };
 
 // How the producer and the consumers of a pipeline wait for each other, a barrier a stage.
-template <int kStages>
 struct Handover {
   uint64_t full[kStages], empty[kStages];
 
@@ -105,27 +106,25 @@ struct Consumers {
 
 template <typename T, int kD, bool kInt8>
 struct PrefillMemory {
-  // Consumers hold two tiles: of one they take logits, of the one before they add values.
-  static constexpr int kStages = 4;
   using Tile = SwizzledTile<T, kD>;
   using Values = KvPipeline<T, T, kD, kStages, kStages - 1, Producers<kInt8>, SwizzledTile>;
-  using Codes = KvPipeline<T, uint8_t, kD, 4, 3, Producers<kInt8>>;
+  using Codes = KvPipeline<T, uint8_t, kD, kStages, kStages - 1, Producers<kInt8>>;
   static constexpr int kCodes = kInt8 ? Codes::kBytes : 0;
   static_assert(Codes::kTables <= Values::kTables);
-  static constexpr int kBytes = shared_bytes({Values::kBytes, kCodes, Values::kTables * int(sizeof(KeyTable)),
-                                              kStages * int(sizeof(KeyMask)), int(sizeof(Handover<kStages>))});
+  static constexpr int kBytes = shared_bytes(
+      {Values::kBytes, kCodes, Values::kTables * int(sizeof(KeyTable)), kStages * int(sizeof(KeyMask)), int(sizeof(Handover))});
   T* data;           // [kStages, K and V, kTile]
   uint8_t* codes;    // of the pipeline that fills the first stages, if there are codes
   KeyTable* tables;  // of one pipeline after the other
   KeyMask* masks;    // [kStages]
-  Handover<kStages>& handover;
+  Handover& handover;
 
   __device__ explicit PrefillMemory(SharedMemory shared)
       : data(shared.take<T>(Values::kBytes / int(sizeof(T)))),
         codes(kInt8 ? shared.take<uint8_t>(kCodes) : nullptr),
         tables(shared.take<KeyTable>(Values::kTables)),
         masks(shared.take<KeyMask>(kStages)),
-        handover(*shared.take<Handover<kStages>>(1)) {}
+        handover(*shared.take<Handover>(1)) {}
 
   __device__ __forceinline__ Tile keys(int i) const { return {data + i % kStages * 2 * Tile::kTile}; }
   __device__ __forceinline__ Tile values(int i) const { return {data + (i % kStages * 2 + 1) * Tile::kTile}; }

@@ -17,12 +17,12 @@ class SharedMemory {
 };
 
 namespace simt {
-inline void touch(const void* p) {  // lets the sanitizers see a read of 16 bytes
+SIMT_UNCOUNTED inline void touch(const void* p) {  // lets the sanitizers see a read of 16 bytes
   for (int i = 0; i < 4; ++i) (void)static_cast<const volatile uint32_t*>(p)[i];
 }
 }  // namespace simt
 
-inline void check_copy(const void* to, const void* from, bool pred, simt::Site site) {
+SIMT_UNCOUNTED inline void check_copy(const void* to, const void* from, bool pred, simt::Site site) {
   if ((uintptr_t)to % 16 || (pred && (uintptr_t)from % 16)) simt::fail(site, "addresses must be 16-byte aligned");
   if (pred && simt::is_shared(from, 16)) simt::fail(site, "the source lies in shared memory");
   *(uint4*)to = make_uint4(~0u, ~0u, ~0u, ~0u);  // until the wait: NaN; also the sanitizers' check of `to`
@@ -31,19 +31,19 @@ inline void check_copy(const void* to, const void* from, bool pred, simt::Site s
 inline void cp_async_16(void* to, const void* from, bool pred = true, SIMT_HERE) {
   check_copy(to, from, pred, SIMT_SITE("cp_async_16"));
   if (!simt::is_shared(to, 16)) simt::fail(SIMT_SITE("cp_async_16"), "the destination is not one shared array");
-  simt::async_issue({to, from, 16, pred ? 16u : 0u});
+  simt::async_issue({to, from, 16, pred ? 16u : 0u}, SIMT_SITE("cp_async_16"));
 }
 inline void cp_async_commit() { simt::async_commit(); }
 inline void prefetch(const void*) {}
 template <int kKeep>
-void cp_async_wait() {
+SIMT_UNCOUNTED void cp_async_wait() {
   simt::Copy copy;
   while (simt::async_complete(kKeep, &copy)) *(uint4*)copy.to = copy.read ? *(const uint4*)copy.from : uint4{0, 0, 0, 0};
 }
 
 namespace simt {
 template <bool kTranspose>
-void ldmatrix(uint32_t (&r)[4], const void* row, Site site) {
+SIMT_UNCOUNTED void ldmatrix(uint32_t (&r)[4], const void* row, Site site) {
   if ((uintptr_t)row % 16) fail(site, "row addresses must be 16-byte aligned");
   if (!is_shared(row, 16)) touch(row), fail(site, "the row is not in one shared array");
   Matrices m{row, {}};

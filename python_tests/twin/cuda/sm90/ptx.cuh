@@ -8,7 +8,7 @@ namespace lserve::cuda::sm90 {
 inline void fence_for_wgmma() {}
 
 template <typename T, bool kRows>
-void multiply(const simt::Product& p) {
+SIMT_UNCOUNTED void multiply(const simt::Product& p) {
   const uint32_t a[4] = {p.a[0], p.a[1], p.a[2], p.a[3]};
   for (int n = 0; n < 8; ++n) {
     uint16_t fragment[4];
@@ -59,7 +59,7 @@ void wait_wgmma() {
 inline void mbarrier_init(uint64_t* barrier, int arrivals, SIMT_HERE) {
   simt::mbarrier_init(barrier, arrivals, SIMT_SITE("mbarrier_init"));
 }
-inline void mbarrier_arrive(uint64_t* barrier, SIMT_HERE) { simt::mbarrier_arrive(barrier, 0, SIMT_SITE("mbarrier_arrive")); }
+inline void mbarrier_arrive(uint64_t* barrier, SIMT_HERE) { simt::mbarrier_arrive(barrier, SIMT_SITE("mbarrier_arrive")); }
 inline void mbarrier_wait(uint64_t* barrier, int parity, SIMT_HERE) {
   simt::mbarrier_wait(barrier, parity, SIMT_SITE("mbarrier_wait"));
 }
