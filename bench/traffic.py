@@ -6,13 +6,15 @@ The cases are those of bench/kernels.py, on a cache of 2,048 tokens of llama3-8b
 do without, as the speed benchmark counts them; `read` and `written` are sectors of 32 bytes that warps ask of global
 memory, all requests together, over those bytes; `first` leaves out what has been read before, which a cache may hold.
 `conflicts` are the turns that plain loads and stores of shared memory (and ldmatrix) wait for banks, beside the turns
-that they take at best. What wgmma reads in shared memory is not counted.
+that they take at best. What wgmma reads in shared memory is not counted. --lines shows which lines do it.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import subprocess
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +40,13 @@ class Stats(ctypes.Structure):
     ]
 
 
+class Instruction(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_long)
+        for name in ("offset", "write", "shared", "requests", "bytes", "sectors", "wavefronts", "conflicts")
+    ]
+
+
 def counted(call: Callable[[], Any]) -> Stats:
     stats = Stats()
     LIBRARY.simt_start()
@@ -48,12 +57,29 @@ def counted(call: Callable[[], Any]) -> Stats:
     return stats
 
 
+def lines() -> dict[str, Counter[str]]:
+    """What each line of csrc/cuda did in the last call that was counted; for inlined ones, with their callers."""
+    room = LIBRARY.simt_instructions(None, 0)
+    found = (Instruction * room)()
+    LIBRARY.simt_instructions(found, room)
+    command = ["addr2line", "-i", "-a", "-e", _C.__file__, *(hex(x.offset - 1) for x in found)]
+    places = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("0x")[1:]
+    sums: dict[str, Counter[str]] = {}
+    for x, place in zip(found, places, strict=True):
+        frames = [line.split("csrc/cuda/")[1].split()[0] for line in place.splitlines() if "csrc/cuda/" in line]
+        kind = f"{'shared' if x.shared else 'global'} {'write' if x.write else 'read'}"
+        own = sums.setdefault(f"{kind}  {' < '.join(frames[:3])}", Counter())
+        own.update({name: getattr(x, name) for name in ("requests", "bytes", "sectors", "wavefronts", "conflicts")})
+    return sums
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one of these")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--lines", type=int, default=0, help="show so many lines with most sectors, or conflicts")
     options = parser.parse_args()
     head = ["case", "bytes", "read", "first", "written", "conflicts", "products", "barriers", "atomics", "launches"]
     print("\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head))))
@@ -72,6 +98,11 @@ def main() -> None:
             row += [f"{part * SECTOR / size:.2f}" for part in parts] + [conflicts]
             row += [f"{x:,}" for x in (s.mma, s.barriers, s.atomics, s.launches)]
             print(f"| {' | '.join(row)} |", flush=True)
+            found = lines() if options.lines else {}
+            for key, wanted in (("sectors", "global"), ("conflicts", "shared")):
+                own = sorted((place for place in found if wanted in place), key=lambda p: -found[p][key])
+                for place in own[: options.lines]:
+                    print(f"    {dict(found[place])}  {place}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
     not hasattr(ctypes.CDLL(_C.__file__), "simt_start"), reason="needs the emulator: CMake's LSERVE_TWIN"
 )
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
+import kernels  # noqa: E402
 import traffic  # noqa: E402
 
 TILE = 16  # keys that a warp of decode copies together
@@ -95,3 +96,33 @@ def test_attention_mass_copies_keys_once(shape: Shape) -> None:
     row = shape.head_dim * shape.dtype.itemsize
     queries = sum(min(n, 3) * -(-n // 64) for n in LENGTHS) * shape.group
     assert size == case.heads * (sum(LENGTHS) + queries) * row
+
+
+# Bytes that pass between memory and caches, over those that a case cannot do without. What is more than 1.06: partial
+# results of splits, and grids of single tokens, of which a sector holds four.
+MOVED = {"prefill drafts": 1.25, "prefill drafts, int8": 1.35, "decode tokens, int8": 1.15}
+MOVED |= {"attention_mass step, int8": 1.1, "attention_mass prompt, int8": 1.1}
+MOVED |= {"decode streaming, int8": 1.08, "decode pages, int8": 1.07}
+# Those that pass between caches and registers or shared memory. Tiles of queries, of which prefill and the mass of many
+# have several, read keys once each.
+READ = {"decode": 1.3, "decode tokens, int8": 1.7, "page_scores": 1.15, "attention_mass step": 1.4}
+SMALL = 64 * 1024  # of which lengths and tables are much
+
+
+@pytest.mark.parametrize("kv", ["auto", "int8"])
+@pytest.mark.parametrize("name", kernels.CASES)
+def test_moves_what_the_benchmark_counts(name: str, kv: str) -> None:
+    if kv == "int8" and not name.startswith(kernels.READS_POOLS):
+        pytest.skip("reads no pools")
+    work = kernels.CASES[name](kernels.Layer("llama3-8b", 2048, 1, "bfloat16", kv, 256, "cpu"))
+    stats, label = traffic.counted(work.call), name + (", int8" if kv == "int8" else "")
+    needed = work.reads + work.writes
+    assert stats.ldmatrix_conflicts == 0
+    if name.startswith("select"):  # who counts bins reads them eight apart, once a pass
+        assert stats.shared_conflicts < stats.shared_wavefronts / 2
+    else:
+        assert stats.shared_conflicts == 0
+    if needed > SMALL:
+        assert (stats.first_read_sectors + stats.written_sectors) * SECTOR <= needed * MOVED.get(label, 1.06)
+        limit = READ.get(label) or next((READ[key] for key in READ if name.startswith(key)), float("inf"))
+        assert stats.read_sectors * SECTOR <= needed * limit

@@ -17,8 +17,8 @@ void attention_mass(const MassArgs& a, void* stream) {
       if (rows_aligned<T>(a.q) && rows_aligned<T>(a.kv)) {
         return with_head_dim(a.kv.D, [&](auto kD) {
           const int rows = SmemTile<T, kD>::kStride * sizeof(T);
-          const int tiles =
-              shared_bytes({kKeys * rows, 2 * kMassRows * rows, int(sizeof(MassKeys)), 2 * kThreads * int(sizeof(MassRow<T>))});
+          const int tiles = shared_bytes({kKeys * rows, 2 * kMassRows * rows, int(sizeof(MassKeys)),
+                                          2 * kThreads * int(sizeof(MassRow)), 2 * kThreads * int(sizeof(const T*))});
           const auto kernel = int8 ? mass_kernel<T, kD, true> : mass_kernel<T, kD, false>;
           launch("attention_mass", kernel, grid, kThreads, tiles, stream, a);
         });

@@ -56,10 +56,8 @@ struct MassKeys {
   }
 };
 
-// One of them. lse is in units of log2, and infinite where nothing is to be added. Without a query, position is -1.
-template <typename T>
-struct MassRow {
-  const T* query;
+// Of a query and head: lse is in units of log2, and infinite where nothing is to be added. Without a query, position is -1.
+struct alignas(16) MassRow {
   int sink, local, position;
   float lse;
 };
@@ -83,12 +81,13 @@ struct MassRows {
   __device__ __forceinline__ void ask() {
     lse = token() < a.T ? a.lse[(b * a.T + token()) * (a.kv.H * a.G) + head()] : -INFINITY;
   }
-  __device__ __forceinline__ void put(MassRow<T>* rows) {
+  __device__ __forceinline__ void put(MassRow* rows, const T** queries) {
     const bool there = token() < a.T;
     const Reach reach(a, b, a.mask.windows[h], start + token());
     const T* const query = static_cast<const T*>(a.q.data) + b * a.q.stride0 + token() * a.q.stride1 + head() * a.q.stride2;
-    rows[threadIdx.x] = {there ? query : nullptr, reach.sink, reach.local, there ? reach.position : -1,
-                         lse == -INFINITY ? INFINITY : lse * kLog2e};
+    const MassRow own{reach.sink, reach.local, there ? reach.position : -1, lse == -INFINITY ? INFINITY : lse * kLog2e};
+    rows[threadIdx.x] = own;  // all 16 bytes at once
+    queries[threadIdx.x] = there ? query : nullptr;
     row += kThreads;
   }
 };
@@ -163,9 +162,10 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 5 : 4) mass_kernel(const
   const Tile keys{shared.take<T>(kKeys * Tile::kStride)};
   T* const queries = shared.take<T>(2 * kMassRows * Tile::kStride);
   MassKeys& table = *shared.take<MassKeys>(1);
-  MassRow<T>* const rows = shared.take<MassRow<T>>(2 * kThreads);
+  MassRow* const rows = shared.take<MassRow>(2 * kThreads);
+  const T** const sources = shared.take<const T*>(2 * kThreads);
   const auto queries_of = [&](int step) { return Tile{queries + step % 2 * (kMassRows * Tile::kStride)}; };
-  const auto rows_of = [&](int step) { return rows + step % (2 * kMassBatch) * kMassRows; };
+  const auto row_of = [](int step) { return step % (2 * kMassBatch) * kMassRows; };
 
   MassRows<T> own(a, h, b, start);
   bool wanted = false;
@@ -173,14 +173,14 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 5 : 4) mass_kernel(const
     table.look_up(Sequence<T>{a.kv, b, h, length}, a, key, position);
     wanted = table.position[key] != kMasked;
   }
-  own.put(rows_of(0));
+  own.put(rows, sources);
   float sums[2][2] = {};
   if (__syncthreads_or(wanted)) {
     const auto fetch = [&](int step) {
       constexpr int kN = 8;
       for (int j = threadIdx.x; j < kMassRows * kD / kN; j += kThreads) {
         const int row = j / (kD / kN), d = j % (kD / kN) * kN;
-        const T* const from = rows_of(step)[row].query;
+        const T* const from = sources[row_of(step) + row];
         const bool read = from && d < D;
         cp_async_16(queries_of(step).at(row, d), read ? from + d : from, read);
       }
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 5 : 4) mass_kernel(const
       gemm_qk<16>(s, queries_of(step), 0, held, 0);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const MassRow<T> row = rows_of(step)[lane / 4 + 8 * r];
+        const MassRow row = rows[row_of(step) + lane / 4 + 8 * r];
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 5 : 4) mass_kernel(const
             if (positions[n][e] <= row.position && (units[n][e] < row.sink || units[n][e] >= row.local))
               sums[n][e] += exp2_approx(s[n][2 * r + e] * (a.scale * kLog2e) - row.lse);
       }
-      if (next_batch) own.put(rows_of(step + kMassBatch));
+      if (next_batch) own.put(rows + row_of(step + kMassBatch), sources + row_of(step + kMassBatch));
       cp_async_wait<0>();
       __syncthreads();
     }

@@ -88,16 +88,12 @@ struct GroupGrid {
 // Puts rows [0, kRows) of a tile of queries into shared memory, zeros where query(row) is null and beyond channel D.
 template <int kRows, typename T, int kD, typename Query>
 __device__ __forceinline__ void load_queries(SmemTile<T, kD> q, int D, Query query) {
-  for (int j = threadIdx.x; j < kRows * kD / 16; j += kThreads) {
-    const int row = j / (kD / 16), block = j % (kD / 16) * 16;
-    const T* from = query(row);
-    Vector<uint32_t, 4> low{}, high{};
-    if (from && block < D) {
-      low = load_vector<uint32_t, 4>(reinterpret_cast<const uint32_t*>(from + block));
-      high = load_vector<uint32_t, 4>(reinterpret_cast<const uint32_t*>(from + block + 8));
-    }
-    store_vector(reinterpret_cast<uint32_t*>(q.at(row, block)), low);
-    store_vector(reinterpret_cast<uint32_t*>(q.at(row, block + 8)), high);
+  for (int j = threadIdx.x; j < kRows * kD / 8; j += kThreads) {
+    const int row = j / (kD / 8), d = j % (kD / 8) * 8;
+    const T* const from = query(row);
+    Vector<uint32_t, 4> x{};
+    if (from && d < D) x = load_vector<uint32_t, 4>(reinterpret_cast<const uint32_t*>(from + d));
+    store_vector(reinterpret_cast<uint32_t*>(q.at(row, d)), x);
   }
 }
 

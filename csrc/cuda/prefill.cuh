@@ -169,8 +169,9 @@ __device__ __forceinline__ void take_infinite_values(Tile v, const KeyMask& keys
   for (int j = Crew::thread(); j < kKeys * kD / kN; j += Crew::threads()) {
     const int key = j / (kD / kN), d = j % (kD / kN) * kN;
     if (!hidden(key)) continue;
+    const Vector<T, kN> values = load_vector<T, kN>(v.at(key, d));
 #pragma unroll
-    for (int i = 0; i < kN; ++i) found |= !is_finite(*v.at(key, d + i));
+    for (int i = 0; i < kN; ++i) found |= !is_finite(values.value[i]);
   }
   if (!Crew::sync_or(found)) return;
   for (int key = 0; key < kKeys; ++key) {
@@ -191,37 +192,41 @@ __device__ __forceinline__ void take_infinite_values(Tile v, const KeyMask& keys
   Crew::sync();
 }
 
-// The results of a warp's 16 rows, of which the first is `row` of its tile: out(row, d, value, next value) and
-// lse(row, value), for rows before `end`.
-template <typename T, int kD, typename Out, typename Lse>
-__device__ __forceinline__ void take_results(const OnlineSoftmax<T, kD>& softmax, int row, int end, int D, Out out, Lse lse) {
+// Four neighbouring results, as they are wanted.
+template <typename T>
+__device__ __forceinline__ void store_results(T* to, float a, float b, float c, float d) {
+  if constexpr (std::is_same_v<T, float>) store_vector(to, Vector<float, 4>{{a, b, c, d}});
+  else store_vector(reinterpret_cast<uint32_t*>(to), Vector<uint32_t, 2>{{pack<T>(a, b), pack<T>(c, d)}});
+}
+
+// The results of a warp's 16 rows, of which the first is `row` of its tile, for rows before `end`: to out [, D] and lse at
+// at(row). Neighbouring lanes exchange pairs of channels, and so write whole sectors.
+template <typename T, int kD, typename Out, typename At>
+__device__ __forceinline__ void store_rows(const OnlineSoftmax<T, kD>& softmax, int row, int end, int D, Out* out, float* lse,
+                                           At at) {
   const int lane = threadIdx.x % 32;
+  const bool odd = lane % 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = over_quad(softmax.sum[r], [](float a, float b) { return a + b; }), share = sum == 0 ? 0.0f : 1 / sum;
     const int own = row + lane / 4 + 8 * r;
-    if (own >= end) continue;
+    const int64_t to = at(min(own, end - 1));
 #pragma unroll
-    for (int n = 0; n < kD / 8; ++n) {
-      const int d = n * 8 + lane % 4 * 2;
-      if (d < D) out(own, d, softmax.out[n][2 * r] * share, softmax.out[n][2 * r + 1] * share);
+    for (int n = 0; n < kD / 8; n += 2) {
+      float keep[2], give[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float first = softmax.out[n][2 * r + i] * share, second = softmax.out[n + 1][2 * r + i] * share;
+        keep[i] = odd ? second : first;
+        give[i] = __shfl_xor_sync(~0u, odd ? first : second, 1);
+      }
+      const int d = (n + odd) * 8 + lane % 4 / 2 * 4;
+      if (own < end && d < D)
+        store_results(out + to * D + d, odd ? give[0] : keep[0], odd ? give[1] : keep[1], odd ? keep[0] : give[0],
+                      odd ? keep[1] : give[1]);
     }
-    if (lane % 4 == 0) lse(own, sum == 0 ? -INFINITY : (softmax.max[r] + kHeadroom<T> + log2f(sum)) * kLn2);
+    if (own < end && lane % 4 == 0) lse[to] = sum == 0 ? -INFINITY : (softmax.max[r] + kHeadroom<T> + log2f(sum)) * kLn2;
   }
-}
-
-// A warp's 16 queries, the tile's from `query` on.
-template <typename T, int kD>
-__device__ __forceinline__ void store_rows(const PrefillArgs& a, const QueryTile& tile, int head, int query,
-                                           const OnlineSoftmax<T, kD>& softmax) {
-  const int D = static_cast<int>(a.kv.D);
-  const auto at = [&](int own) { return (a.cu_seqlens_q[tile.b] + tile.first + own) * (a.kv.H * a.G) + head; };
-  take_results(
-      softmax, query, tile.count, D,
-      [&](int own, int d, float x, float y) {
-        *reinterpret_cast<uint32_t*>(static_cast<T*>(a.out) + at(own) * D + d) = pack<T>(x, y);
-      },
-      [&](int own, float x) { a.lse[at(own)] = x; });
 }
 
 // What the threads of a block share.
@@ -311,7 +316,8 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
   const Tokens tokens = prefill_tokens(a, tile, h, window);
   const auto softmax =
       attend_tile(memory, prefill_sequence<T>(a, tile.b, h), tile, tokens, 0, tokens.count, D, a.scale * kLog2e);
-  store_rows(a, tile, head, threadIdx.x / 32 * 16, softmax);
+  store_rows(softmax, threadIdx.x / 32 * 16, tile.count, D, static_cast<T*>(a.out), a.lse,
+             [&](int row) { return (first_row + row) * (a.kv.H * a.G) + head; });
 }
 
 // The same without tensor cores: a warp for each query of each query head.

@@ -75,10 +75,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t head = (results_row + row / tile.heads) * (a.kv.H * a.G) + h * a.G + row % tile.heads;
     return head * results.partials.splits + split;
   };
-  take_results(
-      softmax, threadIdx.x / 32 * 16, rows, D,
-      [&](int row, int d, float x, float y) { store_vector(results.partials.out + at(row) * D + d, Vector<float, 2>{{x, y}}); },
-      [&](int row, float x) { results.partials.lse[at(row)] = x; });
+  store_rows(softmax, threadIdx.x / 32 * 16, rows, D, results.partials.out, results.partials.lse, at);
 }
 
 // One block of threads for each row of results.

@@ -209,8 +209,8 @@ __global__ void __launch_bounds__(Roles<kInt8>::kThreads, 1) prefill_kernel(cons
     take_registers<Roles::kConsumerRegisters>();
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16;
     const int own = blockIdx.y % parts * kHeads + Consumers::thread() / kWarpgroup, head = h * G + own;
-    const T* const queries =
-        static_cast<const T*>(a.q.data) + (a.cu_seqlens_q[tile.b] + tile.first + row) * a.q.stride0 + head * a.q.stride1;
+    const int64_t first_row = a.cu_seqlens_q[tile.b] + tile.first;
+    const T* const queries = static_cast<const T*>(a.q.data) + (first_row + row) * a.q.stride0 + head * a.q.stride1;
     QueryFragments<T, kD> q(queries, a.q.stride0, own < G ? tile.count - row : 0, D);
     const float scale = a.scale * kLog2e;
     OnlineSoftmax<T, kD> softmax;
@@ -281,7 +281,9 @@ __global__ void __launch_bounds__(Roles<kInt8>::kThreads, 1) prefill_kernel(cons
       add_values();
       wait_for_values();
     }
-    if (own < G) store_rows(a, tile, head, row, softmax);
+    if (own < G)
+      store_rows(softmax, row, tile.count, D, static_cast<T*>(a.out), a.lse,
+                 [&](int row) { return (first_row + row) * (a.kv.H * a.G) + head; });
   }
 }
 

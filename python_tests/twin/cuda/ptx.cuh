@@ -31,7 +31,7 @@ SIMT_UNCOUNTED inline void check_copy(const void* to, const void* from, bool pre
 inline void cp_async_16(void* to, const void* from, bool pred = true, SIMT_HERE) {
   check_copy(to, from, pred, SIMT_SITE("cp_async_16"));
   if (!simt::is_shared(to, 16)) simt::fail(SIMT_SITE("cp_async_16"), "the destination is not one shared array");
-  simt::async_issue({to, from, 16, pred ? 16u : 0u}, SIMT_SITE("cp_async_16"));
+  simt::async_issue({to, from, 16, pred ? 16u : 0u});
 }
 inline void cp_async_commit() { simt::async_commit(); }
 inline void prefetch(const void*) {}

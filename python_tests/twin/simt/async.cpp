@@ -3,9 +3,9 @@
 
 namespace simt {
 
-void async_issue(const Copy& copy, Site site) {
+void async_issue(const Copy& copy) {
   AsHost as_host;
-  count_copy(copy, site);
+  count_copy(copy, __builtin_return_address(0));
   current->open.push_back(copy);
 }
 void async_commit() {

@@ -20,12 +20,13 @@ namespace {
 constexpr uintptr_t kSector = 32, kBanks = 32, kWord = 4;
 
 struct Request {
-  bool write = false, shared = false;
+  Instruction* instruction = nullptr;
   unsigned bytes = 0, lanes = 0;
-  uintptr_t addresses[32];
+  uintptr_t addresses[32] = {};  // of each lane, or 0
 };
 
 bool counting = false;
+std::unordered_map<const void*, Instruction> instructions;
 std::unordered_map<uint64_t, Request> requests;     // of the running block
 std::unordered_map<uint64_t, unsigned> executions;  // of an instruction by a thread
 std::unordered_set<uintptr_t> read_before, copied;  // sectors
@@ -33,42 +34,50 @@ std::unordered_set<uintptr_t> read_before, copied;  // sectors
 // Lanes are served 128 bytes at a time; words of one bank follow each other.
 void finish_shared(const Request& r) {
   const unsigned together = std::min(32u, 128 / std::max(r.bytes, 4u));
-  for (unsigned first = 0; first < r.lanes; first += together) {
+  for (unsigned first = 0; first < 32; first += together) {
     std::unordered_set<uintptr_t> words;
     unsigned of_bank[kBanks] = {}, longest = 0;
-    for (unsigned i = first; i < std::min(first + together, r.lanes); ++i)
+    for (unsigned i = first; i < first + together; ++i) {
+      if (!r.addresses[i]) continue;
       for (uintptr_t word = r.addresses[i] / kWord; word * kWord < r.addresses[i] + r.bytes; ++word)
         if (words.insert(word).second) longest = std::max(longest, ++of_bank[word % kBanks]);
+    }
+    if (!longest) continue;
+    r.instruction->wavefronts += longest;
+    r.instruction->conflicts += longest - 1;
     counters.shared_wavefronts += longest;
     counters.shared_conflicts += longest - 1;
   }
 }
 
 void finish_global(Request& r) {
-  std::sort(r.addresses, r.addresses + r.lanes);
+  std::sort(r.addresses, r.addresses + 32);
   long bytes = 0, sectors = 0;
   uintptr_t end = 0, next = 0;  // of what has been counted
-  for (unsigned i = 0; i < r.lanes; ++i) {
+  for (unsigned i = 32 - r.lanes; i < 32; ++i) {
     const uintptr_t from = std::max(r.addresses[i], end);
     end = std::max(end, r.addresses[i] + r.bytes);
     bytes += end - std::min(from, end);
     for (uintptr_t sector = std::max(r.addresses[i] / kSector, next); sector * kSector < end; next = ++sector) {
       ++sectors;
-      if (!r.write) counters.first_read_sectors += read_before.insert(sector).second;
+      if (!r.instruction->write) counters.first_read_sectors += read_before.insert(sector).second;
     }
   }
-  (r.write ? counters.written_bytes : counters.read_bytes) += bytes;
-  (r.write ? counters.written_sectors : counters.read_sectors) += sectors;
+  r.instruction->bytes += bytes;
+  r.instruction->sectors += sectors;
+  (r.instruction->write ? counters.written_bytes : counters.read_bytes) += bytes;
+  (r.instruction->write ? counters.written_sectors : counters.read_sectors) += sectors;
 }
 
 void finish(Request& r) {
-  if (r.shared) finish_shared(r);
+  ++r.instruction->requests;
+  if (r.instruction->shared) finish_shared(r);
   else finish_global(r);
 }
 
 }  // namespace
 
-void count_access(uintptr_t instruction, const void* address, unsigned bytes, bool write) {
+void count_access(const void* instruction, const void* address, unsigned bytes, bool write) {
   if (!counting || current == &host) return;
   auto* const byte = (char*)address;
   const auto within = [&](const void* first, size_t size) { return byte >= first && byte < (char*)first + size; };
@@ -76,23 +85,28 @@ void count_access(uintptr_t instruction, const void* address, unsigned bytes, bo
   if (within(current->stack, kStackBytes) || within(parameters, parameter_bytes) ||
       within(&__ehdr_start, &_end - &__ehdr_start))
     return;
-  const uint64_t place = instruction * 0x9e3779b97f4a7c15;
+  const uint64_t place = (uintptr_t)instruction * 0x9e3779b97f4a7c15;
   const unsigned turn = executions[place + current->index]++;
   const uint64_t key = (place ^ (uint64_t(turn) << 10 | current->index / 32)) * 0xff51afd7ed558ccd;
   Request& request = requests[key];
-  request.write = write;
-  request.bytes = bytes;
-  request.shared = is_shared(address, bytes);
-  request.addresses[request.lanes++] = (uintptr_t)address;
+  if (!request.lanes) {
+    request.bytes = bytes;
+    request.instruction = &instructions[instruction];
+    request.instruction->offset = (char*)instruction - &__ehdr_start;
+    request.instruction->write = write;
+    request.instruction->shared = is_shared(address, bytes);
+  }
+  request.addresses[current->index % 32] = (uintptr_t)address;
+  ++request.lanes;
   if (request.lanes == 32) {
     finish(request);
     requests.erase(key);
   }
 }
 
-void count_copy(const Copy& copy, const Site& site) {
+void count_copy(const Copy& copy, const void* instruction) {
   if (!counting || !copy.read) return;
-  count_access((uintptr_t)site.file + site.line, copy.from, copy.read, false);
+  count_access(instruction, copy.from, copy.read, false);
   counters.copied_bytes += copy.read;
   counters.copied_sectors += copied.insert((uintptr_t)copy.from / kSector).second;
 }
@@ -111,6 +125,7 @@ SIMT_EXPORT void simt_start() {
   simt::counters = {};
   simt::read_before.clear();
   simt::copied.clear();
+  simt::instructions.clear();
   simt::counting = true;
 }
 SIMT_EXPORT void simt_stop(simt::Stats* stats) {
@@ -118,8 +133,14 @@ SIMT_EXPORT void simt_stop(simt::Stats* stats) {
   simt::counting = false;
 }
 
+SIMT_EXPORT long simt_instructions(simt::Instruction* out, long room) {  // how many there are
+  for (auto& [_, instruction] : simt::instructions)
+    if (room-- > 0) *out++ = instruction;
+  return long(simt::instructions.size());
+}
+
 #if !defined(SIMT_TSAN)
-#define HERE (uintptr_t)__builtin_return_address(0)
+#define HERE __builtin_return_address(0)
 #define ACCESS(name, bytes, write) \
   extern "C" void __tsan_##name(void* p) { simt::count_access(HERE, p, bytes, write); }
 ACCESS(read1, 1, false)

@@ -73,8 +73,8 @@ extern size_t parameter_bytes;
 void make_ready(int index);
 void block_here(const Site& site);  // until somebody makes it ready
 
-void count_access(uintptr_t instruction, const void* address, unsigned bytes, bool write);
-void count_copy(const Copy& copy, const Site& site);
+void count_access(const void* instruction, const void* address, unsigned bytes, bool write);
+void count_copy(const Copy& copy, const void* instruction);
 void end_of_block();  // for the counters
 
 void become(Fiber* fiber);  // as whom ThreadSanitizer sees us
