@@ -355,12 +355,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     # ALISA keeps what was attended before: at its published sparsity of 0.8 it loses digits that nothing asked for yet.
     configs = {
         "dense": SparseConfig.dense(),
-        "lserve, budget 1024": _with_pattern(SparseConfig.lserve(budget_tokens=1024), arguments.model),
+        "lserve, budget 2048": _with_pattern(SparseConfig.lserve(budget_tokens=2048), arguments.model),
         "alisa, sparsity 0.5": SparseConfig.alisa(kv_sparsity=0.5),
     }
     model, tokenizer = _load(arguments)
     ids, key = _prompt(arguments, model, tokenizer)
-    runs = _run_all(arguments, model, tokenizer, ids, configs, tenth_of="lserve, budget 1024")
+    runs = _run_all(arguments, model, tokenizer, ids, configs, tenth_of="lserve, budget 2048")
     _show(runs, configs, ids, key)
     if key is None or all(key in run.answer for run in runs.values()):
         return 0

@@ -98,11 +98,10 @@ def test_attention_mass_copies_keys_once(shape: Shape) -> None:
     assert size == case.heads * (sum(LENGTHS) + queries) * row
 
 
-# Bytes that pass between memory and caches, over those that a case cannot do without. What is more than 1.06: partial
+# Bytes that pass between memory and caches, over those that a case cannot do without. What is more than 1.08: partial
 # results of splits, and grids of single tokens, of which a sector holds four.
-MOVED = {"prefill drafts": 1.25, "prefill drafts, int8": 1.35, "decode tokens, int8": 1.15}
-MOVED |= {"attention_mass step, int8": 1.1, "attention_mass prompt, int8": 1.1}
-MOVED |= {"decode streaming, int8": 1.08, "decode pages, int8": 1.07}
+MOVED = {"prefill drafts": 1.25, "prefill drafts, int8": 1.4, "decode tokens, int8": 1.2, "decode streaming, int8": 1.1}
+MOVED |= {"attention_mass step, int8": 1.12, "attention_mass prompt, int8": 1.12}
 # Those that pass between caches and registers or shared memory. Tiles of queries, of which prefill and the mass of many
 # have several, read keys once each.
 READ = {"decode": 1.3, "decode tokens, int8": 1.7, "page_scores": 1.15, "attention_mass step": 1.4}
@@ -123,6 +122,6 @@ def test_moves_what_the_benchmark_counts(name: str, kv: str) -> None:
     else:
         assert stats.shared_conflicts == 0
     if needed > SMALL:
-        assert (stats.first_read_sectors + stats.written_sectors) * SECTOR <= needed * MOVED.get(label, 1.06)
+        assert (stats.first_read_sectors + stats.written_sectors) * SECTOR <= needed * MOVED.get(label, 1.08)
         limit = READ.get(label) or next((READ[key] for key in READ if name.startswith(key)), float("inf"))
         assert stats.read_sectors * SECTOR <= needed * limit
