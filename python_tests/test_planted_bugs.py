@@ -140,7 +140,15 @@ BUGS = [
         "      __syncthreads();\n      attend({k, v}",
         "      attend({k, v}",
     ),
-    Bug("a row too many", "prefill", "if (own >= end) continue;", "if (own > end) continue;"),
+    Bug("a row too many", "prefill", "if (own < end && d < D)", "if (own <= end && d < D)"),
+    Bug("neighbours that give what they keep", "prefill", "odd ? first : second, 1)", "odd ? second : first, 1)"),
+    Bug(
+        "values read one by one",
+        "prefill",
+        "values = load_vector<T, kN>(v.at(key, d));",
+        "values = [&] { Vector<T, kN> x; for (int i = 0; i < kN; ++i) x.value[i] = *v.at(key, d + i); return x; }();",
+        TRAFFIC,
+    ),
     Bug("logits before they are there", "sm90/prefill", "wait_wgmma<first.value ? 0 : 1>();", "wait_wgmma<1>();"),
     Bug("a tile before it has come", "sm90/prefill", "cp_async_wait<1>();", "cp_async_wait<2>();"),
     Bug(
@@ -271,8 +279,8 @@ BUGS = [
     Bug(
         "rows of the batch before",
         "mass",
-        "own.put(rows_of(step + kMassBatch))",
-        "own.put(rows_of(step))",
+        "own.put(rows + row_of(step + kMassBatch)",
+        "own.put(rows + row_of(step)",
         MANY,
     ),
     Bug("queries of the step before", "mass", "queries + step % 2 *", "queries + (step + 1) / 2 % 2 *", MANY),
@@ -308,7 +316,7 @@ BUILDS = {
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The sources, to be changed."""
     folder = tmp_path_factory.mktemp("planted")
-    for name in ("csrc", "lserve_ext", "python_tests", "CMakeLists.txt", "pyproject.toml"):
+    for name in ("csrc", "lserve_ext", "python_tests", "bench", "CMakeLists.txt", "pyproject.toml"):
         source = ROOT / name
         ignore = shutil.ignore_patterns("*.so", "__pycache__")
         shutil.copytree(source, folder / name, ignore=ignore) if source.is_dir() else shutil.copy(source, folder)

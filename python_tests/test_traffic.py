@@ -117,10 +117,8 @@ def test_moves_what_the_benchmark_counts(name: str, kv: str) -> None:
     stats, label = traffic.counted(work.call), name + (", int8" if kv == "int8" else "")
     needed = work.reads + work.writes
     assert stats.ldmatrix_conflicts == 0
-    if name.startswith("select"):  # who counts bins reads them eight apart, once a pass
-        assert stats.shared_conflicts < stats.shared_wavefronts / 2
-    else:
-        assert stats.shared_conflicts == 0
+    # What single lanes do, each in a turn of its own, counts as done together.
+    assert stats.shared_conflicts <= stats.shared_wavefronts // 100
     if needed > SMALL:
         assert (stats.first_read_sectors + stats.written_sectors) * SECTOR <= needed * MOVED.get(label, 1.08)
         limit = READ.get(label) or next((READ[key] for key in READ if name.startswith(key)), float("inf"))

@@ -239,8 +239,8 @@ __device__ __forceinline__ void settle(const int* bins, const Cut& cut, int shif
   const int lane = threadIdx.x % 32, top = kBins - 1 - 8 * lane;  // each lane has 8 bins, the first lane the highest
   int own = 0;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) own += bins[top - i];
-  int through = own;  // keys in the bins of this lane and of those before it
+  for (int i = 0; i < 8; ++i) own += bins[top - (i + lane / 4) % 8];  // lanes that share a bank each in its turn
+  int through = own;                                                  // keys in the bins of this lane and of those before it
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
     const int before = __shfl_up_sync(~0u, through, lanes);
