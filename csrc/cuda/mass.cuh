@@ -66,29 +66,35 @@ struct alignas(16) MassRow {
 template <typename T>
 struct MassRows {
   const MassArgs& a;
-  const int h, b, start;  // start: position of the first query
-  int row;                // the next one
+  const int h, b, start, G;  // start: position of the first query
+  int token, head;           // of the next one; head: within the group
   float lse;
 
   __device__ __forceinline__ MassRows(const MassArgs& a, int h, int b, int start)
-      : a(a), h(h), b(b), start(start), row(max(0, -start) * static_cast<int>(a.G) + threadIdx.x) {
+      : a(a),
+        h(h),
+        b(b),
+        start(start),
+        G(static_cast<int>(a.G)),
+        token(max(0, -start) + threadIdx.x / G),
+        head(threadIdx.x % G) {
     ask();
   }
-  __device__ __forceinline__ int token() const { return row / static_cast<int>(a.G); }
-  __device__ __forceinline__ int head() const { return h * static_cast<int>(a.G) + row % static_cast<int>(a.G); }
 
   // For the number that takes longest to come.
   __device__ __forceinline__ void ask() {
-    lse = token() < a.T ? a.lse[(b * a.T + token()) * (a.kv.H * a.G) + head()] : -INFINITY;
+    lse = token < a.T ? a.lse[(b * a.T + token) * (a.kv.H * G) + h * G + head] : -INFINITY;
   }
   __device__ __forceinline__ void put(MassRow* rows, const T** queries) {
-    const bool there = token() < a.T;
-    const Reach reach(a, b, a.mask.windows[h], start + token());
-    const T* const query = static_cast<const T*>(a.q.data) + b * a.q.stride0 + token() * a.q.stride1 + head() * a.q.stride2;
+    const bool there = token < a.T;
+    const Reach reach(a, b, a.mask.windows[h], start + token);
+    const T* const query =
+        static_cast<const T*>(a.q.data) + b * a.q.stride0 + token * a.q.stride1 + (h * G + head) * a.q.stride2;
     const MassRow own{reach.sink, reach.local, there ? reach.position : -1, lse == -INFINITY ? INFINITY : lse * kLog2e};
     rows[threadIdx.x] = own;  // all 16 bytes at once
     queries[threadIdx.x] = there ? query : nullptr;
-    row += kThreads;
+    token += kThreads / G, head += kThreads % G;
+    if (head >= G) ++token, head -= G;
   }
 };
 

@@ -92,6 +92,9 @@ __device__ __forceinline__ void score_groups(const PageScoresArgs& a, const T* q
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, channel = lane % 4 * 8, D = static_cast<int>(a.D);
   const int groups_per_page = static_cast<int>(a.groups), groups = pages * groups_per_page;
   const T* const stats = static_cast<const T*>(a.stats);
+  // Exact, since half a group is more than the rounding of so few, and cheaper than a division in each step.
+  const float share = 1.0f / static_cast<float>(groups_per_page);
+  const auto page_of = [&](int group) { return static_cast<int>((static_cast<float>(group) + 0.5f) * share); };
   const auto slot = [&](int step, int i, int bound) {  // of 32 channels; bound: 0 minimum, 1 maximum
     return ring + ((step % kScoreStages * (kD / 32) + i) * 2 + bound) * kScoreThreads + threadIdx.x;
   };
@@ -99,8 +102,9 @@ __device__ __forceinline__ void score_groups(const PageScoresArgs& a, const T* q
   const auto copy = [&](int step) {
     if (step * kStepGroups >= groups) return;
     const int group = step * kStepGroups + warp * 8 + lane / 4;
-    const int64_t block = group < groups ? blocks[group / groups_per_page] : -1;
-    const T* const low = stats + max(block, int64_t{0}) * a.stats_stride + group % groups_per_page * (2 * a.D) + channel;
+    const int page = page_of(group);
+    const int64_t block = group < groups ? blocks[page] : -1;
+    const T* const low = stats + max(block, int64_t{0}) * a.stats_stride + (group - page * groups_per_page) * (2 * D) + channel;
 #pragma unroll
     for (int i = 0; i < kD / 32; ++i) {
       const bool read = block >= 0 && 32 * i + channel < D;
@@ -135,7 +139,7 @@ __device__ __forceinline__ void score_groups(const PageScoresArgs& a, const T* q
       uint32_t score = max(key(scores[i]), key(scores[i + 2]));
 #pragma unroll
       for (int lanes = 4; lanes < 32; lanes *= 2) score = max(score, __shfl_xor_sync(~0u, score, lanes));
-      const int group = step * kStepGroups + warp * 8 + lane % 4 * 2 + i, page = group / groups_per_page;
+      const int group = step * kStepGroups + warp * 8 + lane % 4 * 2 + i, page = page_of(group);
       // An atomic maximum of integers gives the same in any order.
       if (lane < 4 && group < groups && blocks[page] >= 0) atomicMax(best + page, score);
     }
