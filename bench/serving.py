@@ -3,6 +3,10 @@
 Run with an environment that has vLLM (`make vllm-test` makes build/vllm):
 
     build/vllm/bin/python bench/serving.py --cells 1x1024 1x4096 1x7900 8x1024 --out bench/results/serving-x86_64.json
+    build/vllm/bin/python bench/serving.py --shared --cells 8x4096 16x7900
+
+With --shared, prompts differ in their last tokens only, as questions about one document do, and vLLM's prefix caching
+holds the document once: so a batch of long prompts needs neither their memory nor the hours to read them.
 """
 
 from __future__ import annotations
@@ -36,6 +40,8 @@ ENGINES: dict[str, dict[str, Any] | None] = {
 }
 WARM = 3
 """Steps that are not counted."""
+OWN = 64
+"""Last tokens of a prompt that no other prompt has, with --shared."""
 
 
 def start(name: str, args: argparse.Namespace) -> Any:
@@ -50,7 +56,7 @@ def start(name: str, args: argparse.Namespace) -> Any:
         max_model_len=max(tokens + new_tokens(batch, tokens, args) for batch, tokens in args.cells),
         max_num_seqs=args.batch,
         max_num_batched_tokens=args.chunk,
-        enable_prefix_caching=False,
+        enable_prefix_caching=args.shared,
         disable_log_stats=True,
         additional_config={} if given is None else {"lserve": given},
     )
@@ -58,7 +64,8 @@ def start(name: str, args: argparse.Namespace) -> Any:
 
 def new_tokens(batch: int, tokens: int, args: argparse.Namespace) -> int:
     """So many that the first request still runs when the last one has been read and all steps are done."""
-    return args.steps + WARM + batch + -(-batch * tokens // args.chunk) + 8
+    read = tokens + batch * 2 * OWN if args.shared else batch * tokens
+    return args.steps + WARM + batch + -(-read // args.chunk) + 8
 
 
 def read(llm: Any, ids: list[list[int]], new: int) -> float:
@@ -121,6 +128,22 @@ def measure(llms: dict[str, Any], ids: list[list[int]], args: argparse.Namespace
     }
 
 
+def head_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a file of results says of where they come from."""
+    return {
+        "machine": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "vllm": __import__("vllm").__version__,
+        "python": platform.python_version(),
+        "model": Path(args.model).name,
+        "dtype": args.dtype,
+        "compiled": args.compile,
+        "chunk": args.chunk,
+        "engines": {name: ENGINES[name] for name in args.engines},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder; by default SmolLM2-135M-Instruct")
@@ -129,6 +152,7 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=["1x1024", "1x4096"], help="prompts x their tokens")
     parser.add_argument("--chunk", type=int, default=512, help="tokens that are read at a time")
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--shared", action="store_true", help="prompts about one document")
     parser.add_argument("--compile", action="store_true", help="vLLM's own compilation, for all engines")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -142,18 +166,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     text = tasks.encode(tokenizer, tasks.long_text())
     llms = {name: start(name, args) for name in args.engines}
-    head = {
-        "machine": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "vllm": __import__("vllm").__version__,
-        "python": platform.python_version(),
-        "model": Path(args.model).name,
-        "dtype": args.dtype,
-        "compiled": args.compile,
-        "chunk": args.chunk,
-        "steps": args.steps,
-        "engines": {name: ENGINES[name] for name in args.engines},
-    }
+    head = head_of(args) | {"threads": torch.get_num_threads(), "shared": args.shared, "steps": args.steps}
     # vLLM's own figure: requests of the model's length that fit at a time.
     room = {name: concurrency(llm) for name, llm in llms.items()}
     print("fit at a time:", ", ".join(f"{name} {of:.1f}" for name, of in room.items()))
@@ -161,6 +174,8 @@ def main() -> None:
     results = []
     for batch, tokens in args.cells:
         ids = [text[i * tokens : (i + 1) * tokens] for i in range(batch)]
+        if args.shared:
+            ids = [text[: tokens - OWN] + text[tokens + i * OWN : tokens + (i + 1) * OWN] for i in range(batch)]
         found = measure(llms, ids, args)
         stock = found[args.engines[0]]["step_ms"]
         for name, figures in found.items():

@@ -6,50 +6,28 @@ namespace simt {
 void async_issue(const Copy& copy) {
   AsHost as_host;
   count_copy(copy, __builtin_return_address(0));
-  current->open.push_back(copy);
+  current->copies.open.push_back(copy);
 }
 void async_commit() {
   AsHost as_host;
-  current->groups.push_back(std::move(current->open));
-  current->open.clear();
+  current->copies.commit();
 }
 bool async_complete(int keep, Copy* copy) {
   AsHost as_host;
-  auto& groups = current->groups;
-  while (int(groups.size()) > keep) {
-    if (groups.front().empty()) {
-      groups.pop_front();
-      continue;
-    }
-    *copy = groups.front().back();
-    groups.front().pop_back();
-    return true;
-  }
-  return false;
+  return current->copies.complete(keep, copy);
 }
 
 void product_issue(const Product& product) {
   AsHost as_host;
-  current->open_products.push_back(product);
+  current->products.open.push_back(product);
 }
 void product_commit() {
   AsHost as_host;
-  current->products.push_back(std::move(current->open_products));
-  current->open_products.clear();
+  current->products.commit();
 }
 bool product_complete(int keep, Product* product) {
   AsHost as_host;
-  auto& groups = current->products;
-  while (int(groups.size()) > keep) {
-    if (groups.front().empty()) {
-      groups.pop_front();
-      continue;
-    }
-    *product = groups.front().front();
-    groups.front().pop_front();
-    return true;
-  }
-  return false;
+  return current->products.complete(keep, product);
 }
 
 static MBarrier& find(uint64_t* bar, const Site& site) {

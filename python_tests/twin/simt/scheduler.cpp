@@ -142,8 +142,8 @@ extern "C" void simt_fiber_main() {
   kernel_body(const_cast<void*>(parameters));
   become(&host);
   Fiber* self = current;
-  for (auto& group : self->groups) counters.copies_never_waited += group.size();
-  counters.copies_never_waited += self->open.size();
+  for (auto& group : self->copies.committed) counters.copies_never_waited += group.size();
+  counters.copies_never_waited += self->copies.open.size();
   self->exited = true;
   order_before(&launch_end);
   --block->live;
@@ -174,10 +174,8 @@ void prepare(Fiber& f) {
   f.sp = top;
   f.exited = false;
   f.fake = nullptr;
-  f.groups.clear();
-  f.open.clear();
-  f.products.clear();
-  f.open_products.clear();
+  f.copies = {};
+  f.products = {};
 }
 
 }  // namespace

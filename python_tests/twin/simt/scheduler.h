@@ -22,6 +22,29 @@ namespace simt {
 
 constexpr size_t kStackBytes = 128 << 10;
 
+// What a thread has started and not yet waited for.
+template <typename T>
+struct Groups {
+  std::deque<std::deque<T>> committed;
+  std::deque<T> open;
+
+  void commit() { committed.push_back(std::exchange(open, {})); }
+  // The next of what a wait completes that leaves so many groups.
+  bool complete(int keep, T* x) {
+    while (int(committed.size()) > keep) {
+      std::deque<T>& oldest = committed.front();
+      if (oldest.empty()) {
+        committed.pop_front();
+        continue;
+      }
+      *x = oldest.front();
+      oldest.pop_front();
+      return true;
+    }
+    return false;
+  }
+};
+
 struct Fiber {
   void* sp = nullptr;
   char* stack = nullptr;
@@ -32,10 +55,8 @@ struct Fiber {
   bool exited = false;
   const Site* waits = nullptr;  // where it is blocked
   Site site{};
-  std::deque<std::vector<Copy>> groups;  // committed
-  std::vector<Copy> open;
-  std::deque<std::deque<Product>> products;  // committed
-  std::deque<Product> open_products;
+  Groups<Copy> copies;
+  Groups<Product> products;
 };
 
 struct Meeting {  // of lanes of one warp, or of threads at a barrier
