@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 
-from lserve_ext import HeadPattern, SparseCache, SparseConfig
+from lserve_ext import HeadPattern, SparseCache, SparseConfig, scorers
 from lserve_ext.vllm import settings
 from lserve_ext.vllm.pages import ALIGNMENT, Page
 
@@ -318,7 +318,7 @@ def in_transformers(folder: str, given: Any, tokens: list[list[int]], new: int) 
 @pytest.mark.parametrize("name", SPARSE)
 def test_sparse_gives_the_tokens_of_our_cache_in_transformers(engine: Any, folder: str, name: str) -> None:
     """Also in a batch, in other chunks, and from a cached prefix. Lengths begin a list where the cache begins one."""
-    given, ids = SPARSE[name], prompts(4, 64, 68, 128, 300, 700)
+    given, ids = SPARSE[name], prompts(4, 64, 68, 128, 240, 300, 700)  # 240: where the list is full while it decodes
     expected = in_transformers(folder, given, ids, 40)
     llm = engine(given)
     free = free_blocks(llm)
@@ -332,6 +332,23 @@ def test_sparse_gives_the_tokens_of_our_cache_in_transformers(engine: Any, folde
     assert sorted(name for group in groups for name in group.layer_names) == sorted(
         f"model.layers.{layer}.self_attn.attn.head{head}" for layer in range(LAYERS) for head in range(HEADS)
     )
+
+
+@pytest.mark.slow
+def test_no_list_is_made_that_would_name_every_page(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    scores = scorers.MinMax.page_scores
+
+    def counted(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        return scores(*args)
+
+    monkeypatch.setattr(scorers.MinMax, "page_scores", staticmethod(counted))
+    llm = engine(SPARSE["lserve"])
+    generate(llm, prompts(64, 231))  # the budget is 256, and a list begins at 256 at the latest
+    assert not calls
+    generate(llm, prompts(64, 236))
+    assert len(calls) == LAYERS
 
 
 @pytest.mark.slow

@@ -75,6 +75,8 @@ class Batch:
     """[B] int32 tokens held before."""
     seq_lens: Tensor
     """[B] int32 tokens held after."""
+    host_lens: Any
+    """The same on the host, an array [B]."""
     blocks: Tensor
     """[B, M] int32 block of each page."""
     full: tuple[Tensor, Tensor]
@@ -138,6 +140,7 @@ class Builder(AttentionMetadataBuilder[Batch]):
             prefill_cu_seqlens=cu_seqlens[decodes:] - decodes,
             context_lens=seq_lens - new_lens,
             seq_lens=seq_lens,
+            host_lens=lengths,
             blocks=blocks,
             full=(torch.from_numpy(request).to(device), torch.from_numpy(page).to(device)),
             size=P,
@@ -226,10 +229,13 @@ class SparseImpl(AttentionImpl):
         self.keeps_lists = self.selects and page.picks is not None
         self.scorer = config.make_scorer() if self.selects else None
         rest = LISTED if self.selects else DENSE
-        windows = torch.tensor([config.local_pages if s else rest for s in streaming], dtype=torch.int32)
-        self.decode_mask = Mask(windows, sink=config.sink_pages)
-        windows = torch.tensor([config.prefill_local_pages if s else DENSE for s in streaming], dtype=torch.int32)
-        self.prefill_mask = Mask(windows, sink=config.prefill_sink_pages)
+
+        def mask(local: int, others: int, sink: int) -> Mask:
+            return Mask(torch.tensor([local if s else others for s in streaming], dtype=torch.int32), sink=sink)
+
+        self.decode_mask = mask(config.local_pages, rest, config.sink_pages)
+        self.whole_mask = mask(config.local_pages, DENSE, config.sink_pages)
+        self.prefill_mask = mask(config.prefill_local_pages, DENSE, config.prefill_sink_pages)
         self.listed = torch.tensor([h for h, s in enumerate(streaming) if not s])
         self.chief = streaming.index(False) if not all(streaming) else 0
 
@@ -286,8 +292,9 @@ class SparseImpl(AttentionImpl):
         stride = caches[0].stride(0) * caches[0].element_size() // size
         firsts = torch.tensor([(at - offset) // size for at in begin], device=device)
         self._first, self._stride = firsts.int(), stride
-        self.decode_mask = self.decode_mask._replace(windows=self.decode_mask.windows.to(device))
-        self.prefill_mask = self.prefill_mask._replace(windows=self.prefill_mask.windows.to(device))
+        for name in ("decode_mask", "whole_mask", "prefill_mask"):
+            mask: Mask = getattr(self, name)
+            setattr(self, name, mask._replace(windows=mask.windows.to(device)))
         self.listed = self.listed.to(device)
 
     def _tables(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
@@ -317,10 +324,19 @@ class SparseImpl(AttentionImpl):
 
     def _decode(self, q: Tensor, table: Tensor, rows: Tensor, batch: Batch) -> Tensor:
         seq_lens = batch.seq_lens[: batch.decodes]
-        mask = self._listed_mask(q, table, rows, batch) if self.selects else self.decode_mask
+        if self.selects and batch.once("fits", lambda: self._fits(batch)):
+            mask = self.whole_mask
+        else:
+            mask = self._listed_mask(q, table, rows, batch) if self.selects else self.decode_mask
         kv = self._kv(table, batch.once("held after", lambda: batch.pages(seq_lens)))
         out, _ = ops.decode(q, mask, kv, seq_lens, scale=self.scale)
         return out
+
+    def _fits(self, batch: Batch) -> bool:
+        """Whether the lists of all requests would name every page: then none is made."""
+        config, at = self.config, batch.host_lens[: batch.decodes] - 1
+        between = (at - at % config.reuse_interval) // self.page.size + 1 - config.local_pages - config.sink_pages
+        return bool((between <= config.list_pages).all())
 
     def _seal(self, table: Tensor, full: tuple[Tensor, Tensor]) -> None:
         """Statistics or moments of pages that are full now, of heads that select."""
@@ -354,7 +370,7 @@ class SparseImpl(AttentionImpl):
         if len(which):
             every = len(which) == len(q)
             chosen = slice(None) if every else which
-            lists, local_start = self._select(q[chosen], table[chosen], seq_lens[chosen])
+            lists, local_start = self._select(q[chosen], table[chosen], (since[chosen] + 1).int())
             known = torch.stack([local_start, since[chosen]], 1)[:, None].expand(-1, lists.shape[1], -1)
             held[rows[chosen]] = torch.cat([lists, known], 2)
         found = held[rows]
