@@ -335,6 +335,15 @@ def test_sparse_gives_the_tokens_of_our_cache_in_transformers(engine: Any, folde
 
 
 @pytest.mark.slow
+def test_compiled_by_vllm(engine: Any, folder: str) -> None:
+    """As `vllm serve` runs a model unless it is told not to."""
+    given, ids = SPARSE["lserve"], prompts(64, 300)
+    llm = engine(given, enforce_eager=False)
+    assert llm.llm_engine.vllm_config.compilation_config.mode
+    assert texts(generate(llm, ids, max_tokens=40)) == in_transformers(folder, given, ids, 40)
+
+
+@pytest.mark.slow
 def test_no_list_is_made_that_would_name_every_page(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     scores = scorers.MinMax.page_scores

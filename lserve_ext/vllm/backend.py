@@ -372,8 +372,8 @@ class SparseImpl(AttentionImpl):
             chosen = slice(None) if every else which
             lists, local_start = self._select(q[chosen], table[chosen], (since[chosen] + 1).int())
             known = torch.stack([local_start, since[chosen]], 1)[:, None].expand(-1, lists.shape[1], -1)
-            held[rows[chosen]] = torch.cat([lists, known], 2)
-        found = held[rows]
+            held.index_copy_(0, rows[chosen].flatten().long(), torch.cat([lists, known], 2).flatten(0, 1))
+        found = held.index_select(0, rows.flatten()).unflatten(0, rows.shape)
         local_start = batch.once("local_start", lambda: found[:, self.chief, -2].contiguous())
         return self.decode_mask._replace(lists=found[..., :-2], local_start=local_start)
 
