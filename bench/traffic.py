@@ -5,8 +5,8 @@
 The cases are those of bench/kernels.py, on a cache of 2,048 tokens of llama3-8b's heads. `bytes` are what a case cannot
 do without, as the speed benchmark counts them; `read` and `written` are sectors of 32 bytes that warps ask of global
 memory, all requests together, over those bytes; `first` leaves out what has been read before, which a cache may hold.
-`conflicts` are the turns that plain loads and stores of shared memory (and ldmatrix) wait for banks, beside the turns
-that they take at best. What wgmma reads in shared memory is not counted. --lines shows which lines do it.
+`conflicts` are the turns that plain loads and stores of shared memory (and ldmatrix) wait for banks, of all turns that
+they take. What wgmma reads in shared memory is not counted. --lines shows which lines do it.
 """
 
 from __future__ import annotations
