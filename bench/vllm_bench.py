@@ -57,7 +57,8 @@ def vllm(*arguments: object) -> list[str]:
 
 def engine_arguments(name: str, args: argparse.Namespace) -> list[str]:
     given = ENGINES[name]
-    found = ["--dtype", args.dtype, "--max-model-len", "8192", "--max-num-batched-tokens", str(args.chunk)]
+    longest = max(tokens for _, tokens in args.cells) + args.new
+    found = ["--dtype", args.dtype, "--max-model-len", str(longest), "--max-num-batched-tokens", str(args.chunk)]
     found += ["--max-num-seqs", str(max(batch for batch, _ in args.cells))]
     found += [] if args.compile else ["--enforce-eager"]
     return found + ([] if given is None else ["--additional-config", json.dumps({"lserve": given})])

@@ -556,6 +556,18 @@ def test_a_server_with_many_requests_some_of_which_are_cancelled(folder: str, tm
         server.wait(60)
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_servers(folder: str, tmp_path: Path) -> None:
+    out, script = tmp_path / "found.json", Path(__file__).parents[1] / "bench" / "vllm_bench.py"
+    command = [sys.executable, str(script), "--model", folder, "--engines", "vLLM", "dense", "--cells", "2x128"]
+    command += ["--new", "4", "--rounds", "1", "--dtype", "float32", "--out", str(out)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(out.read_text())["results"]
+    assert [result["engine"] for result in results] == ["vLLM", "dense"]
+    assert all(result["tpot_ms"] > 0 for result in results)
+
+
 @dataclasses.dataclass
 class Pool:
     """Of cached blocks."""
