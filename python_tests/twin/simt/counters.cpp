@@ -33,11 +33,11 @@ std::unordered_set<uintptr_t> read_before, copied;  // sectors
 
 // Lanes are served 128 bytes at a time; words of one bank follow each other.
 void finish_shared(const Request& r) {
-  const unsigned together = std::min(32u, 128 / std::max(r.bytes, 4u));
+  const unsigned together = std::clamp(128 / r.bytes, 1u, 32u);
   for (unsigned first = 0; first < 32; first += together) {
     std::unordered_set<uintptr_t> words;
     unsigned of_bank[kBanks] = {}, longest = 0;
-    for (unsigned i = first; i < first + together; ++i) {
+    for (unsigned i = first; i < std::min(first + together, 32u); ++i) {
       if (!r.addresses[i]) continue;
       for (uintptr_t word = r.addresses[i] / kWord; word * kWord < r.addresses[i] + r.bytes; ++word)
         if (words.insert(word).second) longest = std::max(longest, ++of_bank[word % kBanks]);
