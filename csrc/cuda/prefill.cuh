@@ -213,17 +213,17 @@ __device__ __forceinline__ void store_rows(const OnlineSoftmax<T, kD>& softmax, 
     const int64_t to = at(min(own, end - 1));
 #pragma unroll
     for (int n = 0; n < kD / 8; n += 2) {
-      float keep[2], give[2];
+      float keep[2], got[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float first = softmax.out[n][2 * r + i] * share, second = softmax.out[n + 1][2 * r + i] * share;
         keep[i] = odd ? second : first;
-        give[i] = __shfl_xor_sync(~0u, odd ? first : second, 1);
+        got[i] = __shfl_xor_sync(~0u, odd ? first : second, 1);
       }
       const int d = (n + odd) * 8 + lane % 4 / 2 * 4;
       if (own < end && d < D)
-        store_results(out + to * D + d, odd ? give[0] : keep[0], odd ? give[1] : keep[1], odd ? keep[0] : give[0],
-                      odd ? keep[1] : give[1]);
+        store_results(out + to * D + d, odd ? got[0] : keep[0], odd ? got[1] : keep[1], odd ? keep[0] : got[0],
+                      odd ? keep[1] : got[1]);
     }
     if (own < end && lane % 4 == 0) lse[to] = sum == 0 ? -INFINITY : (softmax.max[r] + kHeadroom<T> + log2f(sum)) * kLn2;
   }
