@@ -155,12 +155,6 @@ BUGS = [
         "values overwritten while in use", "sm90/prefill", "handover.arrive_empty(i - 1);", "handover.arrive_empty(i);"
     ),
     Bug(
-        "a table for fewer tiles than are in use",
-        "sm90/prefill",
-        "T, T, kD, kStages, kStages - 1,",
-        "T, T, kD, kStages, kStages - 3,",
-    ),
-    Bug(
         "tables while they are filled",
         "sm90/prefill",
         "        pipeline.look_up(i);\n        Crew::sync();\n",
