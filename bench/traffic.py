@@ -25,6 +25,9 @@ from lserve_ext import _C
 
 LIBRARY = ctypes.CDLL(_C.__file__)
 SECTOR = 32
+CASES = [(name, "auto") for name in kernels.CASES]
+CASES += [(name, "int8") for name in kernels.CASES if name.startswith(kernels.READS_POOLS)]
+"""Of kernels.py, with every kind of pools that a case reads."""
 
 
 class Stats(ctypes.Structure):
@@ -45,6 +48,10 @@ class Instruction(ctypes.Structure):
         (name, ctypes.c_long)
         for name in ("offset", "write", "shared", "requests", "bytes", "sectors", "wavefronts", "conflicts")
     ]
+
+
+def work_of(name: str, kv: str, tokens: int = 2048, prompt: int = 256) -> kernels.Work:
+    return kernels.CASES[name](kernels.Layer("llama3-8b", tokens, 1, "bfloat16", kv, prompt, "cpu"))
 
 
 def counted(call: Callable[[], Any]) -> Stats:
@@ -83,26 +90,22 @@ def main() -> None:
     options = parser.parse_args()
     head = ["case", "bytes", "read", "first", "written", "conflicts", "products", "barriers", "atomics", "launches"]
     print("\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head))))
-    for kv in ("auto", "int8"):
-        for name, case in kernels.CASES.items():
-            if not any(word in name for word in options.only):
-                continue
-            if kv == "int8" and not name.startswith(kernels.READS_POOLS):
-                continue
-            layer = kernels.Layer("llama3-8b", options.tokens, 1, "bfloat16", kv, options.prompt, "cpu")
-            work = case(layer)
-            s, size = counted(work.call), work.reads + work.writes
-            parts = (s.read_sectors, s.first_read_sectors, s.written_sectors)
-            conflicts = f"{s.shared_conflicts + s.ldmatrix_conflicts:,} of {s.shared_wavefronts:,}"
-            row = [f"{name}{', int8' if kv == 'int8' else ''}", f"{size:,}"]
-            row += [f"{part * SECTOR / size:.2f}" for part in parts] + [conflicts]
-            row += [f"{x:,}" for x in (s.mma, s.barriers, s.atomics, s.launches)]
-            print(f"| {' | '.join(row)} |", flush=True)
-            found = lines() if options.lines else {}
-            for key, wanted in (("sectors", "global"), ("conflicts", "shared")):
-                own = sorted((place for place in found if wanted in place), key=lambda p: -found[p][key])
-                for place in own[: options.lines]:
-                    print(f"    {dict(found[place])}  {place}")
+    for name, kv in CASES:
+        if not any(word in name for word in options.only):
+            continue
+        work = work_of(name, kv, options.tokens, options.prompt)
+        s, size = counted(work.call), work.reads + work.writes
+        parts = (s.read_sectors, s.first_read_sectors, s.written_sectors)
+        conflicts = f"{s.shared_conflicts + s.ldmatrix_conflicts:,} of {s.shared_wavefronts:,}"
+        row = [f"{name}{', int8' if kv == 'int8' else ''}", f"{size:,}"]
+        row += [f"{part * SECTOR / size:.2f}" for part in parts] + [conflicts]
+        row += [f"{x:,}" for x in (s.mma, s.barriers, s.atomics, s.launches)]
+        print(f"| {' | '.join(row)} |", flush=True)
+        found = lines() if options.lines else {}
+        for key, wanted in (("sectors", "global"), ("conflicts", "shared")):
+            own = sorted((place for place in found if wanted in place), key=lambda p: -found[p][key])
+            for place in own[: options.lines]:
+                print(f"    {dict(found[place])}  {place}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from serving import ENGINES, head_of
+from serving import ENGINES, OWN, head_of
 
 from lserve_ext import models
 
@@ -47,8 +47,6 @@ m.version = found
 from vllm.entrypoints.cli.main import main
 sys.exit(main())
 """
-OWN = 64
-"""Last tokens of a prompt that no other prompt has."""
 
 
 def vllm(*arguments: object) -> list[str]:
@@ -86,6 +84,12 @@ def served(name: str, args: argparse.Namespace, folder: Path) -> Iterator[int]:
         server.wait(60)
 
 
+def run(command: list[str], folder: Path) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=3600)
+    if done.returncode:
+        raise RuntimeError(f"vllm {' '.join(command[3:])}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
+
+
 def ask(port: int, batch: int, tokens: int, args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """What `vllm bench serve` says of a cell."""
     found = folder / "found.json"
@@ -93,9 +97,7 @@ def ask(port: int, batch: int, tokens: int, args: argparse.Namespace, folder: Pa
     command += ["--dataset-name", "random", "--random-prefix-len", str(tokens - OWN), "--random-input-len", str(OWN)]
     command += ["--random-output-len", str(args.new), "--num-prompts", str(batch * args.rounds), "--seed", str(tokens)]
     command += ["--max-concurrency", str(batch), "--save-result", "--result-filename", str(found)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=3600)
-    if done.returncode:
-        raise RuntimeError(f"vllm bench serve\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
+    run(command, folder)
     said = json.loads(found.read_text())
     assert said["completed"] == batch * args.rounds
     return {"tpot_ms": said["median_tpot_ms"], "ttft_ms": said["median_ttft_ms"], "tokens_s": said["output_throughput"]}
@@ -107,9 +109,7 @@ def latency(name: str, batch: int, tokens: int, args: argparse.Namespace, folder
     command = vllm("bench", "latency", "--model", args.model, "--input-len", tokens, "--output-len", args.new)
     command += ["--batch-size", str(batch), "--num-iters", str(args.rounds), "--num-iters-warmup", "1"]
     command += ["--output-json", str(found), *engine_arguments(name, args)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=3600)
-    if done.returncode:
-        raise RuntimeError(f"vllm bench latency\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
+    run(command, folder)
     return {"latency_s": json.loads(found.read_text())["percentiles"]["50"]}
 
 

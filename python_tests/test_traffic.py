@@ -14,12 +14,10 @@ from _cases import BF16, F16, SINK, WINDOW, Shape, build
 from lserve_ext import _C, ops
 from lserve_ext.ops import DENSE, Mask
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(ctypes.CDLL(_C.__file__), "simt_start"), reason="needs the emulator: CMake's LSERVE_TWIN"
-)
-sys.path.append(str(Path(__file__).parents[1] / "bench"))
-import kernels  # noqa: E402
-import traffic  # noqa: E402
+if not hasattr(ctypes.CDLL(_C.__file__), "simt_start"):
+    pytest.skip("needs the emulator: CMake's LSERVE_TWIN", allow_module_level=True)
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import traffic
 
 TILE = 16  # keys that a warp of decode copies together
 SECTOR = 32  # bytes that memory is read in
@@ -108,12 +106,9 @@ READ = {"decode": 1.3, "decode tokens, int8": 1.7, "page_scores": 1.15, "attenti
 SMALL = 64 * 1024  # of which lengths and tables are much
 
 
-@pytest.mark.parametrize("kv", ["auto", "int8"])
-@pytest.mark.parametrize("name", kernels.CASES)
+@pytest.mark.parametrize(("name", "kv"), traffic.CASES)
 def test_moves_what_the_benchmark_counts(name: str, kv: str) -> None:
-    if kv == "int8" and not name.startswith(kernels.READS_POOLS):
-        pytest.skip("reads no pools")
-    work = kernels.CASES[name](kernels.Layer("llama3-8b", 2048, 1, "bfloat16", kv, 256, "cpu"))
+    work = traffic.work_of(name, kv)
     stats, label = traffic.counted(work.call), name + (", int8" if kv == "int8" else "")
     needed = work.reads + work.writes
     assert stats.ldmatrix_conflicts == 0

@@ -9,6 +9,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <random>
 #include <string>
 
 uint3 threadIdx, blockIdx;

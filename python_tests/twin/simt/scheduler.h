@@ -8,15 +8,9 @@
 #include <cstring>
 #include <deque>
 #include <map>
-#include <random>
 #include <unordered_map>
 #include <utility>
 #include <vector>
-
-#ifdef SIMT_TSAN
-extern "C" void __tsan_acquire(void*);
-extern "C" void __tsan_release(void*);
-#endif
 
 namespace simt {
 
@@ -53,8 +47,7 @@ struct Fiber {
   uint3 thread{};
   int index = 0;
   bool exited = false;
-  const Site* waits = nullptr;  // where it is blocked
-  Site site{};
+  Site site{};  // where it is blocked
   Groups<Copy> copies;
   Groups<Product> products;
 };
