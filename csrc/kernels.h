@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <functional>
 
+#include "divisor.h"
+
 namespace lserve {
 
 enum class Dtype { f32, f16, bf16, u8 };
@@ -41,9 +43,10 @@ struct PagedKV {
   int64_t block_stride0, block_stride1, slot_stride0, slot_stride1;
   int64_t residual_stride0, residual_stride1;  // of residual_k and residual_v
   int64_t blocks, slots;                       // rows of stats; rows of the other pools
-  int64_t B, H, M, P, L, D;                    // L = 0 without statistics
-  int64_t scale_rows;                          // C; 0 without scales
-  Dtype dtype, kv_dtype;                       // of q, k, v, the residual buffer and stats; of the pools
+  int64_t B, H, M, D;
+  Divisor P, L;           // L = 0 without statistics
+  int64_t scale_rows;     // C; 0 without scales
+  Dtype dtype, kv_dtype;  // of q, k, v, the residual buffer and stats; of the pools
 };
 
 // Which pages (or tokens) a query attends: sink, list and local, see README "What a head attends".
@@ -52,10 +55,11 @@ struct Mask {
   const int32_t* lists;        // [B, H, K] ascending units, -1 padded, row stride 1; or null
   const int32_t* local_start;  // [B] first local unit of the heads that follow a list; or null
   int64_t list_stride0, list_stride1;
-  bool has_lists;  // a list of width 0 has no data, and yet is one
-  int64_t K;       // width of a list
-  int64_t sink;    // pages
-  int64_t unit;    // tokens an entry of a list stands for: P or 1
+  bool has_lists;      // a list of width 0 has no data, and yet is one
+  int64_t K;           // width of a list
+  int64_t sink;        // pages
+  Divisor unit;        // tokens an entry of a list stands for: P or 1
+  int32_t page_units;  // entries that a page takes
 };
 
 struct PageStatsArgs {  // and of page_moments
@@ -135,7 +139,8 @@ struct WantedArgs {
   int32_t* pages;              // out [B, H, M]
   int32_t* counts;             // out [B, H]
   int64_t block_stride0, block_stride1;
-  int64_t B, H, M, P;
+  int64_t B, H, M;
+  Divisor P;
 };
 
 // Some blocks of the tier below lie in slots, too.
@@ -170,7 +175,7 @@ struct DecodeArgs {
   void* out;                // out [B, Hq, D]
   float* lse;               // out [B, Hq]
   float* workspace;         // CUDA: partial results, see decode_workspace; null on the CPU
-  int64_t G;
+  Divisor G;
   float scale;
 };
 
@@ -181,7 +186,8 @@ struct MassArgs {
   Mask mask;
   const int32_t* seq_lens;  // [B]
   float* mass;              // out [B, H, M * P]
-  int64_t T, G;
+  int64_t T;
+  Divisor G;
   float scale;
 };
 
@@ -197,7 +203,8 @@ struct PrefillArgs {
   void* out;          // out [Nq, Hq, D]
   float* lse;         // out [Nq, Hq]
   float* workspace;   // CUDA: partial results, see prefill_workspace; else null
-  int64_t Nq, Nk, G;
+  int64_t Nq, Nk;
+  Divisor G;
   float scale;
 };
 

@@ -48,15 +48,14 @@ LSERVE_HD int32_t list_local(const Mask& mask, int64_t b) { return mask.local_st
 // first unit that is always attended.
 template <typename Search = Bisection>
 LSERVE_HD AttendedUnits attended(const Mask& mask, int32_t window, const int32_t* list, int64_t list_local, int64_t t,
-                                 int64_t P, int64_t unsealed, Search search = {}) {
+                                 const Divisor& P, int64_t unsealed, Search search = {}) {
   const auto smaller = [](int64_t a, int64_t b) { return static_cast<int32_t>(a < b ? a : b); };
-  const int32_t position = static_cast<int32_t>(t), page = static_cast<int32_t>(P), unit = static_cast<int32_t>(mask.unit);
-  const int32_t units_per_page = page / unit, reach = position / page - window + 1;
+  const int32_t position = static_cast<int32_t>(t), reach = position / P - window + 1;
   AttendedUnits e;
-  e.end = position / unit + 1;
-  const int64_t first = window == 0 ? list_local : reach > 0 ? static_cast<int64_t>(reach) * units_per_page : 0;
+  e.end = position / mask.unit + 1;
+  const int64_t first = window == 0 ? list_local : reach > 0 ? static_cast<int64_t>(reach) * mask.page_units : 0;
   e.local = smaller(smaller(first, unsealed), e.end);
-  e.sink = smaller(mask.sink * units_per_page, e.local);
+  e.sink = smaller(mask.sink * mask.page_units, e.local);
   if (window == 0 && list) {
     e.list = list;
     e.listed = static_cast<int32_t>(search(mask.K, [&](int64_t i) { return list[i] >= 0; }));
@@ -66,9 +65,9 @@ LSERVE_HD AttendedUnits attended(const Mask& mask, int32_t window, const int32_t
 
 // Units of decode's query, at position t of a (sequence, kv head) with so many sealed pages.
 template <typename Search = Bisection>
-LSERVE_HD AttendedUnits attended(const Mask& mask, int64_t b, int64_t h, int64_t t, int64_t P, int64_t sealed,
+LSERVE_HD AttendedUnits attended(const Mask& mask, int64_t b, int64_t h, int64_t t, const Divisor& P, int64_t sealed,
                                  Search search = {}) {
-  const int64_t unsealed = sealed * (static_cast<int32_t>(P) / static_cast<int32_t>(mask.unit));
+  const int64_t unsealed = sealed * mask.page_units;
   return attended(mask, mask.windows[h], list_of(mask, b, h), list_local(mask, b), t, P, unsealed, search);
 }
 

@@ -28,8 +28,8 @@ struct Place {
 };
 
 LSERVE_HD Place place_of(const PagedKV& kv, int64_t b, int64_t h, int32_t position) {
-  const int32_t P = static_cast<int32_t>(kv.P), page = position / P, row = position - page * P;
-  if (page >= kv.sealed[b]) return {false, 0, 0, page % 2 * P + row};
+  const int32_t page = position / kv.P, row = position % kv.P;
+  if (page >= kv.sealed[b]) return {false, 0, 0, page % 2 * static_cast<int32_t>(kv.P) + row};
   return {true, blocks_of(kv, b, h)[page], slots_of(kv, b, h)[page], row};
 }
 
@@ -41,7 +41,7 @@ LSERVE_HD float* key_grid(const PagedKV& kv, int64_t slot, int64_t row) { return
 
 // Elements of the statistics before those of a row's group.
 LSERVE_HD int64_t group_of(const PagedKV& kv, int64_t block, int32_t row) {
-  return block * kv.stats_stride + row / static_cast<int32_t>(kv.L) * 2 * kv.D;
+  return block * kv.stats_stride + row / kv.L * 2 * kv.D;
 }
 
 }  // namespace lserve

@@ -314,6 +314,7 @@ inline Mask check_mask(const Checker& check, const Tensor& windows, const OptTen
   mask.windows = ints(windows);
   mask.sink = sink;
   mask.unit = unit;
+  mask.page_units = static_cast<int32_t>(P / unit);
   if (lists.has_value() != local_start.has_value())
     check.fail("local_start", "expected lists and local_start, or neither, got one");
   if (lists) {

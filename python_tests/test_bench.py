@@ -47,6 +47,41 @@ def test_the_peer_of_onnx_runtime_does_the_same_work(int8: bool, monkeypatch: py
         assert torch.allclose(out, want, atol=0.03 if int8 else 1e-5)
 
 
+def test_a_usual_turn_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes around what it can, but not around work; what is looked up counts by how often it is."""
+    monkeypatch.syspath_prepend(str(KERNELS.parent))
+    import static
+
+    def kernel(name: str) -> static.Kernel:
+        ops = [
+            "MOV",
+            "LDGSTS.128",
+            "BRA",
+            "LDG.32",
+            "IMAD",
+            "BRA",
+            "FMUL",
+            "FMUL",
+            "FMUL",
+            "HMMA",
+            "BRA",
+            "BRA",
+            "EXIT",
+        ]
+        jumps = {2: (5, False), 5: (8, False), 10: (0, False), 11: (12, True)}
+        code = [static.Instruction(i, op, *jumps.get(i, ())) for i, op in enumerate(ops)]
+        return static.Kernel("sm_80", name, 0, 0, code=code)
+
+    name = "decode_kernel<bf16, 128, plain, {}>"
+    loop = kernel(name.format("false"))
+    assert [i.address for i in loop.main_loop()] == list(range(11))
+    turn = {"MOV": 1, "LDGSTS.128": 1, "BRA": 3, "FMUL": 1, "HMMA": 1}
+    assert loop.shortest_turn(static.USUAL) == turn
+    assert loop.usual_turn() == turn | {"MOV": 1, "LDG.32": 1 / 32, "IMAD": 1 / 32}
+    assert kernel(name.format("true")).usual_turn() == turn | {"LDG.32": 1, "IMAD": 1}
+    assert loop.headroom() == pytest.approx(64 * 2 * 128 * 2 / static.BYTES_A_CYCLE / (7 + 2 / 32))
+
+
 def results_of(script: str, out: Path, *options: str) -> list[dict[str, Any]]:
     """What another bench of the folder writes."""
     command = [sys.executable, str(KERNELS.with_name(script)), *options, "--out", str(out)]

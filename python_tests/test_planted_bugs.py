@@ -53,14 +53,9 @@ BUGS = [
         "kTables = power_of_two(kAhead + 1 + kBatch) / 2;",
     ),
     Bug("keys after the query", "pipeline", "if (position > tokens.last) position = kMasked;", ""),
-    Bug("the other half of the residual buffer", "paged_kv.h", "page % 2 * P + row", "row"),
+    Bug("the other half of the residual buffer", "paged_kv.h", "page % 2 * static_cast<int32_t>(kv.P) + row", "row"),
     Bug("a block taken for a slot", "paged_kv", "slot * kv.k_stride", "block * kv.k_stride"),
-    Bug(
-        "the group of another token",
-        "paged_kv.h",
-        "row / static_cast<int32_t>(kv.L)",
-        "row % static_cast<int32_t>(kv.L)",
-    ),
+    Bug("the group of another token", "paged_kv.h", "row / kv.L", "row % kv.L"),
     Bug("bank conflicts", "pipeline", "(kD / kChunk | 1) * kChunk", "(kD / kChunk) * kChunk"),
     Bug(
         "keys in another order",
@@ -103,8 +98,8 @@ BUGS = [
     Bug(
         "a grid of another group",
         "warp_pipeline",
-        "row / static_cast<int>(kv.L)",
-        "row % static_cast<int>(kv.L)",
+        "row / kv.L",
+        "row % kv.L",
         "python_tests/test_decode.py -k test_decode",
     ),
     Bug(
@@ -118,8 +113,8 @@ BUGS = [
     Bug(
         "warps' results in use while written",
         "decode",
-        "  __syncthreads();\n  for (int i = threadIdx.x; i < rows * D",
-        "  for (int i = threadIdx.x; i < rows * D",
+        "  __syncthreads();\n  for (int i = threadIdx.x; i < rows * kD",
+        "  for (int i = threadIdx.x; i < rows * kD",
     ),
     Bug(
         "the last split is not joined",

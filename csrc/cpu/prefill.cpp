@@ -266,7 +266,7 @@ class Prefill {
           // The newest P to 2P - 1 tokens before a query are unsealed when it is decoded, so always attended.
           const int64_t unsealed = window == 0 ? page : std::max<int64_t>(0, page - 1);
           const AttendedUnits pages =
-              attended(a_.mask, window, list, page, position + size - 1, P, window == kDense ? 0 : unsealed);
+              attended(a_.mask, window, list, page, position + size - 1, kv_.P, window == kDense ? 0 : unsealed);
           check_list("prefill", a_.mask, pages, b, h);
           if (a_.context_lens) check_entries("prefill", kv_, a_.mask, pages, b, h);
           tiles_.push_back({b, h, first, size, position, pages});

@@ -51,7 +51,6 @@ void check(const ResolveArgs& a) {
 
 void wanted_pages(const WantedArgs& a) {
   const Mask& mask = a.mask;
-  const int64_t units = a.P / mask.unit;
   const auto entries_of = [&](int64_t b, int64_t h) { return attended(mask, b, h, std::max(a.first[b], 0), a.P, a.sealed[b]); };
   check_windows("wanted_pages", mask, a.H);
   for (int64_t b = 0; b < a.B; ++b) {
@@ -66,7 +65,7 @@ void wanted_pages(const WantedArgs& a) {
       int32_t* pages = a.pages + (b * a.H + h) * a.M;
       int64_t count = 0;
       for (int64_t page = 0; page < a.sealed[b]; ++page)
-        if (blocks[page] >= 0 && wants_page(e, page, units)) pages[count++] = static_cast<int32_t>(page);
+        if (blocks[page] >= 0 && wants_page(e, page, mask.page_units)) pages[count++] = static_cast<int32_t>(page);
       std::fill(pages + count, pages + a.M, -1);
       a.counts[b * a.H + h] = static_cast<int32_t>(count);
     }

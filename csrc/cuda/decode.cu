@@ -62,7 +62,7 @@ void decode(const DecodeArgs& a, void* stream) {
     using T = decltype(zero);
     if (splits > 0) launch_splits<T>(a, partials, stream);
     const int shared = shared_bytes({kMaxSplits * int(sizeof(float))});
-    launch<Start::overlap>("decode", combine_kernel<T>, rows, kThreads, shared, stream, a, partials);
+    launch<Start::overlap>("decode", combine_kernel<T>, dim3(a.kv.H * a.G, a.kv.B), kThreads, shared, stream, a, partials);
   });
 }
 

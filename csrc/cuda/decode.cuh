@@ -25,7 +25,7 @@ __device__ __forceinline__ Tokens decode_tokens(const DecodeArgs& a, int b, int 
   const int64_t t = a.seq_lens[b] - 1, sealed = a.kv.sealed[b];
   AttendedUnits e;
   if (t >= 0) e = attended(a.mask, b, h, t, a.kv.P, sealed, WarpSearch{});
-  return Tokens(e, a.mask, a.kv.P, sealed, t, WarpSearch{});
+  return Tokens(e, a.mask, sealed, t, WarpSearch{});
 }
 
 // Whether the query of (b, h) has tokens in this split, as far as can be told without its list: if not, there is nothing to
@@ -382,8 +382,9 @@ __device__ __forceinline__ void join_warps(const DecodeMemory<T, kD, kStorage, k
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < rows * D; i += kThreads) {
-    const int row = i / D, d = i % D;
+  for (int i = threadIdx.x; i < rows * kD; i += kThreads) {
+    const int row = i / kD, d = i % kD;
+    if (d >= D) continue;
     float x = 0;
     for (int w = 0; w < 4; ++w) x += results[(w * kGroup + row) * kRow + d];
     out(row, d, x);
@@ -437,7 +438,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     general_decode_kernel(const __grid_constant__ DecodeArgs a, const Partials partials) {
   allow_next_kernel();
   const int heads = static_cast<int>(a.kv.H * a.G), head = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
-  const int b = blockIdx.y, h = head / static_cast<int>(a.G), D = static_cast<int>(a.kv.D);
+  const int b = blockIdx.y, h = head / a.G, D = static_cast<int>(a.kv.D);
   if (head >= heads) return;
   const Tokens tokens = decode_tokens(a, b, h);
   const int size = split_tokens(a.mask, tokens.count);
@@ -454,9 +455,9 @@ __global__ void __launch_bounds__(kThreads, 4)
 // Joins a query head's splits. One block of threads for each row of [B, Hq].
 template <typename T>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ DecodeArgs a, const Partials partials) {
-  const int heads = static_cast<int>(a.kv.H * a.G), b = blockIdx.x / heads, h = blockIdx.x % heads / static_cast<int>(a.G);
-  const int64_t D = a.kv.D, row = blockIdx.x;
-  const int tokens = decode_tokens(a, b, h).count, size = split_tokens(a.mask, tokens);
+  const int head = blockIdx.x, b = blockIdx.y;
+  const int64_t D = a.kv.D, row = static_cast<int64_t>(b) * gridDim.x + head;
+  const int tokens = decode_tokens(a, b, head / a.G).count, size = split_tokens(a.mask, tokens);
   const int splits = tokens == 0 ? 0 : (tokens + size - 1) / size;
   wait_for_last_kernel();
   join_splits<kMaxSplits>(partials, row, splits, D, static_cast<T*>(a.out) + row * D, a.lse + row);

@@ -14,8 +14,7 @@ struct Reach {
   int position;     // and none after the query's own
 
   __device__ Reach(const MassArgs& a, int b, int32_t window, int position) : position(position) {
-    const int units_per_page = static_cast<int>(a.kv.P) / static_cast<int>(a.mask.unit);
-    const int64_t sealed = a.kv.sealed[b] * units_per_page;
+    const int64_t sealed = static_cast<int64_t>(a.kv.sealed[b]) * a.mask.page_units;
     const AttendedUnits e = attended(a.mask, window, nullptr, list_local(a.mask, b), position, a.kv.P, sealed);
     sink = e.sink, local = e.local;
   }
@@ -30,7 +29,7 @@ __device__ __forceinline__ bool is_listed(const MassArgs& a, int b, int h, int u
 
 // Whether any of the queries attends a token.
 __device__ __forceinline__ bool is_attended(const MassArgs& a, int b, int h, int position, bool listed) {
-  const int length = a.seq_lens[b], unit = position / static_cast<int>(a.mask.unit);
+  const int length = a.seq_lens[b], unit = position / a.mask.unit;
   if (position >= length) return false;
   // Windows move on with the queries: the oldest has the first local unit.
   const Reach oldest(a, b, a.mask.windows[h], max(0, length - static_cast<int>(a.T))),
@@ -47,7 +46,7 @@ struct MassKeys {
 
   template <typename T>
   __device__ __forceinline__ void look_up(const Sequence<T>& sequence, const MassArgs& a, int key, int at) {
-    unit[key] = at / static_cast<int>(a.mask.unit);
+    unit[key] = at / a.mask.unit;
     listed[key] = is_listed(a, sequence.b, sequence.h, unit[key]);
     Row row{};
     if (is_attended(a, sequence.b, sequence.h, at, listed[key])) row = sequence.row(at);
@@ -76,8 +75,8 @@ struct MassRows {
         b(b),
         start(start),
         G(static_cast<int>(a.G)),
-        token(max(0, -start) + threadIdx.x / G),
-        head(threadIdx.x % G) {
+        token(max(0, -start) + threadIdx.x / a.G),
+        head(threadIdx.x % a.G) {
     ask();
   }
 
@@ -93,7 +92,7 @@ struct MassRows {
     const MassRow own{reach.sink, reach.local, there ? reach.position : -1, lse == -INFINITY ? INFINITY : lse * kLog2e};
     rows[threadIdx.x] = own;  // all 16 bytes at once
     queries[threadIdx.x] = there ? query : nullptr;
-    token += kThreads / G, head += kThreads % G;
+    token += kThreads / a.G, head += kThreads % a.G;
     if (head >= G) ++token, head -= G;
   }
 };
@@ -251,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, 4) general_mass_kernel(const __grid_
   const int first = max(0, length - static_cast<int>(a.T));  // the oldest query
   const int32_t window = a.mask.windows[h];
 
-  const int unit = position / static_cast<int>(a.mask.unit);
+  const int unit = position / a.mask.unit;
   const bool listed = is_listed(a, b, h, unit);
   const auto attends = [&](const Reach& reach) {
     return position <= reach.position && (unit < reach.sink || unit >= reach.local || listed);

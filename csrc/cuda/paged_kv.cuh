@@ -83,19 +83,23 @@ struct WarpSearch {
 // The tokens that a query attends, ascending and counted from 0: those of the pools, then those in the model's dtype.
 struct Tokens {
   AttendedUnits entries;
-  int unit, last;     // tokens of an entry; the newest position that may be attended
+  Divisor unit;       // tokens of an entry
+  int last;           // the newest position that may be attended
   int count, sealed;  // tokens of all entries, of which the first `sealed` lie in sealed pages
 
   template <typename Search = Bisection>
-  __device__ Tokens(const AttendedUnits& e, const Mask& mask, int64_t P, int64_t sealed_pages, int64_t last, Search search = {})
-      : entries(e), unit(static_cast<int>(mask.unit)), last(static_cast<int>(last)) {
-    const int entries = e.count();
-    const int end = static_cast<int>(sealed_pages) * (static_cast<int>(P) / unit);  // of the sealed units
-    count = entries * unit;
-    sealed = static_cast<int>(search(entries, [&](int i) { return e[i] < end; })) * unit;
+  __device__ Tokens(const AttendedUnits& e, const Mask& mask, int64_t sealed_pages, int64_t last, Search search = {})
+      : entries(e), unit(mask.unit), last(static_cast<int>(last)) {
+    const int entries = e.count(), size = static_cast<int>(unit);
+    const int end = static_cast<int>(sealed_pages) * mask.page_units;  // of the sealed units
+    count = entries * size;
+    sealed = static_cast<int>(search(entries, [&](int i) { return e[i] < end; })) * size;
   }
 
-  __device__ int position(int i) const { return entries[i / unit] * unit + i % unit; }
+  __device__ int position(int i) const {
+    const int entry = i / unit, size = static_cast<int>(unit);
+    return entries[entry] * size + (i - entry * size);
+  }
 };
 
 }  // namespace lserve::cuda

@@ -49,6 +49,17 @@ struct Block {
   __device__ static bool sync_or(bool x) { return __syncthreads_or(x); }
 };
 
+// The j-th chunk of a tile with so many to a row, and those of other threads after it.
+template <int kChunks, int kThreads>
+struct ChunkAt {
+  int row, chunk;
+
+  __device__ __forceinline__ ChunkAt(int j, int thread) {
+    if constexpr (kThreads % kChunks == 0) row = j / kChunks + thread / kChunks, chunk = thread % kChunks;  // j: a number
+    else row = (j + thread) / kChunks, chunk = (j + thread) % kChunks;
+  }
+};
+
 // Copies the tokens [first, last), 64 at a time, from wherever their rows lie into shared memory, kAhead tiles before their
 // use. X is T, or uint8_t for codes.
 //
@@ -134,7 +145,8 @@ struct KvPipeline {
     const KeyTable& t = table_at(i);
 #pragma unroll
     for (int j = 0; j < kKeys * kChunks; j += Crew::threads()) {
-      const int row = (j + Crew::thread()) / kChunks, element = (j + Crew::thread()) % kChunks * kChunk;
+      const ChunkAt<kChunks, Crew::threads()> at(j, Crew::thread());
+      const int row = at.row, element = at.chunk * kChunk;
       const X *from_k = static_cast<const X*>(t.k[row]), *from_v = static_cast<const X*>(t.v[row]);
       const bool read = from_k && element < D;
       cp_async_16(k.at(row, element), at_offset(from_k, element), read);

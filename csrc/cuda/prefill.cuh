@@ -13,7 +13,7 @@ struct QueryTile {
   int b, first, count;  // first: within the sequence's queries; count 0: there is no such tile
   int position;         // of the first query
   int start;            // position of the sequence's first query
-  int heads = 1;        // rows that a query has in the tile
+  Divisor heads = 1;    // rows that a query has in the tile
 
   __device__ __forceinline__ int position_of(int row) const { return position + row / heads; }
 };
@@ -74,16 +74,16 @@ __device__ __forceinline__ QueryTile query_tile(const PrefillArgs& a, int index,
 
 // What the queries at [position, position + count) attend: the last of them decides, and the mask does the rest.
 __device__ __forceinline__ Tokens prefill_tokens(const PrefillArgs& a, const QueryTile& tile, int h, int32_t window) {
-  const int P = static_cast<int>(a.kv.P), page = tile.position / P, last = tile.position + tile.count - 1;
+  const int page = tile.position / a.kv.P, last = tile.position + tile.count - 1;
   const int32_t* list = nullptr;
   if (window == 0) {
-    const int64_t row = page - tile.start / P;
+    const int64_t row = page - tile.start / a.kv.P;
     list = list_of(a.mask, tile.b, h) + min(row, a.list_rows - 1) * a.list_stride2;
   }
   // The newest P to 2P - 1 tokens before a query are unsealed when it is decoded, so always attended.
   const int64_t unsealed = window == kDense ? 0 : window == 0 ? page : max(page - 1, 0);
-  const AttendedUnits e = attended(a.mask, window, list, page, last, P, unsealed);
-  return Tokens(e, a.mask, P, a.context_lens ? a.kv.sealed[tile.b] : 0, last);
+  const AttendedUnits e = attended(a.mask, window, list, page, last, a.kv.P, unsealed);
+  return Tokens(e, a.mask, a.context_lens ? a.kv.sealed[tile.b] : 0, last);
 }
 
 template <typename T>
@@ -259,13 +259,15 @@ __device__ __forceinline__ OnlineSoftmax<T, kD> attend_tile(const PrefillMemory<
     float s[kKeys / 8][4] = {};
     gemm_qk<kKeys>(s, memory.q, warp * 16, source, 0);
     const bool masked = max(table.newest[0], table.newest[1]) > tile.position;
+    if (masked) {
 #pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n)
+      for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int query = tile.position_of(warp * 16 + lane / 4 + e / 2 * 8);
-        if (masked && table.position[n * 8 + lane % 4 * 2 + e % 2] > query) s[n][e] = -INFINITY;
-      }
+        for (int e = 0; e < 4; ++e) {
+          const int query = tile.position_of(warp * 16 + lane / 4 + e / 2 * 8);
+          if (table.position[n * 8 + lane % 4 * 2 + e % 2] > query) s[n][e] = -INFINITY;
+        }
+    }
     float factor[2];
     softmax.template update<kKeys>(s, scale, factor);
     softmax.rescale(factor);
@@ -304,7 +306,7 @@ __device__ __forceinline__ OnlineSoftmax<T, kD> attend_tile(const PrefillMemory<
 
 template <typename T, int kD, bool kInt8>
 __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_constant__ PrefillArgs a) {
-  const int head = blockIdx.y, h = head / static_cast<int>(a.G), D = static_cast<int>(a.kv.D);
+  const int head = blockIdx.y, h = head / a.G, D = static_cast<int>(a.kv.D);
   const int32_t window = a.mask.windows[h];
   const QueryTile tile = query_tile(a, gridDim.x - 1 - blockIdx.x, window);  // the last tiles have most to do
   if (tile.count == 0) return;
@@ -324,7 +326,7 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) general_prefill_kernel(const __grid_constant__ PrefillArgs a) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  const int head = blockIdx.y, h = head / static_cast<int>(a.G), D = static_cast<int>(a.kv.D);
+  const int head = blockIdx.y, h = head / a.G, D = static_cast<int>(a.kv.D);
   if (row >= a.Nq) return;
   const int b = sequence_of(a, row), first = static_cast<int>(row - a.cu_seqlens_q[b]), start = first_position(a, b);
   const QueryTile tile{b, first, 1, start + first, start};

@@ -18,7 +18,7 @@ namespace lserve::cuda {
 __global__ void __launch_bounds__(kSelectThreads) wanted_kernel(const __grid_constant__ WantedArgs a) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = blockIdx.x, b = blockIdx.y;
   const Mask& mask = a.mask;
-  const int units = static_cast<int>(a.P) / static_cast<int>(mask.unit), M = static_cast<int>(a.M);
+  const int M = static_cast<int>(a.M);
   const int sealed = min(a.sealed[b], M), part = (sealed + kSelectThreads - 1) / kSelectThreads * 32;
   const int begin = warp * part, end = min(begin + part, sealed);
   const AttendedUnits e = attended(mask, b, h, max(a.first[b], 0), a.P, sealed);
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kSelectThreads) wanted_kernel(const __grid_con
   int* const total = shared.take<int>(1);
 
   const auto wants = [&](int page) {
-    return __ballot_sync(~0u, page < end && blocks[page] >= 0 && wants_page(e, page, units));
+    return __ballot_sync(~0u, page < end && blocks[page] >= 0 && wants_page(e, page, mask.page_units));
   };
   int own = 0;
   for (int first = begin; first < end; first += 32) own += __popc(wants(first + lane));

@@ -42,7 +42,7 @@ __device__ __forceinline__ QueryTile split_tile(const PrefillArgs& a, int b, int
   const int origin = (window == kDense ? start : start / P * P) + index / per_span * span;
   const int first = max(origin, start) + index % per_span * size;
   const int last = min(min(first + size, origin + span), start + queries);
-  return {b, first - start, is_split(a, queries) ? max(0, last - first) : 0, first, start, static_cast<int>(a.G)};
+  return {b, first - start, is_split(a, queries) ? max(0, last - first) : 0, first, start, a.G};
 }
 
 template <typename T, int kD, bool kInt8>
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads)
   if (query < 0 || query >= queries || !is_split(a, queries)) return;
   const int64_t D = a.kv.D, row = (a.cu_seqlens_q[b] + query) * static_cast<int64_t>(heads) + head;
   wait_for_last_kernel();
-  const int splits = results.splits[own * a.kv.H + head / static_cast<int>(a.G)];
+  const int splits = results.splits[own * a.kv.H + head / a.G];
   join_splits<kPrefillSplits>(results.partials, blockIdx.x, splits, D, static_cast<T*>(a.out) + row * D, a.lse + row);
 }
 

@@ -118,7 +118,7 @@ struct WarpPipeline {
     if (!place.sealed) return next;
     next.block = place.block;
     if (next.block < 0) return {};
-    if (kGroups) next.group = place.row / static_cast<int>(kv.L);
+    if (kGroups) next.group = place.row / kv.L;
     return next;
   }
 
@@ -161,7 +161,8 @@ struct WarpPipeline {
     for (int of_values = 0; of_values < 2; ++of_values)
 #pragma unroll
       for (int j = 0; j < kWarpKeys * kChunks; j += 32) {
-        const int row = (j + threadIdx.x % 32) / kChunks, element = (j + threadIdx.x % 32) % kChunks * kChunk;
+        const ChunkAt<kChunks, 32> at(j, threadIdx.x % 32);
+        const int row = at.row, element = at.chunk * kChunk;
         const Chunk chunk = chunk_of(row, element, of_values);
         cp_async_16((of_values ? stage.v() : stage.k()).at(row, element), chunk.from, chunk.read && element < D);
       }
