@@ -14,6 +14,9 @@ usual turn: the fewest that lead from its start back to it by way of all copies,
 powers of two, and of those that look tokens up the share of a turn. What it goes around are masks, a maximum that
 rises and infinite values. Prefill of codes by mma.sync, which has a loop of its own to unpack a tile, is not listed.
 
+Before a loop stands its prologue: how many loads from global memory lead to the first copy, on the way that has most of
+them, and how many of these wait for each other. A loop without a copy of its own has none.
+
 Each of an SM's four schedulers issues one instruction a cycle, and each of a block's four warps goes through the loop
 once a tile, in decode with a quarter of it; so a tile takes at least as many cycles of a block as a turn has
 instructions. Headroom is how many it takes what is to bind the kernel, over those: an H100's memory (3.0 TB/s as
@@ -78,6 +81,8 @@ LEAST = {
     "sm_90a prefill": 1.65,
 }
 """Headroom of bfloat16 and 128 channels that a change must not fall below. On sm_90a prefill is that by wgmma."""
+TRIPS = {"decode plain": 5, "decode int8_per_group": 5, "page_scores": 2}
+"""Loads of a prologue that may wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,55 @@ class Instruction:
     """Of a branch."""
     always: bool = True
     """Whether a branch is taken whatever a predicate says."""
+
+    operands: str = ""
+    """With the predicate that guards it first."""
+
+    def registers(self) -> tuple[set[str], set[str]]:
+        """Written and read, predicates included. Of several predicates the first ones are written."""
+
+        def named(text: str) -> set[str]:
+            found = re.findall(r"\b(U?[RP])(\d+)(\.64)?", text)
+            return {f"{kind}{int(n) + i}" for kind, n, pair in found for i in range(2 if pair else 1)}
+
+        guard, _, rest = self.operands.partition(" ")
+        if re.fullmatch(
+            "BRA|EXIT|B?SYNC|BSSY|BAR|ST|ST[GS].*|RED|LDGSTS.*|DEPBAR|LDGDEPBAR|CALL|RET|WARPSYNC", self.op
+        ):
+            return set(), named(self.operands)
+        parts = re.split(r",\s*(?![^\[]*\])", rest)
+        own = 1 + (len(parts) > 2 and bool(re.fullmatch(r"U?P[\dT]", parts[1] if parts[0][0] in "RU" else parts[0])))
+        written = named(", ".join(parts[:own]))
+        if first := re.match(r"(U?R)(\d+)", parts[0]):
+            wide = 4 if ".128" in self.op else 2 if re.search(r"\.64|WIDE", self.op) else 1
+            written |= {f"{first[1]}{int(first[2]) + i}" for i in range(wide)}
+        return written, named(guard) | named(", ".join(parts[own:]))
+
+
+def way(code: list[Instruction], through: str) -> list[Instruction]:
+    """From the first to the last, or back to the first: past the most of these operations, and the fewest others."""
+    if not code:
+        return []
+    at = {instruction.address: i for i, instruction in enumerate(code)}
+    # From each instruction on: (what it passes, the more the less; instructions), and where to go next.
+    best: list[tuple[int, int]] = [(0, 0)] * len(code)
+    onward: list[int | None] = [None] * len(code)
+    for i in reversed(range(len(code))):
+        ways: list[tuple[tuple[int, int], int | None]] = [((0, 0), None)] if i + 1 == len(code) else []
+        if (target := code[i].target) is not None:
+            if target == code[0].address:
+                ways.append(((0, 0), None))
+            elif at.get(target, 0) > i:
+                ways.append((best[at[target]], at[target]))
+        if i + 1 < len(code) and not (code[i].always and (target is not None or code[i].op == "EXIT")):
+            ways.append((best[i + 1], i + 1))
+        cost, onward[i] = min(ways, default=((len(code), 0), None))  # no way: it leads elsewhere
+        best[i] = (cost[0] - bool(re.fullmatch(through, code[i].op.partition(".")[0])), cost[1] + 1)
+    found, i = [code[0]], 0
+    while (following := onward[i]) is not None:
+        i = following
+        found.append(code[i])
+    return found
 
 
 @dataclass
@@ -116,41 +170,29 @@ class Kernel:
         start, end = max(inner, key=lambda loop: loop[1] - loop[0])
         return [i for i in self.code if start <= i.address <= end]
 
-    def shortest_turn(self, through: str) -> Counter[str]:
-        """Operations on the way through the main loop that passes the most of those, and of others the fewest."""
-        loop = self.main_loop()
-        if not loop:
-            return Counter()
-        at = {instruction.address: i for i, instruction in enumerate(loop)}
-        # From each instruction on: (what it passes, the more the less; instructions), and where to go next.
-        best: list[tuple[int, int]] = [(0, 0)] * len(loop)
-        onward: list[int | None] = [None] * len(loop)
-        for i in reversed(range(len(loop))):
-            ways: list[tuple[tuple[int, int], int | None]] = []
-            if (target := loop[i].target) is not None:
-                if target == loop[0].address:
-                    ways.append(((0, 0), None))
-                elif at.get(target, 0) > i:
-                    ways.append((best[at[target]], at[target]))
-            if i + 1 < len(loop) and not (target is not None and loop[i].always):
-                ways.append((best[i + 1], i + 1))
-            cost, onward[i] = min(ways, default=((len(loop), 0), None))  # no way: it leaves the loop
-            best[i] = (cost[0] - bool(re.fullmatch(through, loop[i].op.partition(".")[0])), cost[1] + 1)
-        turn = Counter([loop[0].op])
-        i = 0
-        while (following := onward[i]) is not None:
-            i = following
-            turn[loop[i].op] += 1
-        return turn
-
     def usual_turn(self) -> dict[str, float]:
         """Operations, and how many of them a turn has in the mean."""
         name = self.name.removeprefix("sm90::").partition("_kernel")[0]
         share = LOOK_UPS.get(name + " scattered" * self.name.endswith(", true>"), LOOK_UPS.get(name, 0.0))
         if self.name.startswith("sm90::"):  # other warps look up
             share = 0.0
-        without, looked_up = self.shortest_turn(USUAL), self.shortest_turn(f"{USUAL}|LDG")
+        without, looked_up = (Counter(i.op for i in way(self.main_loop(), ops)) for ops in (USUAL, f"{USUAL}|LDG"))
         return {op: without[op] + share * (looked_up[op] - without[op]) for op in without | looked_up}
+
+    def prologue(self) -> tuple[int, int]:
+        """Loads from global memory before a tile is asked for, and how many of them wait for each other."""
+        first = next((i for i, own in enumerate(self.code) if own.op.startswith("LDGSTS")), None)
+        if first is None:
+            return 0, 0
+        loads = trips = 0  # those that the program has waited for
+        comes_with: dict[str, int] = {}  # of a register, the trip that brings it
+        for instruction in way(self.code[: first + 1], "LDG"):
+            writes, reads = instruction.registers()
+            trips = max([trips, *(comes_with.get(register, 0) for register in reads)])
+            load = instruction.op.startswith("LDG.")
+            loads += load
+            comes_with |= dict.fromkeys(writes, trips + 1 if load else 0)
+        return loads, trips
 
     def tile_bytes(self) -> tuple[str, int]:
         """What the kernel is called in `LEAST`, and the bytes that its loop brings; 0: that is not what binds it."""
@@ -224,7 +266,8 @@ def read(library: str) -> list[Kernel]:
             if base in ("LDG", "STG", "LDS", "STS", "LDGSTS"):
                 base += next((f".{n}" for n in (128, 64) if f".{n}" in op), ".32")
             kernel.instructions[base] += 1
-            kernel.code.append(Instruction(int(found[1], 16), base, int(target[1], 16) if target else None, always))
+            to = int(target[1], 16) if target else None
+            kernel.code.append(Instruction(int(found[1], 16), base, to, always, f"{guard} {found[4].strip()}"))
     names = readable([k.name for k in kernels.values()])
     for k in kernels.values():
         k.name = names[k.name]
@@ -258,8 +301,10 @@ def roofline(kernel: Kernel) -> list[str] | None:
 
     classes = [count(pattern) for pattern in CLASSES.values()]
     total, (_, size) = sum(turn.values()), kernel.tile_bytes()
+    prologue = "{1} of {0}".format(*kernel.prologue()) if any("LDGSTS" in i.op for i in kernel.main_loop()) else ""
     numbers = [kernel.registers, len(kernel.main_loop()), total, *classes, total - sum(classes)]
-    return [kernel.name, *(f"{n:.0f}" for n in numbers), f"{size:,}" if size else "", f"{kernel.headroom():.2f}"]
+    bound = [f"{size:,}" if size else "", f"{kernel.headroom():.2f}"]
+    return [kernel.name, prologue, *(f"{n:.0f}" for n in numbers), *bound]
 
 
 def main() -> None:
@@ -275,12 +320,16 @@ def main() -> None:
         print(f"{arch}: {len(own)} kernels")
         shown = [k for k in own if options.all or "<bf16, 128" in k.name]
         rows = [row for k in sorted(shown, key=lambda k: k.name) if (row := roofline(k))]
-        head = ["main loop", "registers", "all", "usual", *CLASSES, "others", "bytes a tile", "headroom"]
+        head = ["main loop", "prologue", "registers", "all", "usual", *CLASSES, "others", "bytes a tile", "headroom"]
         print("\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]))
         for k in own:
             name, _ = k.tile_bytes()
             if "<bf16, 128" in k.name and name in LEAST and roofline(k) and k.headroom() < LEAST[name]:
                 bad.append(f"{arch} {k.name}: headroom {k.headroom():.2f}, expected at least {LEAST[name]}")
+            if "<bf16, 128" in k.name and k.prologue()[1] > TRIPS.get(name, 100):
+                bad.append(
+                    f"{arch} {k.name}: {k.prologue()[1]} loads wait for each other, expected {TRIPS[name]} at most"
+                )
     print("\n".join(bad) or "no stack, no spill, and the instructions that are meant")
     if bad or not kernels:
         sys.exit(1)

@@ -27,9 +27,10 @@ struct Place {
   int32_t row;          // of the page, or of the residual buffer
 };
 
-LSERVE_HD Place place_of(const PagedKV& kv, int64_t b, int64_t h, int32_t position) {
+// sealed: whether the position's page is.
+LSERVE_HD Place place_of(const PagedKV& kv, int64_t b, int64_t h, int32_t position, bool sealed) {
   const int32_t page = position / kv.P, row = position % kv.P;
-  if (page >= kv.sealed[b]) return {false, 0, 0, page % 2 * static_cast<int32_t>(kv.P) + row};
+  if (!sealed) return {false, 0, 0, page % 2 * static_cast<int32_t>(kv.P) + row};
   return {true, blocks_of(kv, b, h)[page], slots_of(kv, b, h)[page], row};
 }
 

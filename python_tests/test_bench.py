@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,34 @@ def test_a_usual_turn_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = kernel(name.format("false"))
     assert [i.address for i in loop.main_loop()] == list(range(11))
     turn = {"MOV": 1, "LDGSTS.128": 1, "BRA": 3, "FMUL": 1, "HMMA": 1}
-    assert loop.shortest_turn(static.USUAL) == turn
+    assert Counter(i.op for i in static.way(loop.main_loop(), static.USUAL)) == turn
     assert loop.usual_turn() == turn | {"MOV": 1, "LDG.32": 1 / 32, "IMAD": 1 / 32}
     assert kernel(name.format("true")).usual_turn() == turn | {"LDG.32": 1, "IMAD": 1}
     assert loop.headroom() == pytest.approx(64 * 2 * 128 * 2 / static.BYTES_A_CYCLE / (7 + 2 / 32))
+
+
+def test_loads_that_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a load asks for counts where it is used, and not what is asked for in vain or together."""
+    monkeypatch.syspath_prepend(str(KERNELS.parent))
+    import static
+
+    code = [
+        ("S2R", " R0, SR_TID.X"),
+        ("LDG.64", " R2, desc[UR4][R8.64]"),  # of two
+        ("LDG.32", " R5, desc[UR4][R10.64]"),  # together with it
+        ("ISETP", " P0, PT, R3, RZ, PT"),  # waits for the first
+        ("BRA", "@P0 0x50"),
+        ("IMAD", " R5, R5, 0x2, RZ"),
+        ("LDG.32", " R6, desc[UR4][R0.64]"),  # after that
+        ("LDG.32", "@P0 R12, desc[UR4][R6.64]"),  # after this, and nobody waits for it
+        ("LDGSTS.128", " [R0], desc[UR4][R6.64]"),
+        ("EXIT", ""),
+    ]
+    kernel = static.Kernel("sm_80", "a", 0, 0)
+    for i, (op, operands) in enumerate(code):
+        target = {"target": 0x50, "always": False} if op == "BRA" else {}
+        kernel.code.append(static.Instruction(16 * i, op, operands=operands, **target))
+    assert kernel.prologue() == (4, 2)
 
 
 def results_of(script: str, out: Path, *options: str) -> list[dict[str, Any]]:

@@ -127,8 +127,8 @@ BUGS = [
     Bug(
         "a tile across pages",
         "prefill",
-        "min(min(begin + offset + kQueries, begin + span), start + queries)",
-        "min(begin + offset + kQueries, start + queries)",
+        "min(min(begin + offset + kQueries, begin + span), start + of.queries)",
+        "min(begin + offset + kQueries, start + of.queries)",
     ),
     Bug(
         "codes in use while they are unpacked",
@@ -208,8 +208,20 @@ BUGS = [
     Bug(
         "a split that nobody counts", "split_prefill", "(tokens.count + size - 1) / size", "tokens.count / size", DRAFTS
     ),
-    Bug("few queries that go twice", "prefill", "if (is_split(a, queries)) return", "if (false) return", DRAFTS),
-    Bug("splits of another sequence's row", "split_prefill", "results_row + row / tile.heads", "results_row", DRAFTS),
+    Bug("few queries that go twice", "prefill", "is_split(a, of.queries) ? 0 : max", "false ? 0 : max", DRAFTS),
+    Bug("splits of another sequence's row", "split_prefill", "first_row + row / tile.heads) *", "first_row) *", DRAFTS),
+    Bug(
+        "a kernel that does not wait for the one before",
+        "select",
+        "  join_stream();\n  const int64_t h = blockIdx.x, b",
+        "  const int64_t h = blockIdx.x, b",
+    ),
+    Bug(
+        "a query that is read before it is there",
+        "decode",
+        "  join_stream();\n  const DecodeQuery own(a, b, h);\n  if",
+        "  const DecodeQuery own(a, b, h);\n  join_stream();\n  if",
+    ),
     Bug(
         "codes before the split",
         "prefill",

@@ -27,7 +27,7 @@ inline const void* at(const void* base, int64_t element, int64_t width) {
 
 // Rows of tokens [position, position + count) of one page that the cache holds. Count 0 if it was freed.
 inline Run cached_run(const PagedKV& kv, int64_t b, int64_t h, int64_t position, int64_t count) {
-  const Place place = place_of(kv, b, h, static_cast<int32_t>(position));
+  const Place place = place_of(kv, b, h, static_cast<int32_t>(position), position / kv.P < kv.sealed[b]);
   Run run{};
   run.position = position, run.count = count, run.offset = position % kv.P;
   run.k_stride = run.v_stride = kv.D;

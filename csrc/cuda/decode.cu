@@ -52,17 +52,17 @@ void launch_splits(const DecodeArgs& a, const Partials& partials, void* stream) 
 
 }  // namespace
 
-int64_t decode_workspace(const DecodeArgs& a) { return a.kv.B * a.kv.H * a.G * max_splits(a) * (a.kv.D + 1); }
+int64_t decode_workspace(const DecodeArgs& a) { return a.kv.B * a.kv.H * a.G * Partials::size(max_splits(a), a.kv.D); }
 
 void decode(const DecodeArgs& a, void* stream) {
   const int64_t rows = a.kv.B * a.kv.H * a.G, splits = max_splits(a);
   if (rows == 0) return;
-  const Partials partials{a.workspace, a.workspace + rows * splits * a.kv.D, static_cast<int>(splits)};
+  const Partials partials(a.workspace, rows, splits, a.kv.D);
   with_dtype("decode", a.kv.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (splits > 0) launch_splits<T>(a, partials, stream);
     const int shared = shared_bytes({kMaxSplits * int(sizeof(float))});
-    launch<Start::overlap>("decode", combine_kernel<T>, dim3(a.kv.H * a.G, a.kv.B), kThreads, shared, stream, a, partials);
+    launch("decode", combine_kernel<T>, rows, kThreads, shared, stream, a, partials);
   });
 }
 

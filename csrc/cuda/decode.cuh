@@ -20,23 +20,43 @@ __host__ __device__ inline int split_tokens(const Mask& mask, int tokens) {
   return split_tokens(tokens, (unit < size ? size / unit : 1) * unit, kMaxSplits);
 }
 
-// What the query of (b, h) attends. All lanes of a warp ask together.
-__device__ __forceinline__ Tokens decode_tokens(const DecodeArgs& a, int b, int h) {
-  const int64_t t = a.seq_lens[b] - 1, sealed = a.kv.sealed[b];
-  AttendedUnits e;
-  if (t >= 0) e = attended(a.mask, b, h, t, a.kv.P, sealed, WarpSearch{});
-  return Tokens(e, a.mask, sealed, t, WarpSearch{});
+__device__ __forceinline__ int count_splits(const Mask& mask, int tokens) {
+  const int size = split_tokens(mask, tokens);
+  return tokens == 0 ? 0 : (tokens + size - 1) / size;
 }
 
-// Whether the query of (b, h) has tokens in this split, as far as can be told without its list: if not, there is nothing to
-// look up.
-__device__ __forceinline__ bool may_have(const DecodeArgs& a, int b, int h, int split) {
-  const int64_t t = a.seq_lens[b] - 1;
-  if (t < 0) return false;
-  const AttendedUnits most = attended(a.mask, b, h, t, a.kv.P, a.kv.sealed[b], [](int64_t entries, auto) { return entries; });
-  const int tokens = most.count() * static_cast<int>(a.mask.unit), size = split_tokens(a.mask, tokens);
-  return size > split_tokens(a.mask, 1) || split * size < tokens;  // longer splits may prove to be shorter ones
-}
+// The query of (b, h): what a block reads first, all at once, as each answer takes as long as hundreds of instructions.
+struct DecodeQuery {
+  const DecodeArgs& a;
+  const int32_t* list;
+  int position, sealed, window, list_local;  // sealed: pages
+
+  __device__ __forceinline__ DecodeQuery(const DecodeArgs& a, int b, int h)
+      : a(a),
+        list(list_of(a.mask, b, h)),
+        position(a.seq_lens[b] - 1),
+        sealed(a.kv.sealed[b]),
+        window(a.mask.windows[h]),
+        list_local(lserve::list_local(a.mask, b)) {}
+
+  template <typename Search>
+  __device__ __forceinline__ AttendedUnits units(Search search) const {
+    if (position < 0) return {};
+    return attended(a.mask, window, list, list_local, position, a.kv.P, int64_t{sealed} * a.mask.page_units, search);
+  }
+  // All lanes of a warp ask together. What is listed lies before what is local, and so is sealed.
+  __device__ __forceinline__ Tokens tokens() const {
+    const AttendedUnits e = units(WarpSearch{});
+    const int local = max(min(e.end, sealed * a.mask.page_units) - e.local, 0);  // that are sealed
+    return {e, e.sink + e.listed + local, a.mask.unit, position};
+  }
+  // Whether this split has tokens, as far as can be told without the list: if not, there is nothing to look up.
+  __device__ __forceinline__ bool may_have(int split) const {
+    const AttendedUnits most = units([](int64_t entries, auto) { return entries; });
+    const int tokens = most.count() * static_cast<int>(a.mask.unit), size = split_tokens(a.mask, tokens);
+    return size > split_tokens(a.mask, 1) || split * size < tokens;  // longer splits may prove to be shorter ones
+  }
+};
 
 // Asks for what is read one after the other: the list, and then the tables.
 __device__ __forceinline__ void prefetch_tables(const DecodeArgs& a, int b, int h) {
@@ -403,27 +423,31 @@ constexpr int kBlocks = kD <= 128 && (kStorage == Storage::plain || (kStorage ==
 template <typename T, int kD, Storage kStorage, bool kScattered>
 __global__ void __launch_bounds__(kThreads, (kBlocks<kD, kStorage>))
     decode_kernel(const __grid_constant__ DecodeArgs a, const Partials partials) {
-  allow_next_kernel();
   const int b = blockIdx.y, parts = static_cast<int>(a.G + kGroup - 1) / kGroup, h = blockIdx.x / parts;
   const int head = static_cast<int>(h * a.G) + blockIdx.x % parts * kGroup;  // of the first query
   const int heads = min(kGroup, static_cast<int>((h + 1) * a.G) - head), D = static_cast<int>(a.kv.D);
 
   prefetch_tables(a, b, h);
-  if (!may_have(a, b, h, blockIdx.z)) return;
+  join_stream();
+  const DecodeQuery own(a, b, h);
+  if (blockIdx.z > 0 && !own.may_have(blockIdx.z)) return;
   const DecodeMemory<T, kD, kStorage, kScattered> memory{SharedMemory()};
   const T* const queries = static_cast<const T*>(a.q.data) + b * a.q.stride0 + head * a.q.stride1;
   const auto query = [&](int row) { return row < heads ? queries + row * a.q.stride1 : nullptr; };
-  const Sequence<T> sequence{a.kv, b, h, a.seq_lens[b]};
-  const Tokens found = decode_tokens(a, b, h), &tokens = *memory.tokens;
+  const Sequence<T> sequence{a.kv, b, h, own.position + 1};
+  const Tokens found = own.tokens(), &tokens = *memory.tokens;
   if (threadIdx.x == 0) *memory.tokens = found;
   __syncthreads();
 
+  const auto row_of = [&](int row) { return b * (a.kv.H * a.G) + head + row; };
+  if (blockIdx.z == 0 && static_cast<int>(threadIdx.x) < heads)
+    partials.counts[row_of(threadIdx.x)] = count_splits(a.mask, found.count);
   for (int split = blockIdx.z;; split += gridDim.z) {
     const int size = split_tokens(a.mask, tokens.count), first = split * size, last = min(first + size, tokens.count);
     if (first >= last) return;
     TransposedSoftmax<T, kD> softmax =
         attend_split<T, kD, kStorage, kScattered>(memory, sequence, tokens, first, last, D, a.scale * kLog2e, query);
-    const auto at = [&](int row) { return (b * (a.kv.H * a.G) + head + row) * partials.splits + split; };
+    const auto at = [&](int row) { return row_of(row) * partials.splits + split; };
     join_warps<T, kD, kStorage, kScattered>(
         memory, softmax, heads, D, [&](int row, int d, float x) { partials.out[at(row) * D + d] = x; },
         [&](int row, float x) { partials.lse[at(row)] = x; });
@@ -436,17 +460,20 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<kD, kStorage>))
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     general_decode_kernel(const __grid_constant__ DecodeArgs a, const Partials partials) {
-  allow_next_kernel();
+  join_stream();
   const int heads = static_cast<int>(a.kv.H * a.G), head = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
   const int b = blockIdx.y, h = head / a.G, D = static_cast<int>(a.kv.D);
   if (head >= heads) return;
-  const Tokens tokens = decode_tokens(a, b, h);
+  const DecodeQuery own(a, b, h);
+  const Tokens tokens = own.tokens();
   const int size = split_tokens(a.mask, tokens.count);
+  const int64_t row = static_cast<int64_t>(b) * heads + head;
+  if (blockIdx.z == 0 && threadIdx.x % 32 == 0) partials.counts[row] = count_splits(a.mask, tokens.count);
   const float* const q = load_query(static_cast<const T*>(a.q.data) + b * a.q.stride0 + head * a.q.stride1, D);
   for (int split = blockIdx.z; split * size < tokens.count; split += gridDim.z) {
     const int first = split * size, last = min(first + size, tokens.count);
-    const int64_t partial = (static_cast<int64_t>(b) * heads + head) * partials.splits + split;
-    const float lse = attend_warp(Sequence<T>{a.kv, b, h, a.seq_lens[b]}, tokens, first, last, q, D, a.scale,
+    const int64_t partial = row * partials.splits + split;
+    const float lse = attend_warp(Sequence<T>{a.kv, b, h, own.position + 1}, tokens, first, last, q, D, a.scale,
                                   [&](int d, float x) { partials.out[partial * D + d] = x; });
     if (threadIdx.x % 32 == 0) partials.lse[partial] = lse;
   }
@@ -455,12 +482,9 @@ __global__ void __launch_bounds__(kThreads, 4)
 // Joins a query head's splits. One block of threads for each row of [B, Hq].
 template <typename T>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ DecodeArgs a, const Partials partials) {
-  const int head = blockIdx.x, b = blockIdx.y;
-  const int64_t D = a.kv.D, row = static_cast<int64_t>(b) * gridDim.x + head;
-  const int tokens = decode_tokens(a, b, head / a.G).count, size = split_tokens(a.mask, tokens);
-  const int splits = tokens == 0 ? 0 : (tokens + size - 1) / size;
-  wait_for_last_kernel();
-  join_splits<kMaxSplits>(partials, row, splits, D, static_cast<T*>(a.out) + row * D, a.lse + row);
+  join_stream();
+  const int64_t D = a.kv.D, row = blockIdx.x;
+  join_splits<kMaxSplits>(partials, row, D, static_cast<T*>(a.out) + row * D, a.lse + row);
 }
 
 }  // namespace lserve::cuda

@@ -47,7 +47,7 @@ __device__ float attend_warp(const Sequence<T>& sequence, const Tokens& tokens, 
     Row row{};
     int position = kMasked;
     if (base + lane < last) position = tokens.position(base + lane);
-    if (position <= tokens.last) row = sequence.row(position);
+    if (position <= tokens.last) row = sequence.row(position, tokens.is_sealed(base + lane));
     const float s = row.k ? dot<T>(q, row, D) * scale : -INFINITY;
 
     const float before = largest;

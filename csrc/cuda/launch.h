@@ -33,10 +33,10 @@ inline int device_attribute(const char* op, cudaDeviceAttr attribute) {
   return value;
 }
 
-enum class Start { after, overlap };  // overlap: while the kernel before ends; see wait_for_last_kernel
-
 // A launch that fails throws with the op's name. Errors of a running kernel surface later, as with any CUDA op.
-template <Start kStart = Start::after, typename... Params, typename... Args>
+// From sm_90 on the launch overlaps the end of the kernel before (programmatic dependent launch), so that a step of many
+// short kernels does not wait for each launch: kernels begin with join_stream.
+template <typename... Params, typename... Args>
 void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, int shared, void* stream, Args... args) {
   if (shared > 48 * 1024)  // beyond that a kernel has to ask
     check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
@@ -46,7 +46,7 @@ void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, in
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute attribute{};
-  if (kStart == Start::overlap && device_attribute(op, cudaDevAttrComputeCapabilityMajor) >= 9) {
+  if (device_attribute(op, cudaDevAttrComputeCapabilityMajor) >= 9) {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &attribute, config.numAttrs = 1;

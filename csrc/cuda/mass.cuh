@@ -12,30 +12,42 @@ namespace lserve::cuda {
 struct Reach {
   int sink, local;  // units: below the one, or from the other on
   int position;     // and none after the query's own
-
-  __device__ Reach(const MassArgs& a, int b, int32_t window, int position) : position(position) {
-    const int64_t sealed = static_cast<int64_t>(a.kv.sealed[b]) * a.mask.page_units;
-    const AttendedUnits e = attended(a.mask, window, nullptr, list_local(a.mask, b), position, a.kv.P, sealed);
-    sink = e.sink, local = e.local;
-  }
 };
 
-__device__ __forceinline__ bool is_listed(const MassArgs& a, int b, int h, int unit) {
-  const int32_t* const list = list_of(a.mask, b, h);
-  if (!list || a.mask.windows[h] != 0) return false;
-  const int64_t first = Bisection{}(a.mask.K, [&](int64_t i) { return list[i] >= 0 && list[i] < unit; });
-  return first < a.mask.K && list[first] == unit;
-}
+// The queries of (b, h): what a block reads first, all at once, as each answer takes as long as hundreds of instructions.
+struct MassQueries {
+  const MassArgs& a;
+  const int32_t* list;
+  int tokens, sealed, window, list_local;  // sealed: pages
 
-// Whether any of the queries attends a token.
-__device__ __forceinline__ bool is_attended(const MassArgs& a, int b, int h, int position, bool listed) {
-  const int length = a.seq_lens[b], unit = position / a.mask.unit;
-  if (position >= length) return false;
-  // Windows move on with the queries: the oldest has the first local unit.
-  const Reach oldest(a, b, a.mask.windows[h], max(0, length - static_cast<int>(a.T))),
-      newest(a, b, a.mask.windows[h], length - 1);
-  return unit < newest.sink || unit >= oldest.local || listed;
-}
+  __device__ __forceinline__ MassQueries(const MassArgs& a, int b, int h)
+      : a(a),
+        list(list_of(a.mask, b, h)),
+        tokens(a.seq_lens[b]),
+        sealed(a.kv.sealed[b]),
+        window(a.mask.windows[h]),
+        list_local(lserve::list_local(a.mask, b)) {}
+
+  __device__ __forceinline__ int start() const { return tokens - static_cast<int>(a.T); }  // the position of the first
+  __device__ __forceinline__ Reach reach(int position) const {
+    const int64_t unsealed = static_cast<int64_t>(sealed) * a.mask.page_units;
+    const AttendedUnits e = attended(a.mask, window, nullptr, list_local, position, a.kv.P, unsealed);
+    return {e.sink, e.local, position};
+  }
+  __device__ __forceinline__ bool is_listed(int unit) const {
+    if (!list || window != 0) return false;
+    const int64_t first = Bisection{}(a.mask.K, [&](int64_t i) { return list[i] >= 0 && list[i] < unit; });
+    return first < a.mask.K && list[first] == unit;
+  }
+  // Whether any of them attends a token.
+  __device__ __forceinline__ bool attend(int position, bool listed) const {
+    if (position >= tokens) return false;
+    const int unit = position / a.mask.unit;
+    // Windows move on with the queries: the oldest has the first local unit.
+    return listed || unit < reach(tokens - 1).sink || unit >= reach(max(0, start())).local;
+  }
+  __device__ __forceinline__ bool is_sealed(int position) const { return position / a.kv.P < sealed; }
+};
 
 // The keys of a block.
 struct MassKeys {
@@ -45,11 +57,11 @@ struct MassKeys {
   bool coded[kKeys], listed[kKeys];
 
   template <typename T>
-  __device__ __forceinline__ void look_up(const Sequence<T>& sequence, const MassArgs& a, int key, int at) {
-    unit[key] = at / a.mask.unit;
-    listed[key] = is_listed(a, sequence.b, sequence.h, unit[key]);
+  __device__ __forceinline__ void look_up(const Sequence<T>& sequence, const MassQueries& queries, int key, int at) {
+    unit[key] = at / queries.a.mask.unit;
+    listed[key] = queries.is_listed(unit[key]);
     Row row{};
-    if (is_attended(a, sequence.b, sequence.h, at, listed[key])) row = sequence.row(at);
+    if (queries.attend(at, listed[key])) row = sequence.row(at, queries.is_sealed(at));
     position[key] = row.k ? at : kMasked;
     k[key] = row.k, stats[key] = row.stats, k_grid[key] = row.k_grid, coded[key] = row.coded;
   }
@@ -64,18 +76,19 @@ struct alignas(16) MassRow {
 // A thread's rows: one of every batch.
 template <typename T>
 struct MassRows {
+  const MassQueries& all;
   const MassArgs& a;
-  const int h, b, start, G;  // start: position of the first query
-  int token, head;           // of the next one; head: within the group
+  const int h, b, G;
+  int token, head;  // of the next one; head: within the group
   float lse;
 
-  __device__ __forceinline__ MassRows(const MassArgs& a, int h, int b, int start)
-      : a(a),
+  __device__ __forceinline__ MassRows(const MassQueries& all, int h, int b)
+      : all(all),
+        a(all.a),
         h(h),
         b(b),
-        start(start),
         G(static_cast<int>(a.G)),
-        token(max(0, -start) + threadIdx.x / a.G),
+        token(max(0, -all.start()) + threadIdx.x / a.G),
         head(threadIdx.x % a.G) {
     ask();
   }
@@ -86,7 +99,7 @@ struct MassRows {
   }
   __device__ __forceinline__ void put(MassRow* rows, const T** queries) {
     const bool there = token < a.T;
-    const Reach reach(a, b, a.mask.windows[h], start + token);
+    const Reach reach = all.reach(all.start() + token);
     const T* const query =
         static_cast<const T*>(a.q.data) + b * a.q.stride0 + token * a.q.stride1 + (h * G + head) * a.q.stride2;
     const MassRow own{reach.sink, reach.local, there ? reach.position : -1, lse == -INFINITY ? INFINITY : lse * kLog2e};
@@ -158,9 +171,9 @@ struct HeldKeys {
 // A warp takes 16 keys of the block's, and 16 queries at a time, while the next 16 come.
 template <typename T, int kD, bool kInt8>
 __global__ void __launch_bounds__(kThreads, kD <= 128 ? 5 : 4) mass_kernel(const __grid_constant__ MassArgs a) {
+  join_stream();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z;
   const int tokens = static_cast<int>(a.kv.M * a.kv.P), D = static_cast<int>(a.kv.D);
-  const int length = a.seq_lens[b], start = length - static_cast<int>(a.T);  // position of the first query
 
   using Tile = SmemTile<T, kD>;
   SharedMemory shared;
@@ -172,10 +185,11 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 5 : 4) mass_kernel(const
   const auto queries_of = [&](int step) { return Tile{queries + step % 2 * (kMassRows * Tile::kStride)}; };
   const auto row_of = [](int step) { return step % (2 * kMassBatch) * kMassRows; };
 
-  MassRows<T> own(a, h, b, start);
+  const MassQueries all(a, b, h);
+  MassRows<T> own(all, h, b);
   bool wanted = false;
   if (const int key = threadIdx.x, position = blockIdx.x * kKeys + key; key < kKeys) {
-    table.look_up(Sequence<T>{a.kv, b, h, length}, a, key, position);
+    table.look_up(Sequence<T>{a.kv, b, h, all.tokens}, all, key, position);
     wanted = table.position[key] != kMasked;
   }
   own.put(rows, sources);
@@ -208,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 5 : 4) mass_kernel(const
         units[n][e] = table.listed[key] ? -1 : table.unit[key];  // what is listed is attended like a sink
       }
 
-    const int steps = (static_cast<int>(min(a.T, int64_t{length}) * a.G) + kMassRows - 1) / kMassRows;
+    const int steps = (static_cast<int>(min(a.T, int64_t{all.tokens}) * a.G) + kMassRows - 1) / kMassRows;
     for (int step = 0; step < steps; ++step) {
       const bool next_batch = step % kMassBatch == 0 && step + kMassBatch < steps;
       if (next_batch) own.ask();
@@ -244,18 +258,17 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 5 : 4) mass_kernel(const
 // The same without tensor cores.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) general_mass_kernel(const __grid_constant__ MassArgs a) {
+  join_stream();
   const int key = threadIdx.x % kKeys, half = threadIdx.x / kKeys, h = blockIdx.y, b = blockIdx.z;
   const int position = blockIdx.x * kKeys + key, tokens = static_cast<int>(a.kv.M * a.kv.P);
-  const int D = static_cast<int>(a.kv.D), G = static_cast<int>(a.G), length = a.seq_lens[b];
-  const int first = max(0, length - static_cast<int>(a.T));  // the oldest query
-  const int32_t window = a.mask.windows[h];
-
+  const int D = static_cast<int>(a.kv.D), G = static_cast<int>(a.G);
+  const MassQueries all(a, b, h);
   const int unit = position / a.mask.unit;
-  const bool listed = is_listed(a, b, h, unit);
+  const bool listed = all.is_listed(unit);
   const auto attends = [&](const Reach& reach) {
     return position <= reach.position && (unit < reach.sink || unit >= reach.local || listed);
   };
-  bool wanted = is_attended(a, b, h, position, listed);
+  bool wanted = all.attend(position, listed);
 
   SharedMemory shared;
   const int stride = D + 1;  // every key in another bank
@@ -263,14 +276,14 @@ __global__ void __launch_bounds__(kThreads, 4) general_mass_kernel(const __grid_
   float* const queries = shared.take<float>(kMassQueries * kMaxChannels);
   float* const sums = shared.take<float>(kThreads);
   Row row{};
-  if (wanted) row = Sequence<T>{a.kv, b, h, length}.row(position);
+  if (wanted) row = Sequence<T>{a.kv, b, h, all.tokens}.row(position, all.is_sealed(position));
   wanted = row.k != nullptr;
   for (int d = half; d < D; d += kThreads / kKeys) keys[key * stride + d] = wanted ? key_value<T>(row, d, D) : 0.0f;
 
   float sum = 0;
   if (__syncthreads_or(wanted)) {
-    const int T_first = first - (length - static_cast<int>(a.T)), rows = static_cast<int>(a.T) * G;
-    for (int i = T_first * G; i < rows; i += kMassQueries) {
+    const int rows = static_cast<int>(a.T) * G;
+    for (int i = max(0, -all.start()) * G; i < rows; i += kMassQueries) {
       const int count = min(kMassQueries, rows - i);
       for (int j = threadIdx.x; j < count * D; j += kThreads) {
         const int t = (i + j / D) / G, g = (i + j / D) % G, d = j % D;
@@ -282,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, 4) general_mass_kernel(const __grid_
         const int t = (i + j) / G, g = (i + j) % G;
         const float lse = a.lse[(b * a.T + t) * (a.kv.H * G) + h * G + g];
         if (!wanted || lse == -INFINITY) continue;
-        if (!attends(Reach(a, b, window, length - static_cast<int>(a.T) + t))) continue;
+        if (!attends(all.reach(all.start() + t))) continue;
         float s = 0;
         for (int d = 0; d < D; ++d) s += queries[j * kMaxChannels + d] * keys[key * stride + d];
         sum += expf(s - lse);

@@ -11,9 +11,18 @@ namespace lserve::cuda {
 
 // Results of rows, each over splits of the tokens that it attends.
 struct Partials {
-  float* out;  // [rows, splits, D]
-  float* lse;  // [rows, splits]
-  int splits;  // at most, by the tables' width
+  float* out;       // [rows, splits, D]
+  float* lse;       // [rows, splits]
+  int32_t* counts;  // [rows] splits that a row has
+  int splits;       // at most, by the tables' width
+
+  // A row's numbers in a workspace.
+  static int64_t size(int64_t splits, int64_t D) { return splits * (D + 1) + 1; }
+  Partials(float* workspace, int64_t rows, int64_t splits, int64_t D)
+      : out(workspace),
+        lse(out + rows * splits * D),
+        counts(reinterpret_cast<int32_t*>(lse + rows * splits)),
+        splits(static_cast<int>(splits)) {}
 };
 
 // Tokens of a split: chunks, as many as leave no more than `splits`.
@@ -22,9 +31,10 @@ __host__ __device__ inline int split_tokens(int tokens, int chunk, int splits) {
   return (chunks + splits - 1) / splits * chunk;
 }
 
-// The first `splits` of a row, kMost at most, in order: out [D] and lse. By all threads of a block.
+// The splits of a row, kMost at most, in order: out [D] and lse. By all threads of a block.
 template <int kMost, typename T>
-__device__ __forceinline__ void join_splits(const Partials& partials, int64_t row, int splits, int64_t D, T* out, float* lse) {
+__device__ __forceinline__ void join_splits(const Partials& partials, int64_t row, int64_t D, T* out, float* lse) {
+  const int splits = partials.splits == 0 ? 0 : partials.counts[row];
   const float *outs = partials.out + row * partials.splits * D, *lses = partials.lse + row * partials.splits;
   SharedMemory shared;
   float* const weights = shared.take<float>(kMost);
@@ -48,6 +58,7 @@ __device__ __forceinline__ void join_splits(const Partials& partials, int64_t ro
 // Attention over two disjoint sets of keys from that over each, N channels a thread.
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__ MergeArgs a) {
+  join_stream();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, parts = a.D / N, row = i / parts;
   if (row >= a.rows) return;
   const Shares shares = shares_of(a.lse_a[row], a.lse_b[row]);

@@ -29,14 +29,14 @@ struct Sequence {
   const T *new_k = nullptr, *new_v = nullptr;  // of the first new token
   int64_t new_k_stride = 0, new_v_stride = 0;  // of a token
 
-  __device__ Row row(int position) const {
+  __device__ Row row(int position, bool sealed) const {
     Row row{};
     if (position >= held) {
       row.k = new_k + (position - held) * new_k_stride;
       row.v = new_v + (position - held) * new_v_stride;
       return row;
     }
-    const Place place = place_of(kv, b, h, position);
+    const Place place = place_of(kv, b, h, position, sealed);
     if (!place.sealed) {
       const int64_t at = residual_of(kv, b, h) + place.row * kv.D;
       row.k = static_cast<const T*>(kv.residual_k) + at;
@@ -65,17 +65,23 @@ struct Sequence {
   }
 };
 
-// A warp's Bisection: 32 probes at a time, each of which would otherwise wait for the one before.
+// A warp's Bisection: probes that do not wait for each other, 32 to find a stretch, and all of a short one.
 struct WarpSearch {
   template <typename Holds>
   __device__ __forceinline__ int64_t operator()(int64_t n, Holds holds) const {
-    int first = 0;
-    for (int rest = static_cast<int>(n); rest > 0;) {
-      const int stride = (rest + 31) / 32, probe = (threadIdx.x % 32 + 1) * stride - 1;  // the last of the lane's stretch
-      const bool found = probe < rest && holds(first + probe);
-      const int whole = __popc(__ballot_sync(~0u, found)) * stride;
+    constexpr int kShort = 4 * 32;
+    const int lane = threadIdx.x % 32;
+    int first = 0, rest = static_cast<int>(n);
+    while (rest > kShort) {
+      const int stride = (rest + 31) / 32, probe = (lane + 1) * stride - 1;  // the last of the lane's stretch
+      const int whole = __popc(__ballot_sync(~0u, probe < rest && holds(first + probe))) * stride;
       first += whole, rest = min(rest - whole, stride - 1);
     }
+    bool found[kShort / 32];
+#pragma unroll
+    for (int i = 0; i < kShort / 32; ++i) found[i] = lane + 32 * i < rest && holds(first + lane + 32 * i);
+#pragma unroll
+    for (const bool own : found) first += __popc(__ballot_sync(~0u, own));
     return first;
   }
 };
@@ -87,15 +93,14 @@ struct Tokens {
   int last;           // the newest position that may be attended
   int count, sealed;  // tokens of all entries, of which the first `sealed` lie in sealed pages
 
-  template <typename Search = Bisection>
-  __device__ Tokens(const AttendedUnits& e, const Mask& mask, int64_t sealed_pages, int64_t last, Search search = {})
-      : entries(e), unit(mask.unit), last(static_cast<int>(last)) {
-    const int entries = e.count(), size = static_cast<int>(unit);
-    const int end = static_cast<int>(sealed_pages) * mask.page_units;  // of the sealed units
-    count = entries * size;
-    sealed = static_cast<int>(search(entries, [&](int i) { return e[i] < end; })) * size;
-  }
+  __device__ Tokens(const AttendedUnits& e, int sealed_entries, const Divisor& unit, int last)
+      : entries(e),
+        unit(unit),
+        last(last),
+        count(e.count() * static_cast<int>(unit)),
+        sealed(sealed_entries * static_cast<int>(unit)) {}
 
+  __device__ bool is_sealed(int i) const { return i < sealed; }
   __device__ int position(int i) const {
     const int entry = i / unit, size = static_cast<int>(unit);
     return entries[entry] * size + (i - entry * size);

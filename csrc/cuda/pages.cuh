@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/convert.cuh"
+#include "cuda/ptx.cuh"
 #include "cuda/tile_size.h"
 #include "kernels.h"
 #include "paged_kv.h"
@@ -211,6 +212,7 @@ __device__ void seal_page(const PageRows<T>& k, const PageRows<T>& v, const Page
 // Moments hold more rows at a time.
 template <typename T, int N, bool kMoments>
 __global__ void __launch_bounds__(256, (kMoments ? 2 : 4)) page_stats_kernel(const __grid_constant__ PageStatsArgs a) {
+  join_stream();
   const uint32_t row = blockIdx.x * blockDim.y + threadIdx.y, groups = static_cast<uint32_t>(a.P) / static_cast<uint32_t>(a.L);
   if (row >= a.pages * groups) return;
   const T* const k = static_cast<const T*>(a.k.data) + row / groups * a.k.stride0;
@@ -229,6 +231,7 @@ __global__ void __launch_bounds__(256, (kMoments ? 2 : 4)) page_stats_kernel(con
 // A block of threads for each page.
 template <typename T, int N>
 __global__ void __launch_bounds__(kPageThreads, 4) quantize_kernel(const __grid_constant__ QuantizeArgs a) {
+  join_stream();
   const int64_t page = blockIdx.x, codes = page * a.P * a.D;
   const int P = static_cast<int>(a.P), D = static_cast<int>(a.D), L = static_cast<int>(a.L);
   const auto rows = [&](const View& x) {
@@ -245,6 +248,7 @@ __global__ void __launch_bounds__(kPageThreads, 4) quantize_kernel(const __grid_
 // A block of threads for each page; a thread takes N channels of a key and of its value at a time.
 template <typename T, int N>
 __global__ void __launch_bounds__(kPageThreads, 4) dequantize_kernel(const __grid_constant__ DequantizeArgs a) {
+  join_stream();
   const int64_t page = blockIdx.x;
   const int P = static_cast<int>(a.P), D = static_cast<int>(a.D), L = static_cast<int>(a.L), parts = D / N;
   const float* const scales = a.scales + page * (a.stats ? 2 : 4) * P;
@@ -283,6 +287,7 @@ __host__ __device__ inline int64_t append_blocks_before(int64_t b, int64_t token
 // of the buffer: nobody else reads or writes it.
 template <typename T, int N>
 __global__ void __launch_bounds__(kPageThreads, 4) append_kernel(const __grid_constant__ AppendArgs a) {
+  join_stream();
   const PagedKV& kv = a.kv;
   const int P = static_cast<int>(kv.P), D = static_cast<int>(kv.D), h = blockIdx.y;
   int b = 0;  // the last sequence whose blocks begin at or before this one
@@ -346,6 +351,7 @@ __host__ __device__ inline int threads_a_row(const PagedKV& kv) {
 // Without a residual buffer: each new token into its page, N channels of a key or of a value a thread at a time.
 template <typename T, int N>
 __global__ void __launch_bounds__(kPageThreads, 4) write_rows_kernel(const __grid_constant__ AppendArgs a) {
+  join_stream();
   const PagedKV& kv = a.kv;
   const bool codes = kv.kv_dtype == Dtype::u8;
   const int P = static_cast<int>(kv.P), D = static_cast<int>(kv.D), h = blockIdx.y, threads = threads_a_row<N>(kv);
@@ -379,6 +385,7 @@ __global__ void __launch_bounds__(kPageThreads, 4) write_rows_kernel(const __gri
 // host memory answers late.
 template <typename X>
 __global__ void __launch_bounds__(256) gather_kernel(const __grid_constant__ GatherArgs a) {
+  join_stream();
   constexpr int kReads = 4;
   const int64_t parts = a.bytes / static_cast<int64_t>(sizeof(X)), end = a.count * parts;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;

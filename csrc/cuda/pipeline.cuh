@@ -125,7 +125,7 @@ struct KvPipeline {
     }
     t.k[key] = t.v[key] = t.stats[key] = nullptr;
     if (position != kMasked) {
-      const Row row = sequence.row(position);
+      const Row row = sequence.row(position, tokens.is_sealed(token));
       t.k[key] = row.k, t.v[key] = row.v, t.stats[key] = row.stats;
       t.k_grid[key] = row.k_grid, t.v_grid[key] = row.v_grid;
       if (!row.k) position = kMasked;

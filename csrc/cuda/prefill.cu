@@ -16,10 +16,10 @@ void launch_tiles(const PrefillArgs& a, void* stream) {
 }
 
 template <typename T, int kD, bool kInt8>
-void launch_splits(const PrefillArgs& a, const SplitQueries& results, void* stream) {
-  const dim3 grid(a.kv.H * split_tiles(a), a.kv.B, results.partials.splits);
+void launch_splits(const PrefillArgs& a, const Partials& partials, void* stream) {
+  const dim3 grid(a.kv.H * split_tiles(a), a.kv.B, partials.splits);
   const int shared = PrefillMemory<T, kD, kInt8>::kBytes;
-  launch("prefill", split_prefill_kernel<T, kD, kInt8>, grid, kThreads, shared, stream, a, results);
+  launch("prefill", split_prefill_kernel<T, kD, kInt8>, grid, kThreads, shared, stream, a, partials);
 }
 
 // Whether tiles can take the call. Their softmax looks for the largest product before it is scaled.
@@ -56,13 +56,11 @@ int64_t max_splits(const PrefillArgs& a) {
 // Sequences of few queries, and their results.
 template <typename T>
 void launch_split_prefill(const PrefillArgs& a, void* stream) {
-  const int64_t rows = SplitQueries::rows(a), heads = a.kv.H * a.G, splits = max_splits(a);
-  SplitQueries results{};
-  results.partials = {a.workspace, a.workspace + rows * heads * splits * a.kv.D, static_cast<int>(splits)};
-  results.splits = reinterpret_cast<int32_t*>(results.partials.lse + rows * heads * splits);
-  with_pools(a, [&](auto kD, auto kInt8) { launch_splits<T, kD, kInt8>(a, results, stream); });
+  const int64_t rows = SplitQueries::rows(a) * a.kv.H * a.G;
+  const Partials partials(a.workspace, rows, max_splits(a), a.kv.D);
+  with_pools(a, [&](auto kD, auto kInt8) { launch_splits<T, kD, kInt8>(a, partials, stream); });
   const int shared = shared_bytes({kPrefillSplits * int(sizeof(float))});
-  launch<Start::overlap>("prefill", join_prefill_kernel<T>, rows * heads, kThreads, shared, stream, a, results);
+  launch("prefill", join_prefill_kernel<T>, rows, kThreads, shared, stream, a, partials);
 }
 
 }  // namespace
@@ -73,7 +71,7 @@ int64_t prefill_workspace(const PrefillArgs& a) {
   bool fits = false;
   with_dtype("prefill", a.kv.dtype, [&](auto zero) { fits = fits_tiles<decltype(zero)>(a); });
   if (!fits) return 0;
-  return SplitQueries::rows(a) * a.kv.H * (a.G * max_splits(a) * (a.kv.D + 1) + 1);
+  return SplitQueries::rows(a) * a.kv.H * a.G * Partials::size(max_splits(a), a.kv.D);
 }
 
 void prefill(const PrefillArgs& a, void* stream) {

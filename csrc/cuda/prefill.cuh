@@ -8,11 +8,28 @@
 
 namespace lserve::cuda {
 
+// What is read of a sequence, all at once, as each answer takes as long as hundreds of instructions.
+struct Lengths {
+  int first_query, queries;  // rows of q
+  int first_key, keys;       // rows of k and v
+  int held, sealed;          // tokens and pages of the cache
+
+  __device__ __forceinline__ Lengths(const PrefillArgs& a, int b)
+      : first_query(a.cu_seqlens_q[b]),
+        queries(a.cu_seqlens_q[b + 1] - first_query),
+        first_key(a.cu_seqlens_k[b]),
+        keys(a.cu_seqlens_k[b + 1] - first_key),
+        held(a.context_lens ? a.context_lens[b] : 0),
+        sealed(a.context_lens ? a.kv.sealed[b] : 0) {}
+
+  __device__ __forceinline__ int start() const { return held + keys - queries; }  // the position of the first query
+};
+
 // Neighbouring queries of one sequence that attend the same entries.
 struct QueryTile {
+  Lengths of;           // their sequence
   int b, first, count;  // first: within the sequence's queries; count 0: there is no such tile
   int position;         // of the first query
-  int start;            // position of the sequence's first query
   Divisor heads = 1;    // rows that a query has in the tile
 
   __device__ __forceinline__ int position_of(int row) const { return position + row / heads; }
@@ -36,8 +53,6 @@ inline int64_t query_tiles(const PrefillArgs& a) {
   return dense > others ? dense : others;
 }
 
-__device__ __forceinline__ int held_tokens(const PrefillArgs& a, int b) { return a.context_lens ? a.context_lens[b] : 0; }
-__device__ __forceinline__ int queries_of(const PrefillArgs& a, int b) { return a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b]; }
 // The sequence of a row of q: the last whose queries begin at or before it.
 __device__ __forceinline__ int sequence_of(const PrefillArgs& a, int64_t row) {
   int b = 0;
@@ -47,10 +62,6 @@ __device__ __forceinline__ int sequence_of(const PrefillArgs& a, int64_t row) {
     else end = middle;
   }
   return b;
-}
-// The position of a sequence's first query.
-__device__ __forceinline__ int first_position(const PrefillArgs& a, int b) {
-  return held_tokens(a, b) + (a.cu_seqlens_k[b + 1] - a.cu_seqlens_k[b]) - queries_of(a, b);
 }
 __device__ __forceinline__ bool is_split(const PrefillArgs& a, int queries) { return a.workspace && queries <= kSplitQueries; }
 
@@ -62,38 +73,40 @@ __device__ __forceinline__ QueryTile query_tile(const PrefillArgs& a, int index,
     if (tiles_before(middle, a.cu_seqlens_q[middle], span) <= index) b = middle;
     else end = middle;
   }
-  const int own = index - static_cast<int>(tiles_before(b, a.cu_seqlens_q[b], span)), queries = queries_of(a, b);
-  if (is_split(a, queries)) return {b, 0, 0, 0, 0};
-  const int start = first_position(a, b);
+  const Lengths of(a, b);
+  const int own = index - static_cast<int>(tiles_before(b, of.first_query, span)), start = of.start();
   const int origin = window == kDense ? start : start / span * span;  // spans are counted from here
   const int begin = origin + own / per_span * span, offset = own % per_span * kQueries;
   const int first = max(begin + offset, start);
-  const int last = min(min(begin + offset + kQueries, begin + span), start + queries);
-  return {b, first - start, max(0, last - first), first, start};
+  const int last = min(min(begin + offset + kQueries, begin + span), start + of.queries);
+  return {of, b, first - start, is_split(a, of.queries) ? 0 : max(0, last - first), first};
 }
 
-// What the queries at [position, position + count) attend: the last of them decides, and the mask does the rest.
+// What the queries at [position, position + count) attend: the last of them decides, and the mask does the rest. All lanes of
+// a warp ask together.
 __device__ __forceinline__ Tokens prefill_tokens(const PrefillArgs& a, const QueryTile& tile, int h, int32_t window) {
   const int page = tile.position / a.kv.P, last = tile.position + tile.count - 1;
   const int32_t* list = nullptr;
   if (window == 0) {
-    const int64_t row = page - tile.start / a.kv.P;
+    const int64_t row = page - tile.of.start() / a.kv.P;
     list = list_of(a.mask, tile.b, h) + min(row, a.list_rows - 1) * a.list_stride2;
   }
   // The newest P to 2P - 1 tokens before a query are unsealed when it is decoded, so always attended.
   const int64_t unsealed = window == kDense ? 0 : window == 0 ? page : max(page - 1, 0);
-  const AttendedUnits e = attended(a.mask, window, list, page, last, a.kv.P, unsealed);
-  return Tokens(e, a.mask, a.context_lens ? a.kv.sealed[tile.b] : 0, last);
+  const AttendedUnits e = attended(a.mask, window, list, page, last, a.kv.P, unsealed, WarpSearch{});
+  const int end = tile.of.sealed * a.mask.page_units;  // of the sealed units
+  const int64_t sealed = WarpSearch{}(e.count(), [&](int64_t i) { return e[static_cast<int>(i)] < end; });
+  return {e, static_cast<int>(sealed), a.mask.unit, last};
 }
 
 template <typename T>
-__device__ __forceinline__ Sequence<T> prefill_sequence(const PrefillArgs& a, int b, int h) {
+__device__ __forceinline__ Sequence<T> prefill_sequence(const PrefillArgs& a, const QueryTile& tile, int h) {
   return {a.kv,
-          b,
+          tile.b,
           h,
-          held_tokens(a, b),
-          static_cast<const T*>(a.k.data) + a.cu_seqlens_k[b] * a.k.stride0 + h * a.k.stride1,
-          static_cast<const T*>(a.v.data) + a.cu_seqlens_k[b] * a.v.stride0 + h * a.v.stride1,
+          tile.of.held,
+          static_cast<const T*>(a.k.data) + tile.of.first_key * a.k.stride0 + h * a.k.stride1,
+          static_cast<const T*>(a.v.data) + tile.of.first_key * a.v.stride0 + h * a.v.stride1,
           a.k.stride0,
           a.v.stride0};
 }
@@ -306,18 +319,18 @@ __device__ __forceinline__ OnlineSoftmax<T, kD> attend_tile(const PrefillMemory<
 
 template <typename T, int kD, bool kInt8>
 __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_constant__ PrefillArgs a) {
+  join_stream();
   const int head = blockIdx.y, h = head / a.G, D = static_cast<int>(a.kv.D);
   const int32_t window = a.mask.windows[h];
   const QueryTile tile = query_tile(a, gridDim.x - 1 - blockIdx.x, window);  // the last tiles have most to do
   if (tile.count == 0) return;
 
   const PrefillMemory<T, kD, kInt8> memory{SharedMemory()};
-  const int64_t first_row = a.cu_seqlens_q[tile.b] + tile.first;
+  const int64_t first_row = tile.of.first_query + tile.first;
   const T* const queries = static_cast<const T*>(a.q.data) + first_row * a.q.stride0 + head * a.q.stride1;
   load_queries<kQueries>(memory.q, D, [&](int row) { return row < tile.count ? queries + row * a.q.stride0 : nullptr; });
   const Tokens tokens = prefill_tokens(a, tile, h, window);
-  const auto softmax =
-      attend_tile(memory, prefill_sequence<T>(a, tile.b, h), tile, tokens, 0, tokens.count, D, a.scale * kLog2e);
+  const auto softmax = attend_tile(memory, prefill_sequence<T>(a, tile, h), tile, tokens, 0, tokens.count, D, a.scale * kLog2e);
   store_rows(softmax, threadIdx.x / 32 * 16, tile.count, D, static_cast<T*>(a.out), a.lse,
              [&](int row) { return (first_row + row) * (a.kv.H * a.G) + head; });
 }
@@ -325,15 +338,18 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(const __grid_const
 // The same without tensor cores: a warp for each query of each query head.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) general_prefill_kernel(const __grid_constant__ PrefillArgs a) {
+  join_stream();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   const int head = blockIdx.y, h = head / a.G, D = static_cast<int>(a.kv.D);
   if (row >= a.Nq) return;
-  const int b = sequence_of(a, row), first = static_cast<int>(row - a.cu_seqlens_q[b]), start = first_position(a, b);
-  const QueryTile tile{b, first, 1, start + first, start};
+  const int b = sequence_of(a, row);
+  const Lengths of(a, b);
+  const int first = static_cast<int>(row - of.first_query);
+  const QueryTile tile{of, b, first, 1, of.start() + first};
   const Tokens tokens = prefill_tokens(a, tile, h, a.mask.windows[h]);
   const float* const q = load_query(static_cast<const T*>(a.q.data) + row * a.q.stride0 + head * a.q.stride1, D);
   T* const out = static_cast<T*>(a.out) + (row * gridDim.y + head) * D;
-  const float lse = attend_warp(prefill_sequence<T>(a, b, h), tokens, 0, tokens.count, q, D, a.scale,
+  const float lse = attend_warp(prefill_sequence<T>(a, tile, h), tokens, 0, tokens.count, q, D, a.scale,
                                 [&](int d, float x) { out[d] = static_cast<T>(x); });
   if (threadIdx.x % 32 == 0) a.lse[row * gridDim.y + head] = lse;
 }

@@ -83,16 +83,13 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
   }
 }
 
-// Before this kernel's end, another one may begin that was launched with `overlap`.
-__device__ __forceinline__ void allow_next_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
-#endif
-}
-// In the other one: waits until this kernel has ended, and sees what it has written.
-__device__ __forceinline__ void wait_for_last_kernel() {
+// Every thread of every kernel begins with this. From sm_90 on kernels are launched while the one before them ends (see
+// launch.h): this waits until that has ended, and sees what it has written; and from here on the next one may be launched. A
+// block that ended without having waited would let the next one begin before the one before has ended.
+__device__ __forceinline__ void join_stream() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
 #endif
 }
 

@@ -16,6 +16,7 @@ namespace lserve::cuda {
 // A block of threads lists the pages of one (sequence, kv head). Each warp goes through a part of them twice: first it
 // counts, which says where its own begin.
 __global__ void __launch_bounds__(kSelectThreads) wanted_kernel(const __grid_constant__ WantedArgs a) {
+  join_stream();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = blockIdx.x, b = blockIdx.y;
   const Mask& mask = a.mask;
   const int M = static_cast<int>(a.M);
@@ -63,6 +64,7 @@ struct Wanted {
 // counted; each warp has a part of the entries. Then as many victims are picked, and the misses share them in order.
 // Wanted pages beyond those to keep count as never used from then on.
 __global__ void __launch_bounds__(kSelectThreads) resolve_kernel(const __grid_constant__ ResolveArgs a) {
+  join_stream();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int entries = static_cast<int>(a.B * a.H * a.K), S = static_cast<int>(a.S);
   const int part = (entries + kSelectThreads - 1) / kSelectThreads * 32;

@@ -151,6 +151,7 @@ __device__ __forceinline__ void score_groups(const PageScoresArgs& a, const T* q
 // make a page's score NaN, as 0 * inf is.
 template <typename T, int kD>
 __global__ void __launch_bounds__(kScoreThreads) page_scores_kernel(const __grid_constant__ PageScoresArgs a, int pages) {
+  join_stream();
   const PageTile tile(a, pages);
   SharedMemory shared;
   int32_t* const blocks = shared.take<int32_t>(kScoreGroups);  // -1: nothing to score
@@ -171,6 +172,7 @@ __global__ void __launch_bounds__(kScoreThreads) page_scores_kernel(const __grid
 // The same in float32, a warp a page: for float32 tensors, and for rows that do not start at multiples of 16 bytes.
 template <typename T>
 __global__ void __launch_bounds__(kScoreThreads) plain_page_scores_kernel(const __grid_constant__ PageScoresArgs a) {
+  join_stream();
   const PageTile tile(a, kScoreThreads / 32);
   const int page = threadIdx.x / 32, lane = threadIdx.x % 32, D = static_cast<int>(a.D);
   if (page >= tile.count) return;
@@ -342,6 +344,7 @@ __device__ __forceinline__ Choice<float> choice(const SelectTokensArgs& a, int64
 // Picks of one (sequence, kv head): what select_pages and select_tokens have in common.
 template <typename Args>
 __global__ void __launch_bounds__(kSelectThreads) select_kernel(const __grid_constant__ Args a) {
+  join_stream();
   const int64_t h = blockIdx.x, b = blockIdx.y;
   const Choice<float> c = choice(a, b, h);
   if (h == 0 && threadIdx.x == 0) a.local_start[b] = c.end;

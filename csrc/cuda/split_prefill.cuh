@@ -22,33 +22,31 @@ inline int64_t split_tiles(const PrefillArgs& a) {
   return std::max(tiles_of_span(kSplitQueries, a.G), pages * tiles_of_span(P, a.G));
 }
 
-// Results of queries, the row of each in the workspace, and how many splits each (row, kv head) has.
+// Where the results of queries lie in a workspace, [rows, Hq]: as they do in q, or, where others stand among them,
+// kSplitQueries to a sequence.
 struct SplitQueries {
-  Partials partials;  // rows: [rows, Hq]
-  int32_t* splits;    // [rows, H]
-
-  // Queries lie there as they do in q, or, where others stand among them, kSplitQueries to a sequence.
   __host__ __device__ static bool packed(const PrefillArgs& a) { return a.Nq <= kSplitQueries * a.kv.B; }
   __host__ __device__ static int64_t rows(const PrefillArgs& a) { return packed(a) ? a.Nq : kSplitQueries * a.kv.B; }
-  __device__ static int64_t row(const PrefillArgs& a, int b, int query) {
-    return (packed(a) ? a.cu_seqlens_q[b] : kSplitQueries * b) + query;
+  __device__ static int64_t row(const PrefillArgs& a, const QueryTile& tile) {  // of its first query
+    return (packed(a) ? tile.of.first_query : kSplitQueries * tile.b) + tile.first;
   }
 };
 
 // The tile `index` of sequence b, like query_tile's.
 __device__ __forceinline__ QueryTile split_tile(const PrefillArgs& a, int b, int index, int32_t window) {
-  const int queries = queries_of(a, b), start = first_position(a, b), P = static_cast<int>(a.kv.P), size = queries_of_tile(a.G);
+  const Lengths of(a, b);
+  const int start = of.start(), P = static_cast<int>(a.kv.P), size = queries_of_tile(a.G);
   const int span = window == kDense ? kSplitQueries : P, per_span = tiles_of_span(span, a.G);
   const int origin = (window == kDense ? start : start / P * P) + index / per_span * span;
   const int first = max(origin, start) + index % per_span * size;
-  const int last = min(min(first + size, origin + span), start + queries);
-  return {b, first - start, is_split(a, queries) ? max(0, last - first) : 0, first, start, a.G};
+  const int last = min(min(first + size, origin + span), start + of.queries);
+  return {of, b, first - start, is_split(a, of.queries) ? max(0, last - first) : 0, first, a.G};
 }
 
 template <typename T, int kD, bool kInt8>
 __global__ void __launch_bounds__(kThreads, 2)
-    split_prefill_kernel(const __grid_constant__ PrefillArgs a, const SplitQueries results) {
-  allow_next_kernel();
+    split_prefill_kernel(const __grid_constant__ PrefillArgs a, const Partials partials) {
+  join_stream();
   const int b = blockIdx.y, h = blockIdx.x % static_cast<int>(a.kv.H), D = static_cast<int>(a.kv.D);
   const int32_t window = a.mask.windows[h];
   const QueryTile tile = split_tile(a, b, blockIdx.x / static_cast<int>(a.kv.H), window);
@@ -58,40 +56,37 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int first = split * size, last = min(first + size, tokens.count);
   if (first >= last) return;
 
-  const int64_t results_row = SplitQueries::row(a, b, tile.first);
-  if (split == 0 && static_cast<int>(threadIdx.x) < tile.count)
-    results.splits[(results_row + threadIdx.x) * a.kv.H + h] = (tokens.count + size - 1) / size;
-
   const PrefillMemory<T, kD, kInt8> memory{SharedMemory()};
-  const int64_t first_row = a.cu_seqlens_q[b] + tile.first;
+  const int64_t first_row = tile.of.first_query + tile.first;
   const T* const queries = static_cast<const T*>(a.q.data) + first_row * a.q.stride0 + h * a.G * a.q.stride1;
-  const int rows = tile.count * tile.heads;
+  const int rows = tile.count * static_cast<int>(tile.heads);
+  const auto row_of = [&, first_row = SplitQueries::row(a, tile)](int row) {  // of partial results
+    return (first_row + row / tile.heads) * (a.kv.H * a.G) + h * a.G + row % tile.heads;
+  };
+  if (split == 0 && static_cast<int>(threadIdx.x) < rows)
+    partials.counts[row_of(threadIdx.x)] = (tokens.count + size - 1) / size;
   load_queries<kQueries>(memory.q, D, [&](int row) {
     return row < rows ? queries + row / tile.heads * a.q.stride0 + row % tile.heads * a.q.stride1 : nullptr;
   });
-  const auto softmax = attend_tile(memory, prefill_sequence<T>(a, b, h), tile, tokens, first, last, D, a.scale * kLog2e);
+  const auto softmax = attend_tile(memory, prefill_sequence<T>(a, tile, h), tile, tokens, first, last, D, a.scale * kLog2e);
 
-  const auto at = [&](int row) {
-    const int64_t head = (results_row + row / tile.heads) * (a.kv.H * a.G) + h * a.G + row % tile.heads;
-    return head * results.partials.splits + split;
-  };
-  store_rows(softmax, threadIdx.x / 32 * 16, rows, D, results.partials.out, results.partials.lse, at);
+  store_rows(softmax, threadIdx.x / 32 * 16, rows, D, partials.out, partials.lse,
+             [&](int row) { return row_of(row) * partials.splits + split; });
 }
 
 // One block of threads for each row of results.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    join_prefill_kernel(const __grid_constant__ PrefillArgs a, const SplitQueries results) {
+    join_prefill_kernel(const __grid_constant__ PrefillArgs a, const Partials partials) {
+  join_stream();
   const int heads = static_cast<int>(a.kv.H * a.G), own = blockIdx.x / heads, head = blockIdx.x % heads;
   const bool packed = SplitQueries::packed(a);
   const int b = packed ? sequence_of(a, own) : own / kSplitQueries;
-  const int query = packed ? own - a.cu_seqlens_q[b] : own % kSplitQueries;
-  const int queries = queries_of(a, b);
+  const int first = a.cu_seqlens_q[b], queries = a.cu_seqlens_q[b + 1] - first;
+  const int query = packed ? own - first : own % kSplitQueries;
   if (query < 0 || query >= queries || !is_split(a, queries)) return;
-  const int64_t D = a.kv.D, row = (a.cu_seqlens_q[b] + query) * static_cast<int64_t>(heads) + head;
-  wait_for_last_kernel();
-  const int splits = results.splits[own * a.kv.H + head / a.G];
-  join_splits<kPrefillSplits>(results.partials, blockIdx.x, splits, D, static_cast<T*>(a.out) + row * D, a.lse + row);
+  const int64_t D = a.kv.D, row = (first + query) * static_cast<int64_t>(heads) + head;
+  join_splits<kPrefillSplits>(partials, blockIdx.x, D, static_cast<T*>(a.out) + row * D, a.lse + row);
 }
 
 }  // namespace lserve::cuda

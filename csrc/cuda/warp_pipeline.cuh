@@ -45,7 +45,7 @@ struct WarpPipeline {
       __syncwarp();  // tile i has come, and no lane needs tile i - 1 any more
       if (const int coming = i + kStages - 1; coming < tiles) {
         if (!kScattered && coming % 32 == 0)  // of 32 tiles at once, one a lane
-          next = look_up(sequence, tokens, position_of(tokens, start + (coming + lane) * kKeys, last));
+          next = look_up(sequence, tokens, start + (coming + lane) * kKeys, last);
         copy(sequence, tokens, start, last, D, coming, next);
       }
       cp_async_commit();
@@ -108,11 +108,12 @@ struct WarpPipeline {
   }
 
   // Nothing where nobody attends, or the page is not held any more.
-  __device__ __forceinline__ static Next look_up(const Sequence<T>& sequence, const Tokens& tokens, int position) {
+  __device__ __forceinline__ static Next look_up(const Sequence<T>& sequence, const Tokens& tokens, int token, int last) {
     Next next{};
+    const int position = position_of(tokens, token, last);
     if (position == kMasked) return next;
     const PagedKV& kv = sequence.kv;
-    const Place place = place_of(kv, sequence.b, sequence.h, position);
+    const Place place = place_of(kv, sequence.b, sequence.h, position, tokens.is_sealed(token));
     next.rows = place.row * 32 + min(tokens.last - position + 1, kWarpKeys);
     next.slot = place.sealed ? place.slot : -1;
     if (!place.sealed) return next;
@@ -127,9 +128,9 @@ struct WarpPipeline {
                                               int i, Next& next) const {
     const int lane = threadIdx.x % 32, key = lane % kWarpKeys;
     const auto look_up = [&](int tile) {
-      const int position = position_of(tokens, start + tile * kKeys + key, last);
+      const int token = start + tile * kKeys + key, position = position_of(tokens, token, last);
       next.token = Row{};
-      if (position != kMasked) next.token = sequence.row(position);
+      if (position != kMasked) next.token = sequence.row(position, tokens.is_sealed(token));
     };
     if (i == 0) look_up(0);
     Tile& stage = stages[i % kStages];

@@ -48,6 +48,7 @@ __device__ void multiply(const uint16_t (&a)[16][16], const uint16_t (&b)[16][8]
 }
 
 __global__ void __launch_bounds__(32) instructions_kernel(const Input* in, Output* out) {
+  join_stream();
   const int lane = threadIdx.x;
   SharedMemory shared;
   uint8_t* const odd = shared.take<uint8_t>(5);
@@ -130,6 +131,7 @@ __device__ void multiply_wide(const uint16_t (&a)[64][16], const uint16_t (&b)[1
 }
 
 __global__ void __launch_bounds__(128) wgmma_kernel(const Input* in, Output* out) {
+  join_stream();
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
   SharedMemory shared;
   uint16_t* const panels = shared.take<uint16_t>(2 * 64 * 64);

@@ -181,6 +181,7 @@ __device__ __forceinline__ void produce(const Pipeline& pipeline, const Memory& 
 
 template <typename T, int kD, bool kInt8>
 __global__ void __launch_bounds__(Roles<kInt8>::kThreads, 1) prefill_kernel(const __grid_constant__ PrefillArgs a) {
+  join_stream();
   using Memory = PrefillMemory<T, kD, kInt8>;
   using Roles = Roles<kInt8>;
   using Consumers = Consumers<kInt8>;
@@ -197,7 +198,7 @@ __global__ void __launch_bounds__(Roles<kInt8>::kThreads, 1) prefill_kernel(cons
   __syncthreads();
 
   const Tokens tokens = prefill_tokens(a, tile, h, window);
-  const Sequence<T> sequence = prefill_sequence<T>(a, tile.b, h);
+  const Sequence<T> sequence = prefill_sequence<T>(a, tile, h);
   const int boundary = kInt8 ? tokens.sealed : 0, coded = (boundary + kKeys - 1) / kKeys;  // tiles of codes
   const typename Memory::Values pipeline{memory.data, memory.tables, sequence, tokens, boundary, tokens.count, D};
 
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(Roles<kInt8>::kThreads, 1) prefill_kernel(cons
     take_registers<Roles::kConsumerRegisters>();
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16;
     const int own = blockIdx.y % parts * kHeads + Consumers::thread() / kWarpgroup, head = h * G + own;
-    const int64_t first_row = a.cu_seqlens_q[tile.b] + tile.first;
+    const int64_t first_row = tile.of.first_query + tile.first;
     const T* const queries = static_cast<const T*>(a.q.data) + (first_row + row) * a.q.stride0 + head * a.q.stride1;
     QueryFragments<T, kD> q(queries, a.q.stride0, own < G ? tile.count - row : 0, D);
     const float scale = a.scale * kLog2e;

@@ -78,13 +78,16 @@ void finish(Request& r) {
 }  // namespace
 
 void count_access(const void* instruction, const void* address, unsigned bytes, bool write) {
-  if (!counting || current == &host) return;
+  if (current == &host || (!counting && current->joined)) return;
   auto* const byte = (char*)address;
   const auto within = [&](const void* first, size_t size) { return byte >= first && byte < (char*)first + size; };
   // Registers, parameters and constants.
   if (within(current->stack, kStackBytes) || within(parameters, parameter_bytes) ||
       within(&__ehdr_start, &_end - &__ehdr_start))
     return;
+  if (!current->joined && !is_shared(address, bytes))
+    fail({"an access", "", 0}, "global memory, which the kernel before may still write or read");
+  if (!counting) return;
   const uint64_t place = (uintptr_t)instruction * 0x9e3779b97f4a7c15;
   const unsigned turn = executions[place + current->index]++;
   const uint64_t key = (place ^ (uint64_t(turn) << 10 | current->index / 32)) * 0xff51afd7ed558ccd;
@@ -105,8 +108,9 @@ void count_access(const void* instruction, const void* address, unsigned bytes, 
 }
 
 void count_copy(const Copy& copy, const void* instruction) {
-  if (!counting || !copy.read) return;
+  if (!copy.read) return;
   count_access(instruction, copy.from, copy.read, false);
+  if (!counting) return;
   counters.copied_bytes += copy.read;
   counters.copied_sectors += copied.insert((uintptr_t)copy.from / kSector).second;
 }

@@ -143,6 +143,8 @@ extern "C" void simt_fiber_main() {
   kernel_body(const_cast<void*>(parameters));
   become(&host);
   Fiber* self = current;
+  if (!self->joined)
+    fail({"the end of a kernel", "", 0}, "it has not waited for the kernel before: the next one may be too early");
   for (auto& group : self->copies.committed) counters.copies_never_waited += group.size();
   counters.copies_never_waited += self->copies.open.size();
   self->exited = true;
@@ -174,6 +176,7 @@ void prepare(Fiber& f) {
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   f.sp = top;
   f.exited = false;
+  f.joined = false;
   f.fake = nullptr;
   f.copies = {};
   f.products = {};
@@ -223,6 +226,8 @@ void fail(const Site& site, const char* format, ...) {
   fprintf(stderr, "\n");
   abort();
 }
+
+void join_stream() { current->joined = true; }
 
 void launch(dim3 grid, dim3 threads, size_t shared_bytes, void (*body)(void*), void* argument, size_t argument_bytes) {
   int count = threads.x * threads.y * threads.z;

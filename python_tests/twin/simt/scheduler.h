@@ -47,7 +47,8 @@ struct Fiber {
   uint3 thread{};
   int index = 0;
   bool exited = false;
-  Site site{};  // where it is blocked
+  bool joined = false;  // nothing that the kernel before does is under way any more
+  Site site{};          // where it is blocked
   Groups<Copy> copies;
   Groups<Product> products;
 };
