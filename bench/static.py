@@ -64,18 +64,18 @@ CLASSES = {
 """Of operations, by regular expressions; the others are addresses, predicates and branches."""
 USUAL = "H?GMMA|HMMA|LDSM|LDGSTS|EX2"
 """What every turn of a main loop does."""
-LOOK_UPS = {"decode": 1 / 32, "decode scattered": 1.0, "prefill": 1 / 2, "split_prefill": 1 / 2, "mass": 1 / 8}
+LOOK_UPS = {"decode": 1 / 32, "decode scattered": 1 / 2, "prefill": 1 / 2, "split_prefill": 1 / 2, "mass": 1 / 8}
 """How many in a turn. They are what loads from global memory."""
 BYTES_A_CYCLE = 3.0e12 / 132 / 1.755e9
 """Of an SM."""
 PRODUCT_CYCLES = {("sm_80", "HMMA"): 8, ("sm_90a", "HMMA"): 4, ("sm_90a", "HGMMA"): 32}
 """Of the tensor cores that a warp has a part of."""
 LEAST = {
-    "decode plain": 7.5,
-    "decode plain scattered": 5.0,
+    "decode plain": 8.5,
+    "decode plain scattered": 6.0,
     "decode int8_per_group": 2.0,
     "decode int8_per_token": 2.2,
-    "decode int8_per_token scattered": 1.5,
+    "decode int8_per_token scattered": 1.75,
     "page_scores": 6.0,
     "sm_80 prefill": 1.65,
     "sm_90a prefill": 1.65,

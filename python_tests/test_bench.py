@@ -79,7 +79,7 @@ def test_a_usual_turn_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     turn = {"MOV": 1, "LDGSTS.128": 1, "BRA": 3, "FMUL": 1, "HMMA": 1}
     assert Counter(i.op for i in static.way(loop.main_loop(), static.USUAL)) == turn
     assert loop.usual_turn() == turn | {"MOV": 1, "LDG.32": 1 / 32, "IMAD": 1 / 32}
-    assert kernel(name.format("true")).usual_turn() == turn | {"LDG.32": 1, "IMAD": 1}
+    assert kernel(name.format("true")).usual_turn() == turn | {"LDG.32": 1 / 2, "IMAD": 1 / 2}
     assert loop.headroom() == pytest.approx(64 * 2 * 128 * 2 / static.BYTES_A_CYCLE / (7 + 2 / 32))
 
 

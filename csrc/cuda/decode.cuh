@@ -47,8 +47,7 @@ struct DecodeQuery {
   // All lanes of a warp ask together. What is listed lies before what is local, and so is sealed.
   __device__ __forceinline__ Tokens tokens() const {
     const AttendedUnits e = units(WarpSearch{});
-    const int local = max(min(e.end, sealed * a.mask.page_units) - e.local, 0);  // that are sealed
-    return {e, e.sink + e.listed + local, a.mask.unit, position};
+    return {e, sealed * a.mask.page_units, e.listed, a.mask.unit, position};
   }
   // Whether this split has tokens, as far as can be told without the list: if not, there is nothing to look up.
   __device__ __forceinline__ bool may_have(int split) const {

@@ -93,12 +93,13 @@ struct Tokens {
   int last;           // the newest position that may be attended
   int count, sealed;  // tokens of all entries, of which the first `sealed` lie in sealed pages
 
-  __device__ Tokens(const AttendedUnits& e, int sealed_entries, const Divisor& unit, int last)
+  // Units before `end` lie in sealed pages, of those in the list the first `listed`.
+  __device__ Tokens(const AttendedUnits& e, int end, int listed, const Divisor& unit, int last)
       : entries(e),
         unit(unit),
         last(last),
         count(e.count() * static_cast<int>(unit)),
-        sealed(sealed_entries * static_cast<int>(unit)) {}
+        sealed((min(e.sink, end) + listed + max(min(e.end, end) - e.local, 0)) * static_cast<int>(unit)) {}
 
   __device__ bool is_sealed(int i) const { return i < sealed; }
   __device__ int position(int i) const {

@@ -49,15 +49,17 @@ struct Block {
   __device__ static bool sync_or(bool x) { return __syncthreads_or(x); }
 };
 
-// The j-th chunk of a tile with so many to a row, and those of other threads after it.
+// A thread's chunk of a tile with so many to a row, where those of the first thread is the j-th. `ahead` is a number that the
+// compiler knows, so addresses of a thread's chunks differ by what it can compute once.
 template <int kChunks, int kThreads>
 struct ChunkAt {
-  int row, chunk;
+  int first, ahead, chunk;
 
   __device__ __forceinline__ ChunkAt(int j, int thread) {
-    if constexpr (kThreads % kChunks == 0) row = j / kChunks + thread / kChunks, chunk = thread % kChunks;  // j: a number
-    else row = (j + thread) / kChunks, chunk = (j + thread) % kChunks;
+    if constexpr (kThreads % kChunks == 0) first = thread / kChunks, ahead = j / kChunks, chunk = thread % kChunks;
+    else first = (j + thread) / kChunks, ahead = 0, chunk = (j + thread) % kChunks;
   }
+  __device__ __forceinline__ int row() const { return first + ahead; }
 };
 
 // Copies the tokens [first, last), 64 at a time, from wherever their rows lie into shared memory, kAhead tiles before their
@@ -146,7 +148,7 @@ struct KvPipeline {
 #pragma unroll
     for (int j = 0; j < kKeys * kChunks; j += Crew::threads()) {
       const ChunkAt<kChunks, Crew::threads()> at(j, Crew::thread());
-      const int row = at.row, element = at.chunk * kChunk;
+      const int row = at.row(), element = at.chunk * kChunk;
       const X *from_k = static_cast<const X*>(t.k[row]), *from_v = static_cast<const X*>(t.v[row]);
       const bool read = from_k && element < D;
       cp_async_16(k.at(row, element), at_offset(from_k, element), read);

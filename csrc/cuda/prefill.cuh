@@ -95,8 +95,8 @@ __device__ __forceinline__ Tokens prefill_tokens(const PrefillArgs& a, const Que
   const int64_t unsealed = window == kDense ? 0 : window == 0 ? page : max(page - 1, 0);
   const AttendedUnits e = attended(a.mask, window, list, page, last, a.kv.P, unsealed, WarpSearch{});
   const int end = tile.of.sealed * a.mask.page_units;  // of the sealed units
-  const int64_t sealed = WarpSearch{}(e.count(), [&](int64_t i) { return e[static_cast<int>(i)] < end; });
-  return {e, static_cast<int>(sealed), a.mask.unit, last};
+  const int64_t listed = WarpSearch{}(e.listed, [&](int64_t i) { return e.list[i] < end; });
+  return {e, end, static_cast<int>(listed), a.mask.unit, last};
 }
 
 template <typename T>

@@ -56,7 +56,7 @@ struct WarpPipeline {
   }
 
  private:
-  // Of the lane's own tile, each lane having another of 32; or of its token in the next tile.
+  // Of the lane's own tile, each lane having another of 32; or of its token, each lane having another of two tiles.
   struct Next {
     int rows;          // 32 times the first, and how many of them to read
     int slot;          // -1: the residual buffer
@@ -90,8 +90,9 @@ struct WarpPipeline {
       const int64_t at = residual_of(kv, sequence.b, sequence.h);
       k = static_cast<const X*>(kv.residual_k) + at, v = static_cast<const X*>(kv.residual_v) + at;
     }
-    copy_chunks(stage, D, [&](int row, int element, bool of_values) {
-      return Chunk{(of_values ? v : k) + (first_row + row) * D + element, row < count};
+    k += first_row * D, v += first_row * D;
+    copy_chunks(stage, D, [&](auto at, int element, bool of_values) {
+      return Chunk{(of_values ? v : k) + (at.first * D + element) + at.ahead * D, at.row() < count};
     });
     if constexpr (kCoded) {  // weights of 0 must meet no NaN
       if (lane < 8) cp_async_16(stage.v_grid + 2 * lane, value_grid(kv, slot, first_row) + 4 * lane, count > 0);
@@ -123,28 +124,28 @@ struct WarpPipeline {
     return next;
   }
 
-  // 16 tokens, each of them looked up a tile ahead of its copy.
+  // 16 tokens. Those of two tiles are looked up together, a tile ahead of the first one's copy.
   __device__ __forceinline__ void copy_tokens(const Sequence<T>& sequence, const Tokens& tokens, int start, int last, int D,
                                               int i, Next& next) const {
-    const int lane = threadIdx.x % 32, key = lane % kWarpKeys;
+    const int lane = threadIdx.x % 32, key = lane % kWarpKeys, half = i % 2;
     const auto look_up = [&](int tile) {
-      const int token = start + tile * kKeys + key, position = position_of(tokens, token, last);
+      const int token = start + (tile + lane / kWarpKeys) * kKeys + key, position = position_of(tokens, token, last);
       next.token = Row{};
       if (position != kMasked) next.token = sequence.row(position, tokens.is_sealed(token));
     };
     if (i == 0) look_up(0);
     Tile& stage = stages[i % kStages];
-    const uint32_t attended = __ballot_sync(~0u, next.token.k != nullptr) & 0xffff;
+    const uint32_t attended = __ballot_sync(~0u, next.token.k != nullptr) >> half * kWarpKeys & 0xffff;
     if (lane == 0) stage.attended = attended;
-    if (lane < kWarpKeys) {
+    if (lane / kWarpKeys == half) {
       stage.rows[0][key] = next.token.k, stage.rows[1][key] = next.token.v;
       if constexpr (kCoded)
         stage.k_grid[key] = next.token.k_grid, stage.v_grid[key] = next.token.v_grid;  // zeros without a key
     }
-    look_up(i + 1);
+    if (half == 1) look_up(i + 1);
     __syncwarp();
-    copy_chunks(stage, D, [&](int row, int element, bool of_values) {
-      const X* const from = static_cast<const X*>(stage.rows[of_values][row]);
+    copy_chunks(stage, D, [&](auto at, int element, bool of_values) {
+      const X* const from = static_cast<const X*>(stage.rows[of_values][at.row()]);
       return Chunk{from ? from + element : from, from != nullptr};
     });
   }
@@ -159,14 +160,15 @@ struct WarpPipeline {
   __device__ __forceinline__ static void copy_chunks(Tile& stage, int D, ChunkOf chunk_of) {
     constexpr int kChunk = SmemTile<X, kD>::kChunk, kChunks = kD / kChunk;
 #pragma unroll
-    for (int of_values = 0; of_values < 2; ++of_values)
+    for (int j = 0; j < kWarpKeys * kChunks; j += 32) {
+      const ChunkAt<kChunks, 32> at(j, threadIdx.x % 32);
+      const int element = at.chunk * kChunk;
 #pragma unroll
-      for (int j = 0; j < kWarpKeys * kChunks; j += 32) {
-        const ChunkAt<kChunks, 32> at(j, threadIdx.x % 32);
-        const int row = at.row, element = at.chunk * kChunk;
-        const Chunk chunk = chunk_of(row, element, of_values);
-        cp_async_16((of_values ? stage.v() : stage.k()).at(row, element), chunk.from, chunk.read && element < D);
+      for (int of_values = 0; of_values < 2; ++of_values) {
+        const Chunk chunk = chunk_of(at, element, of_values);
+        cp_async_16((of_values ? stage.v() : stage.k()).at(at.row(), element), chunk.from, chunk.read && element < D);
       }
+    }
   }
 };
 
