@@ -77,6 +77,7 @@ LEAST = {
     "decode int8_per_token": 2.2,
     "decode int8_per_token scattered": 1.75,
     "page_scores": 6.0,
+    "sm_80 mass": 0.9,
     "sm_80 prefill": 1.65,
     "sm_90a prefill": 1.65,
 }

@@ -115,8 +115,8 @@ struct MassRows {
 template <typename T, int kD, bool kInt8>
 __device__ __forceinline__ void load_keys(const MassKeys& table, int D, SmemTile<T, kD> to) {
   constexpr int kN = 8, kRun = kD < 128 ? 4 : 8;
-  for (int j = threadIdx.x; j < kKeys / kRun * kD / kN; j += kThreads) {
-    const int first = j / (kD / kN) * kRun, d = j % (kD / kN) * kN;
+  for_chunks<kKeys / kRun, kD / kN, kThreads>(threadIdx.x, [&](auto at) {
+    const int first = at.row() * kRun, d = at.chunk * kN;
     Codes8 codes[kRun];
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
@@ -148,7 +148,7 @@ __device__ __forceinline__ void load_keys(const MassKeys& table, int D, SmemTile
         store_vector(reinterpret_cast<uint32_t*>(to.at(key, d)), k);
       }
     }
-  }
+  });
 }
 
 // A warp's 16 keys in registers, as gemm_qk wants them.
@@ -196,13 +196,11 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 5 : 4) mass_kernel(const
   float sums[2][2] = {};
   if (__syncthreads_or(wanted)) {
     const auto fetch = [&](int step) {
-      constexpr int kN = 8;
-      for (int j = threadIdx.x; j < kMassRows * kD / kN; j += kThreads) {
-        const int row = j / (kD / kN), d = j % (kD / kN) * kN;
+      for_chunks<kMassRows, kD / 8, kThreads>(threadIdx.x, [&](auto at) {
+        const int row = at.row(), d = at.chunk * 8;
         const T* const from = sources[row_of(step) + row];
-        const bool read = from && d < D;
-        cp_async_16(queries_of(step).at(row, d), read ? from + d : from, read);
-      }
+        cp_async_16(queries_of(step).at(row, d), at_offset(from, d), from && d < D);
+      });
       cp_async_commit();
     };
 

@@ -88,13 +88,13 @@ struct GroupGrid {
 // Puts rows [0, kRows) of a tile of queries into shared memory, zeros where query(row) is null and beyond channel D.
 template <int kRows, typename T, int kD, typename Query>
 __device__ __forceinline__ void load_queries(SmemTile<T, kD> q, int D, Query query) {
-  for (int j = threadIdx.x; j < kRows * kD / 8; j += kThreads) {
-    const int row = j / (kD / 8), d = j % (kD / 8) * 8;
+  for_chunks<kRows, kD / 8, kThreads>(threadIdx.x, [&](auto at) {
+    const int row = at.row(), d = at.chunk * 8;
     const T* const from = query(row);
     Vector<uint32_t, 4> x{};
     if (from && d < D) x = load_vector<uint32_t, 4>(reinterpret_cast<const uint32_t*>(from + d));
     store_vector(reinterpret_cast<uint32_t*>(q.at(row, d)), x);
-  }
+  });
 }
 
 // ---- products

@@ -62,6 +62,17 @@ struct ChunkAt {
   __device__ __forceinline__ int row() const { return first + ahead; }
 };
 
+// A thread's chunks of so many rows.
+template <int kRows, int kChunks, int kThreads, typename Body>
+__device__ __forceinline__ void for_chunks(int thread, Body body) {
+  constexpr int kAll = kRows * kChunks;
+#pragma unroll
+  for (int j = 0; j < kAll; j += kThreads) {
+    if (kAll % kThreads != 0 && j + thread >= kAll) break;
+    body(ChunkAt<kChunks, kThreads>(j, thread));
+  }
+}
+
 // Copies the tokens [first, last), 64 at a time, from wherever their rows lie into shared memory, kAhead tiles before their
 // use. X is T, or uint8_t for codes.
 //
@@ -145,15 +156,13 @@ struct KvPipeline {
   __device__ __forceinline__ void copy(int i, Tile k, Tile v) const {
     constexpr int kChunk = 16 / sizeof(X), kChunks = kD / kChunk;
     const KeyTable& t = table_at(i);
-#pragma unroll
-    for (int j = 0; j < kKeys * kChunks; j += Crew::threads()) {
-      const ChunkAt<kChunks, Crew::threads()> at(j, Crew::thread());
+    for_chunks<kKeys, kChunks, Crew::threads()>(Crew::thread(), [&](auto at) {
       const int row = at.row(), element = at.chunk * kChunk;
       const X *from_k = static_cast<const X*>(t.k[row]), *from_v = static_cast<const X*>(t.v[row]);
       const bool read = from_k && element < D;
       cp_async_16(k.at(row, element), at_offset(from_k, element), read);
       cp_async_16(v.at(row, element), at_offset(from_v, element), read);
-    }
+    });
   }
 };
 

@@ -159,16 +159,14 @@ struct WarpPipeline {
   template <typename ChunkOf>
   __device__ __forceinline__ static void copy_chunks(Tile& stage, int D, ChunkOf chunk_of) {
     constexpr int kChunk = SmemTile<X, kD>::kChunk, kChunks = kD / kChunk;
-#pragma unroll
-    for (int j = 0; j < kWarpKeys * kChunks; j += 32) {
-      const ChunkAt<kChunks, 32> at(j, threadIdx.x % 32);
+    for_chunks<kWarpKeys, kChunks, 32>(threadIdx.x % 32, [&](auto at) {
       const int element = at.chunk * kChunk;
 #pragma unroll
       for (int of_values = 0; of_values < 2; ++of_values) {
         const Chunk chunk = chunk_of(at, element, of_values);
         cp_async_16((of_values ? stage.v() : stage.k()).at(at.row(), element), chunk.from, chunk.read && element < D);
       }
-    }
+    });
   }
 };
 
