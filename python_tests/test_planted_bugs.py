@@ -249,6 +249,13 @@ BUGS = [
     Bug(
         "tables change while they are read", "resolve", "  __syncthreads();  // until here", "  // until here", RESOLVE
     ),
+    Bug(
+        "a page of the sink is picked",
+        "select",
+        "c.begin <= first + i && first + i < end",
+        "first + i < end",
+        "python_tests/test_select.py",
+    ),
     Bug("a tie too many", "select", "tie < cut.ties", "tie <= cut.ties", "python_tests/test_select.py -k sort"),
     Bug(
         "NaN is the best score",

@@ -65,6 +65,7 @@ struct MassKeys {
     position[key] = row.k ? at : kMasked;
     k[key] = row.k, stats[key] = row.stats, k_grid[key] = row.k_grid, coded[key] = row.coded;
   }
+  __device__ __forceinline__ Codes8 codes(int key, int d) const { return load_codes(static_cast<const uint8_t*>(k[key]) + d); }
 };
 
 // Of a query and head: lse is in units of log2, and infinite where nothing is to be added. Without a query, position is -1.
@@ -111,9 +112,9 @@ struct MassRows {
 };
 
 // Brings the keys of a tile into shared memory, those that are no codes in the background; zeros where there is none, and
-// beyond channel D. A thread takes 8 channels of neighbouring keys.
+// beyond channel D. A thread takes 8 channels of neighbouring keys. grouped: codes lie on the grids of groups.
 template <typename T, int kD, bool kInt8>
-__device__ __forceinline__ void load_keys(const MassKeys& table, int D, SmemTile<T, kD> to) {
+__device__ __forceinline__ void load_keys(const MassKeys& table, bool grouped, int D, SmemTile<T, kD> to) {
   constexpr int kN = 8, kRun = kD < 128 ? 4 : 8;
   for_chunks<kKeys / kRun, kD / kN, kThreads>(threadIdx.x, [&](auto at) {
     const int first = at.row() * kRun, d = at.chunk * kN;
@@ -121,32 +122,28 @@ __device__ __forceinline__ void load_keys(const MassKeys& table, int D, SmemTile
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
       const int key = first + i;
-      const bool read = table.position[key] != kMasked && d < D;
-      if (kInt8 && table.coded[key]) {
-        if (read) codes[i] = load_codes(static_cast<const uint8_t*>(table.k[key]) + d);
-      } else {
-        const T* const from = static_cast<const T*>(table.k[key]);
-        cp_async_16(to.at(key, d), read ? from + d : from, read);
-      }
+      if (kInt8 && table.coded[key] && d < D) codes[i] = table.codes(key, d);
+      else cp_async_16(to.at(key, d), at_offset(static_cast<const T*>(table.k[key]), d), table.k[key] && d < D);
     }
-    if constexpr (kInt8) {
-      const T* of = nullptr;
-      Bounds<T> bounds{};
+    if (!kInt8 || d >= D) return;
+    const auto put = [&](int key, const Vector<uint32_t, 4>& k) {
+      store_vector(reinterpret_cast<uint32_t*>(to.at(key, d)), k);
+    };
+    const auto stats = [&](int i) { return static_cast<const T*>(table.stats[first + i]); };
+    if (!grouped) {
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        const int key = first + i;
-        if (!table.coded[key]) continue;
-        Vector<uint32_t, 4> k{};
-        if (const T* const stats = static_cast<const T*>(table.stats[key]); d >= D) {
-        } else if (stats) {
-          if (stats != of) bounds = Bounds<T>::load(stats + d, D);
-          of = stats;
-          k = GroupGrid<T>(bounds).dequantize(codes[i]);
-        } else {
-          k = dequantize_8<T>(codes[i], table.k_grid[key]);
-        }
-        store_vector(reinterpret_cast<uint32_t*>(to.at(key, d)), k);
-      }
+      for (int i = 0; i < kRun; ++i)
+        if (table.coded[first + i]) put(first + i, dequantize_8<T>(codes[i], table.k_grid[first + i]));
+    } else if (stats(0) && stats(0) == stats(kRun - 1)) {  // of one group, as keys mostly are
+      const GroupGrid<T> grid(Bounds<T>::load(stats(0) + d, D));
+#pragma unroll
+      for (int i = 0; i < kRun; ++i)
+        if (table.coded[first + i]) put(first + i, grid.dequantize(codes[i]));
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kRun; ++i)
+        if (table.coded[first + i])
+          put(first + i, GroupGrid<T>(Bounds<T>::load(stats(i) + d, D)).dequantize(table.codes(first + i, d)));
     }
   });
 }
@@ -205,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 5 : 4) mass_kernel(const
     };
 
     fetch(0);
-    load_keys<T, kD, kInt8>(table, D, keys);
+    load_keys<T, kD, kInt8>(table, a.kv.stats != nullptr, D, keys);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();

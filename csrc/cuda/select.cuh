@@ -223,20 +223,51 @@ struct Cut {
 };
 
 // The greatest keys are picked. Keys in the order of floats; NaN counts as -inf, and -0 as 0.
-__device__ __forceinline__ uint32_t pick_key(const float* x) {
-  const float value = __ldg(x);
-  return ordered(value != value ? -INFINITY : value + 0.0f);
+__device__ __forceinline__ uint32_t pick_key(float value) { return ordered(value != value ? -INFINITY : value + 0.0f); }
+// Of integers from 0 on, the least ones.
+__device__ __forceinline__ uint32_t pick_key(int32_t value) { return ~static_cast<uint32_t>(value); }
+
+__device__ __forceinline__ Vector<float, 4> load_four(const float* x) { return load_global<float, 4>(x); }
+__device__ __forceinline__ Vector<int32_t, 4> load_four(const int32_t* x) {  // which the kernel itself may have written
+  return load_vector<int32_t, 4>(x);
 }
-// Of integers from 0 on, the least ones. The kernel itself may have written them.
-__device__ __forceinline__ uint32_t pick_key(const int32_t* x) { return ~static_cast<uint32_t>(*x); }
+
+constexpr int kFours = 4;  // that a thread asks for at once, as one block has to read all of a row
+
+// Four neighbouring candidates, from a multiple of four on.
+struct Four {
+  uint32_t key[4];
+  bool there[4];  // whether it is one
+
+  Four() = default;
+  // `end`: of those that are wanted, the candidates' at most.
+  template <typename V>
+  __device__ __forceinline__ Four(const Choice<V>& c, int first, int end) {
+    Vector<V, 4> x{};
+    const bool aligned = reinterpret_cast<uintptr_t>(c.values) % sizeof(x) == 0;
+    if (aligned && first + 4 <= end) x = load_four(c.values + first);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      there[i] = c.begin <= first + i && first + i < end;
+      if (!(aligned && first + 4 <= end) && there[i]) x.value[i] = c.values[first + i];
+      key[i] = pick_key(x.value[i]);
+    }
+  }
+};
 
 // Counts the candidates level with the cut by the 8 bits above `shift`.
 template <typename V>
 __device__ __forceinline__ void count_bins(const Choice<V>& c, const Cut& cut, int shift, int* bins) {  // [kBins], shared
-#pragma unroll 4
-  for (int i = c.begin + static_cast<int>(threadIdx.x); i < c.end; i += kSelectThreads) {
-    const uint32_t key = pick_key(c.values + i);
-    if (cut.is_level(key)) atomicAdd(bins + (key >> shift & (kBins - 1)), 1);
+  constexpr int kStride = 4 * kSelectThreads;
+  for (int first = c.begin / 4 * 4 + 4 * static_cast<int>(threadIdx.x); first < c.end; first += kFours * kStride) {
+    Four fours[kFours];
+#pragma unroll
+    for (int n = 0; n < kFours; ++n) fours[n] = Four(c, first + n * kStride, c.end);
+#pragma unroll
+    for (const Four& four : fours)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (four.there[i] && cut.is_level(four.key[i])) atomicAdd(bins + (four.key[i] >> shift & (kBins - 1)), 1);
   }
 }
 
@@ -297,27 +328,45 @@ __device__ __forceinline__ int2 sum_before(int2 own, int2* sums) {  // [kSelectW
 template <typename V>
 __device__ __forceinline__ void write_picks(const Choice<V>& c, const Cut& cut, SharedMemory& shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int part = (c.end - c.begin + kSelectThreads - 1) / kSelectThreads * 32;
-  const int begin = c.begin + warp * part, end = min(begin + part, c.end);
+  constexpr int kStride = 4 * 32;
+  const int start = c.begin / 4 * 4, part = (c.end - start + 4 * kSelectThreads - 1) / (4 * kSelectThreads) * kStride;
+  const int begin = start + warp * part, end = min(begin + part, c.end);
+  // Calls visit(first, above, level) with four neighbouring candidates a lane, and which lanes' i-th are above and level.
   const auto walk = [&](auto visit) {
-#pragma unroll 4
-    for (int first = begin; first < end; first += 32) {
-      const int i = first + lane;
-      const uint32_t key = i < end ? pick_key(c.values + i) : 0;
-      visit(i, __ballot_sync(~0u, i < end && cut.is_above(key)), __ballot_sync(~0u, i < end && cut.is_level(key)));
+    for (int first = begin; first < end; first += kFours * kStride) {
+      Four fours[kFours];
+#pragma unroll
+      for (int n = 0; n < kFours; ++n) fours[n] = Four(c, first + n * kStride + 4 * lane, end);
+#pragma unroll
+      for (int n = 0; n < kFours; ++n) {
+        uint32_t above[4], level[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          above[i] = __ballot_sync(~0u, fours[n].there[i] && cut.is_above(fours[n].key[i]));
+          level[i] = __ballot_sync(~0u, fours[n].there[i] && cut.is_level(fours[n].key[i]));
+        }
+        visit(first + n * kStride + 4 * lane, above, level);
+      }
     }
+  };
+  const auto count = [](const uint32_t (&lanes)[4], uint32_t of) {
+    return __popc(lanes[0] & of) + __popc(lanes[1] & of) + __popc(lanes[2] & of) + __popc(lanes[3] & of);
   };
 
   int2 own = make_int2(0, 0);
-  walk([&](int, uint32_t above, uint32_t level) { own.x += __popc(above), own.y += __popc(level); });
+  walk([&](int, const auto& above, const auto& level) { own.x += count(above, ~0u), own.y += count(level, ~0u); });
   const int2 sum = sum_before(own, shared.take<int2>(kSelectWarps));
 
   int above_before = sum.x, level_before = sum.y;
-  walk([&](int i, uint32_t above, uint32_t level) {
+  walk([&](int first, const auto& above, const auto& level) {
     const uint32_t mine = 1u << lane, lower = mine - 1;
-    const int place = above_before + __popc(above & lower), tie = level_before + __popc(level & lower);
-    if (above & mine || (level & mine && tie < cut.ties)) c.ids[place + min(tie, cut.ties)] = i;
-    above_before += __popc(above), level_before += __popc(level);
+    int place = above_before + count(above, lower), tie = level_before + count(level, lower);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (above[i] & mine || (level[i] & mine && tie < cut.ties)) c.ids[place + min(tie, cut.ties)] = first + i;
+      place += (above[i] & mine) != 0, tie += (level[i] & mine) != 0;
+    }
+    above_before += count(above, ~0u), level_before += count(level, ~0u);
   });
   for (int i = min(c.count, c.end - c.begin) + static_cast<int>(threadIdx.x); i < c.width; i += kSelectThreads) c.ids[i] = -1;
 }
