@@ -108,7 +108,7 @@ BUGS = [
         "store_vector(grid + kD + d, step);\n  }\n  __syncwarp();",
         "store_vector(grid + kD + d, step);\n  }",
     ),
-    Bug("bytes of another key", "decode", "code_value(word, 2 + odd)", "code_value(word, 1 + odd)"),
+    Bug("bytes of another key", "decode", "code_pair<T>(word, odd, 2 + odd)", "code_pair<T>(word, odd, 1 + odd)"),
     Bug("queries of the next group", "decode", "row < heads ? queries", "row < kGroup ? queries"),
     Bug(
         "warps' results in use while written",
@@ -248,6 +248,13 @@ BUGS = [
     Bug("a miss too far", "resolve", "(1u << lane) - 1", "(2u << lane) - 1", RESOLVE),
     Bug(
         "tables change while they are read", "resolve", "  __syncthreads();  // until here", "  // until here", RESOLVE
+    ),
+    Bug(
+        "one code of a pair twice",
+        "convert",
+        "0x4040 + i + 256 * j",
+        "0x4040 + i + 256 * i",
+        "python_tests/test_decode.py -k test_decode",
     ),
     Bug(
         "a page of the sink is picked",

@@ -70,6 +70,23 @@ __device__ __forceinline__ float code_value(uint32_t codes, int i) {
   return __uint_as_float(__byte_perm(codes, 0x4b000000u, 0x7440 + i)) - 8388608.0f;
 }
 
+// Bytes i and j of a word of INT8 codes as a pair of T, exactly. 1024 + code has the code in the lowest bits of a float16,
+// which converts two at a time.
+template <typename T>
+__device__ __forceinline__ uint32_t code_pair(uint32_t codes, int i, int j) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const uint32_t bits = __byte_perm(codes, 0x64646464u, 0x4040 + i + 256 * j);
+    __half2 pair;
+    memcpy(static_cast<void*>(&pair), &bits, sizeof(bits));
+    pair = __hsub2(pair, __float2half2_rn(1024.0f));
+    uint32_t exact;
+    memcpy(&exact, &pair, sizeof(exact));
+    return exact;
+  } else {
+    return pack<T>(code_value(codes, i), code_value(codes, j));
+  }
+}
+
 // x / 255 for an x of 16 bits, to the bit and without a division: quant.h's step of a grid of such.
 __device__ __forceinline__ float divided_by_255(float x) {
   const float quotient = x * (1.0f / 255), rest = fmaf(quotient, -255.0f, x);

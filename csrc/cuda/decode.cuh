@@ -25,29 +25,18 @@ __device__ __forceinline__ int count_splits(const Mask& mask, int tokens) {
   return tokens == 0 ? 0 : (tokens + size - 1) / size;
 }
 
-// The query of (b, h): what a block reads first, all at once, as each answer takes as long as hundreds of instructions.
-struct DecodeQuery {
-  const DecodeArgs& a;
-  const int32_t* list;
-  int position, sealed, window, list_local;  // sealed: pages
-
-  __device__ __forceinline__ DecodeQuery(const DecodeArgs& a, int b, int h)
-      : a(a),
-        list(list_of(a.mask, b, h)),
-        position(a.seq_lens[b] - 1),
-        sealed(a.kv.sealed[b]),
-        window(a.mask.windows[h]),
-        list_local(lserve::list_local(a.mask, b)) {}
+// The one of (b, h).
+struct DecodeQuery : Queries<DecodeArgs> {
+  using Queries::Queries;
 
   template <typename Search>
   __device__ __forceinline__ AttendedUnits units(Search search) const {
-    if (position < 0) return {};
-    return attended(a.mask, window, list, list_local, position, a.kv.P, int64_t{sealed} * a.mask.page_units, search);
+    return held > 0 ? Queries::units(held - 1, list, search) : AttendedUnits{};
   }
   // All lanes of a warp ask together. What is listed lies before what is local, and so is sealed.
   __device__ __forceinline__ Tokens tokens() const {
     const AttendedUnits e = units(WarpSearch{});
-    return {e, sealed * a.mask.page_units, e.listed, a.mask.unit, position};
+    return {e, sealed * a.mask.page_units, e.listed, a.mask.unit, held - 1};
   }
   // Whether this split has tokens, as far as can be told without the list: if not, there is nothing to look up.
   __device__ __forceinline__ bool may_have(int split) const {
@@ -97,22 +86,21 @@ struct Int8Operand {
     ldmatrix_x4(codes, k.at(lane % 16, 32 * pair + lane / 16 * 16));
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
-      Vector<float, 4> min{}, width{};
-      if (kGroups) {
+      Vector<float, 4> min, width;
+      if constexpr (kGroups) {
         const float* const from = grid + 32 * pair + 16 * step + lane % 4 * 4;
         min = load_vector<float, 4>(from), width = load_vector<float, 4>(from + kD);
       }
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float x[4];
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          x[i] = code_value(codes[2 * step + half], i);
+        for (int i = 0; i < 4; i += 2) {
+          const uint32_t word = codes[2 * step + half];
           // Rounding to T brings what is past the maximum back to it.
-          if (kGroups) x[i] = fmaf(width.value[i], x[i], min.value[i]);
+          const auto key = [&](int i) { return fmaf(width.value[i], code_value(word, i), min.value[i]); };
+          if constexpr (kGroups) a[step][half + i] = pack<T>(key(i), key(i + 1));
+          else a[step][half + i] = code_pair<T>(word, i, i + 1);
         }
-        a[step][half] = pack<T>(x[0], x[1]), a[step][2 + half] = pack<T>(x[2], x[3]);
-      }
     }
   }
 
@@ -127,7 +115,7 @@ struct Int8Operand {
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
           const uint32_t word = codes[2 * step + half];
-          a[step][2 * half + odd] = pack<T>(code_value(word, odd), code_value(word, 2 + odd));
+          a[step][2 * half + odd] = code_pair<T>(word, odd, 2 + odd);
         }
   }
 };
@@ -433,7 +421,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<kD, kStorage>))
   const DecodeMemory<T, kD, kStorage, kScattered> memory{SharedMemory()};
   const T* const queries = static_cast<const T*>(a.q.data) + b * a.q.stride0 + head * a.q.stride1;
   const auto query = [&](int row) { return row < heads ? queries + row * a.q.stride1 : nullptr; };
-  const Sequence<T> sequence{a.kv, b, h, own.position + 1};
+  const Sequence<T> sequence{a.kv, b, h, own.held};
   const Tokens found = own.tokens(), &tokens = *memory.tokens;
   if (threadIdx.x == 0) *memory.tokens = found;
   __syncthreads();
@@ -472,7 +460,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   for (int split = blockIdx.z; split * size < tokens.count; split += gridDim.z) {
     const int first = split * size, last = min(first + size, tokens.count);
     const int64_t partial = row * partials.splits + split;
-    const float lse = attend_warp(Sequence<T>{a.kv, b, h, own.position + 1}, tokens, first, last, q, D, a.scale,
+    const float lse = attend_warp(Sequence<T>{a.kv, b, h, own.held}, tokens, first, last, q, D, a.scale,
                                   [&](int d, float x) { partials.out[partial * D + d] = x; });
     if (threadIdx.x % 32 == 0) partials.lse[partial] = lse;
   }

@@ -14,24 +14,13 @@ struct Reach {
   int position;     // and none after the query's own
 };
 
-// The queries of (b, h): what a block reads first, all at once, as each answer takes as long as hundreds of instructions.
-struct MassQueries {
-  const MassArgs& a;
-  const int32_t* list;
-  int tokens, sealed, window, list_local;  // sealed: pages
+// The last T of (b, h).
+struct MassQueries : Queries<MassArgs> {
+  using Queries::Queries;
 
-  __device__ __forceinline__ MassQueries(const MassArgs& a, int b, int h)
-      : a(a),
-        list(list_of(a.mask, b, h)),
-        tokens(a.seq_lens[b]),
-        sealed(a.kv.sealed[b]),
-        window(a.mask.windows[h]),
-        list_local(lserve::list_local(a.mask, b)) {}
-
-  __device__ __forceinline__ int start() const { return tokens - static_cast<int>(a.T); }  // the position of the first
+  __device__ __forceinline__ int start() const { return held - static_cast<int>(a.T); }  // the position of the first
   __device__ __forceinline__ Reach reach(int position) const {
-    const int64_t unsealed = static_cast<int64_t>(sealed) * a.mask.page_units;
-    const AttendedUnits e = attended(a.mask, window, nullptr, list_local, position, a.kv.P, unsealed);
+    const AttendedUnits e = units(position, nullptr, Bisection{});
     return {e.sink, e.local, position};
   }
   __device__ __forceinline__ bool is_listed(int unit) const {
@@ -41,10 +30,10 @@ struct MassQueries {
   }
   // Whether any of them attends a token.
   __device__ __forceinline__ bool attend(int position, bool listed) const {
-    if (position >= tokens) return false;
+    if (position >= held) return false;
     const int unit = position / a.mask.unit;
     // Windows move on with the queries: the oldest has the first local unit.
-    return listed || unit < reach(tokens - 1).sink || unit >= reach(max(0, start())).local;
+    return listed || unit < reach(held - 1).sink || unit >= reach(max(0, start())).local;
   }
   __device__ __forceinline__ bool is_sealed(int position) const { return position / a.kv.P < sealed; }
 };
@@ -186,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 5 : 4) mass_kernel(const
   MassRows<T> own(all, h, b);
   bool wanted = false;
   if (const int key = threadIdx.x, position = blockIdx.x * kKeys + key; key < kKeys) {
-    table.look_up(Sequence<T>{a.kv, b, h, all.tokens}, all, key, position);
+    table.look_up(Sequence<T>{a.kv, b, h, all.held}, all, key, position);
     wanted = table.position[key] != kMasked;
   }
   own.put(rows, sources);
@@ -217,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 5 : 4) mass_kernel(const
         units[n][e] = table.listed[key] ? -1 : table.unit[key];  // what is listed is attended like a sink
       }
 
-    const int steps = (static_cast<int>(min(a.T, int64_t{all.tokens}) * a.G) + kMassRows - 1) / kMassRows;
+    const int steps = (static_cast<int>(min(a.T, int64_t{all.held}) * a.G) + kMassRows - 1) / kMassRows;
     for (int step = 0; step < steps; ++step) {
       const bool next_batch = step % kMassBatch == 0 && step + kMassBatch < steps;
       if (next_batch) own.ask();
@@ -271,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, 4) general_mass_kernel(const __grid_
   float* const queries = shared.take<float>(kMassQueries * kMaxChannels);
   float* const sums = shared.take<float>(kThreads);
   Row row{};
-  if (wanted) row = Sequence<T>{a.kv, b, h, all.tokens}.row(position, all.is_sealed(position));
+  if (wanted) row = Sequence<T>{a.kv, b, h, all.held}.row(position, all.is_sealed(position));
   wanted = row.k != nullptr;
   for (int d = half; d < D; d += kThreads / kKeys) keys[key * stride + d] = wanted ? key_value<T>(row, d, D) : 0.0f;
 

@@ -86,6 +86,30 @@ struct WarpSearch {
   }
 };
 
+// What says which units the queries of (b, h) attend. A block reads it first and all at once, as each answer takes as long as
+// hundreds of instructions. Args: decode's or attention_mass's.
+template <typename Args>
+struct Queries {
+  const Args& a;
+  const int32_t* list;
+  int held, sealed, window, list_local;  // tokens, the newest query's own included; pages
+
+  __device__ __forceinline__ Queries(const Args& a, int b, int h)
+      : a(a),
+        list(list_of(a.mask, b, h)),
+        held(a.seq_lens[b]),
+        sealed(a.kv.sealed[b]),
+        window(a.mask.windows[h]),
+        list_local(lserve::list_local(a.mask, b)) {}
+
+  // Of the query at a position, with this list or null.
+  template <typename Search>
+  __device__ __forceinline__ AttendedUnits units(int position, const int32_t* list, Search search) const {
+    const int64_t unsealed = static_cast<int64_t>(sealed) * a.mask.page_units;
+    return attended(a.mask, window, list, list_local, position, a.kv.P, unsealed, search);
+  }
+};
+
 // The tokens that a query attends, ascending and counted from 0: those of the pools, then those in the model's dtype.
 struct Tokens {
   AttendedUnits entries;
