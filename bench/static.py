@@ -40,7 +40,7 @@ from pathlib import Path
 # registers, blocks of 128 threads with 168 each fit three times, with 128 four times. The shared memory of prefill
 # leaves two blocks, or one of 256 threads, to which all 255 belong.
 RULES: list[tuple[str, int, list[str]]] = [
-    (r"^decode_kernel<\w+, (64|128), (plain|int8_per_group),", 168, ["HMMA", "LDSM", "LDGSTS.128"]),
+    (r"^decode_kernel<\w+, (64|96|128),", 168, ["HMMA", "LDSM", "LDGSTS.128"]),
     (r"^(decode|prefill|split_prefill)_kernel<", 255, ["HMMA", "LDSM", "LDGSTS.128"]),
     (r"^sm90::prefill_kernel", 255, ["HGMMA", "LDGSTS.128"]),
     (r"^general_(decode|prefill|mass)_kernel", 128, []),
@@ -73,9 +73,9 @@ PRODUCT_CYCLES = {("sm_80", "HMMA"): 8, ("sm_90a", "HMMA"): 4, ("sm_90a", "HGMMA
 LEAST = {
     "decode plain": 8.5,
     "decode plain scattered": 6.0,
-    "decode int8_per_group": 2.0,
-    "decode int8_per_token": 2.2,
-    "decode int8_per_token scattered": 1.75,
+    "decode int8_per_group": 2.2,
+    "decode int8_per_token": 2.5,
+    "decode int8_per_token scattered": 1.9,
     "page_scores": 6.0,
     "sm_80 mass": 0.9,
     "sm_80 prefill": 1.65,

@@ -152,6 +152,36 @@ def test_int8_stays_near_the_original(shape: Shape, device: str) -> None:
             assert (out[b, g].double() - want).abs().max() < 0.04
 
 
+@pytest.mark.parametrize("size", [2.0**-13, 2.0**-5, 2.0**8])
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[4], SHAPES[9], SHAPES[11]], ids=str)
+def test_values_of_any_size(shape: Shape, size: float, device: str) -> None:
+    """What a weight is multiplied by to fit its code has as many digits as other numbers of 16 bits."""
+    case = build(shape, awkward_lengths(shape.page_size), device=device)
+    assert case.kv.scales is not None and case.kv.residual_v is not None
+    case.kv.scales[:, 0] *= size
+    case.kv.residual_v.mul_(size)
+    q, args = case.queries(), (Mask(case.windows(*[DENSE] * case.heads)), case.kv, case.lengths)
+    out, exact = ops.decode(q, *args)[0].double(), reference.decode(q.double(), *args)[0]
+    assert (out - exact).abs().max() <= (0.012 if shape.dtype == BF16 else 0.0015) * exact.abs().max()
+
+
+@pytest.mark.parametrize("shape", [SHAPES[9], SHAPES[11], Shape(64, 16, None, 4, BF16, "int8")], ids=str)
+@pytest.mark.parametrize("logit", [-400.0, -3.0])
+def test_one_enormous_value(shape: Shape, logit: float, device: str) -> None:
+    """It neither hides the others where it has next to no weight, nor is lost where it has some."""
+    case = build(shape, [5 * shape.page_size], device=device)
+    kv, D = case.kv, shape.head_dim
+    assert kv.scales is not None and kv.residual_k is not None
+    kv.scales[:, 1] = 0  # keys of zeros, but for one
+    kv.residual_k.zero_()
+    largest = 2.0**100 if shape.dtype == BF16 else 2.0**15
+    for slot in kv.slot_table[0, :, 1].tolist():
+        kv.scales[slot, 1, 3, 1] = logit / D**0.5
+        kv.scales[slot, 0, 3] = torch.tensor([largest / 255, -largest / 2], device=device)
+    q, args = torch.ones_like(case.queries()), (Mask(case.windows(*[DENSE] * case.heads)), kv, case.lengths)
+    assert_attention(ops.decode(q, *args), reference.decode, q, *args)
+
+
 @pytest.mark.parametrize("scale", [0.01, 1.0])
 def test_scale_and_large_logits(scale: float, device: str) -> None:
     shape = SHAPES[1]

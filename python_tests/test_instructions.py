@@ -27,7 +27,8 @@ INPUT = np.dtype(
 OUTPUT = np.dtype(
     [
         ("misaligned", "u4"), ("copied", "u2", (2, 32, 8)), ("matrices", "u4", (32, 4)), ("transposed", "u4", (32, 4)),
-        ("d", "f4", (2, 16, 8)), ("power", "f4", 32), ("codes", "f4", (32, 4)), ("packed", "u4", (2, 32)),
+        ("d", "f4", (2, 16, 8)), ("power", "f4", 32), ("logarithm", "f4", 32), ("codes", "f4", (32, 4)),
+        ("packed", "u4", (2, 32)),
         ("unpacked", "f4", (2, 32, 2)), ("butterfly", "f4", 32), ("up", "f4", 32), ("down", "f4", 32),
         ("broadcast", "f4", 32), ("ballot", "u4"), ("any", "u4"), ("all", "u4"), ("quotients", "f4", (2, 65536)),
         ("turned", "u4", 32),
@@ -108,6 +109,8 @@ def test_instructions(device: str, tmp_path: Path) -> None:
         assert (out["met"] == np.stack([np.ones(128), np.zeros(128), 2 * (127 - np.arange(128)) + 1], 1)).all()
     with np.errstate(under="ignore"):
         np.testing.assert_allclose(out["power"], np.exp2(x), rtol=4e-7, atol=1e-37)
+    with np.errstate(divide="ignore"):
+        np.testing.assert_allclose(out["logarithm"], np.log2(np.abs(x)), rtol=4e-7, atol=4e-7)
     lane = np.arange(32)
     assert (out["codes"] == np.stack([lane * 8, np.full(32, 128), lane, 255 - lane], 1)).all()
     for i, dtype in enumerate(DTYPES):

@@ -108,7 +108,12 @@ BUGS = [
         "store_vector(grid + kD + d, step);\n  }\n  __syncwarp();",
         "store_vector(grid + kD + d, step);\n  }",
     ),
-    Bug("bytes of another key", "decode", "code_pair<T>(word, odd, 2 + odd)", "code_pair<T>(word, odd, 1 + odd)"),
+    Bug(
+        "bytes of another key",
+        "decode",
+        "code_pair<__half>(word, odd, 2 + odd)",
+        "code_pair<__half>(word, odd, 1 + odd)",
+    ),
     Bug("queries of the next group", "decode", "row < heads ? queries", "row < kGroup ? queries"),
     Bug(
         "warps' results in use while written",
@@ -248,6 +253,20 @@ BUGS = [
     Bug("a miss too far", "resolve", "(1u << lane) - 1", "(2u << lane) - 1", RESOLVE),
     Bug(
         "tables change while they are read", "resolve", "  __syncthreads();  // until here", "  // until here", RESOLVE
+    ),
+    Bug(
+        "codes that follow the maximum of logits",
+        "decode",
+        "exp2_approx(s[i] - base[i % 2]);",
+        "exp2_approx(s[i] - max[i % 2]);",
+        "python_tests/test_decode.py -k any_size",
+    ),
+    Bug(
+        "codes that are not brought back",
+        "decode",
+        "softmax.finish_codes();",
+        ";",
+        "python_tests/test_decode.py -k test_decode",
     ),
     Bug(
         "one code of a pair twice",

@@ -24,7 +24,7 @@ template <typename T, int kD, Storage kStorage, bool kScattered>
 void launch_tiles(const DecodeArgs& a, const Partials& partials, void* stream) {
   const int64_t rows = a.kv.H * ((a.G + kGroup - 1) / kGroup);
   // Splits that every row has come before those that only long ones do.
-  const dim3 grid(rows, a.kv.B, kGoesOn<kD> ? blocks_a_row(partials, rows * a.kv.B) : partials.splits);
+  const dim3 grid(rows, a.kv.B, blocks_a_row(partials, rows * a.kv.B));
   launch("decode", decode_kernel<T, kD, kStorage, kScattered>, grid, kThreads,
          DecodeMemory<T, kD, kStorage, kScattered>::kBytes, stream, a, partials);
 }

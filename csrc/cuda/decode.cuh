@@ -115,7 +115,7 @@ struct Int8Operand {
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
           const uint32_t word = codes[2 * step + half];
-          a[step][2 * half + odd] = code_pair<T>(word, odd, 2 + odd);
+          a[step][2 * half + odd] = code_pair<__half>(word, odd, 2 + odd);
         }
   }
 };
@@ -169,28 +169,76 @@ __device__ __forceinline__ float over_keys(float x, Combine combine) {
 template <typename T, int kD>
 struct TransposedSoftmax {
   float out[kD / 16][4] = {};
-  float max[2] = {-INFINITY, -INFINITY}, sum[2] = {}, offset[2] = {};  // offset: sum of weight * V's minimum
+  float max[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+  float offset[2] = {};                            // sum of weight * V's minimum
+  float largest_code[2] = {-INFINITY, -INFINITY};  // maximum of the logarithms of weight * V's step
 
   // s: masked logits, become weights. What has been summed follows their maximum.
   __device__ __forceinline__ void update(float (&s)[4]) {
     float factor[2];
+    weigh(s, factor);
+    rescale(factor);
+  }
+
+  // The same for values that are codes, min + step * code, of which s become the weights: of float16 and at most 1, since
+  // what has been summed follows a maximum of theirs. grid: (step, min) of this lane's keys.
+  __device__ __forceinline__ void update(float (&s)[4], const float2 (&grid)[2]) {
+    float weights[4], factor[2], base[2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) weights[i] = s[i], s[i] += log2_approx(grid[i / 2].x);
+    weigh(weights, factor);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) offset[e] += weights[e] * grid[0].y + weights[2 + e] * grid[1].y;
+    raise(largest_code, s, factor, base);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[i] = exp2_approx(s[i] - base[i % 2]);
+    rescale(factor);
+  }
+  // After the last codes: from here on `out` follows the maximum of logits.
+  __device__ __forceinline__ void finish_codes() {
+    float factor[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      factor[e] = largest_code[e] == -INFINITY ? 0.0f : exp2_approx(largest_code[e] - (max[e] + kHeadroom<T>));
+    rescale(factor);
+  }
+
+ private:
+  // Raises maxima to those of s, and says what has been summed must shrink by. base: the maxima, or 0 while nothing was
+  // attended, so that weights are 0 and not NaN.
+  __device__ __forceinline__ static void raise(float (&maxima)[2], const float (&s)[4], float (&factor)[2], float (&base)[2]) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const auto larger = [](float a, float b) { return fmaxf(a, b); };
-      const float largest = over_keys(fmaxf(max[e], fmaxf(s[e], s[e + 2])), larger);
-      const float base = largest == -INFINITY ? 0.0f : largest;  // nothing attended yet: weights of 0, not of NaN
-      const float shift = base + kHeadroom<T>;
-      factor[e] = exp2_approx(max[e] - base);
-      max[e] = largest;
+      const float largest = over_keys(fmaxf(maxima[e], fmaxf(s[e], s[e + 2])), larger);
+      base[e] = largest == -INFINITY ? 0.0f : largest;
+      factor[e] = exp2_approx(maxima[e] - base[e]);
+      maxima[e] = largest;
+    }
+  }
+  __device__ __forceinline__ void weigh(float (&s)[4], float (&factor)[2]) {
+    float base[2];
+    raise(max, s, factor, base);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float shift = base[e] + kHeadroom<T>;
       s[e] = exp2_approx(s[e] - shift), s[e + 2] = exp2_approx(s[e + 2] - shift);
       sum[e] = fmaf(sum[e], factor[e], s[e] + s[e + 2]), offset[e] *= factor[e];
     }
-    if (__any_sync(~0u, factor[0] != 1 || factor[1] != 1)) {
+  }
+  __device__ __forceinline__ void rescale(const float (&factor)[2]) {
+    if (!__any_sync(~0u, factor[0] != 1 || factor[1] != 1)) return;  // most tiles raise no maximum
 #pragma unroll
-      for (auto& x : out) x[0] *= factor[0], x[1] *= factor[1], x[2] *= factor[0], x[3] *= factor[1];
-    }
+    for (auto& x : out) x[0] *= factor[0], x[1] *= factor[1], x[2] *= factor[0], x[3] *= factor[1];
   }
 };
+
+// Weights of [16 keys, 8 queries] as an operand of the other product.
+template <typename T>
+__device__ __forceinline__ void transpose_weights(const float (&s)[4], uint32_t (&p)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) p[half] = transpose_8x8(pack<T>(s[2 * half], s[2 * half + 1]));
+}
 
 // Rows r and r + 8 that are channels 2 r and 2 r + 1 of every 16 become channels r and r + 8.
 template <typename T, int kD>
@@ -212,10 +260,6 @@ __device__ __forceinline__ void unpermute_channels(TransposedSoftmax<T, kD>& sof
 }
 
 // ---- a split
-
-// Whether a block goes on to another split. With the most channels there are no registers for what a loop keeps.
-template <int kD>
-constexpr bool kGoesOn = kD <= 128;
 
 // What the threads of a block share while they go through their splits.
 template <typename T, int kD, Storage kStorage, bool kScattered>
@@ -277,16 +321,12 @@ __device__ __forceinline__ TransposedSoftmax<T, kD> attend_split(const DecodeMem
   const int lane = threadIdx.x % 32;
   TransposedSoftmax<T, kD> softmax;
   QueryOperand<T, kD> q;
-  const auto weigh = [&](float (&s)[4], uint32_t attended, auto logit) {  // s: q · k, become weights
+  const auto mask = [&](float (&s)[4], uint32_t attended, auto logit) {  // s: q · k, become logits
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int key = lane / 4 + i / 2 * 8;
       s[i] = attended >> key & 1 ? logit(s[i], key, i % 2) * scale : -INFINITY;
     }
-    softmax.update(s);
-  };
-  const auto weights = [](const float (&s)[4], uint32_t (&p)[2]) {  // [16 keys, 8], as an operand
-    for (int half = 0; half < 2; ++half) p[half] = transpose_8x8(pack<T>(s[2 * half], s[2 * half + 1]));
   };
 
   const int boundary = kStorage == Storage::plain ? first : max(first, min(last, tokens.sealed));
@@ -306,25 +346,21 @@ __device__ __forceinline__ TransposedSoftmax<T, kD> attend_split(const DecodeMem
 #pragma unroll
           for (int step = 0; step < 2; ++step) mma_m16n8k16<T>(s, a[step], q.b[2 * pair + step][0], q.b[2 * pair + step][1]);
         }
-        weigh(s, stage.attended, [&](float x, int key, int e) {
+        mask(s, stage.attended, [&](float x, int key, int e) {
           return Memory::kGroups ? x : fmaf(stage.k_grid[key].x, x, stage.k_grid[key].y * total[e]);
         });
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {  // v = min + step * code: the step goes into the weight
-          const float2 grid = stage.v_grid[lane / 4 + i / 2 * 8];
-          softmax.offset[i % 2] += s[i] * grid.y;
-          s[i] *= grid.x;
-        }
+        softmax.update(s, {stage.v_grid[lane / 4], stage.v_grid[lane / 4 + 8]});
         uint32_t p[2];
-        weights(s, p);
+        transpose_weights<__half>(s, p);
 #pragma unroll
         for (int pair = 0; pair < kD / 32; ++pair) {
           uint32_t a[2][4];
           operand.values(a, pair);
 #pragma unroll
-          for (int step = 0; step < 2; ++step) mma_m16n8k16<T>(softmax.out[2 * pair + step], a[step], p[0], p[1]);
+          for (int step = 0; step < 2; ++step) mma_m16n8k16<__half>(softmax.out[2 * pair + step], a[step], p[0], p[1]);
         }
       });
+      softmax.finish_codes();
       unpermute_channels(softmax);
     }
   }
@@ -339,8 +375,9 @@ __device__ __forceinline__ TransposedSoftmax<T, kD> attend_split(const DecodeMem
         operand.keys(a, step);
         mma_m16n8k16<T>(s, a, q.b[step][0], q.b[step][1]);
       }
-      weigh(s, stage.attended, [](float x, int, int) { return x; });
-      weights(s, p);
+      mask(s, stage.attended, [](float x, int, int) { return x; });
+      softmax.update(s);
+      transpose_weights<T>(s, p);
 #pragma unroll
       for (int step = 0; step < kD / 16; ++step) {
         operand.values(a, step);
@@ -403,12 +440,12 @@ __device__ __forceinline__ void join_warps(const DecodeMemory<T, kD, kStorage, k
   }
 }
 
-// Blocks that an SM is to hold: three, where that many registers do without spills.
-template <int kD, Storage kStorage>
-constexpr int kBlocks = kD <= 128 && (kStorage == Storage::plain || (kStorage == Storage::int8_per_group && kD != 96)) ? 3 : 2;
+// Blocks that an SM is to hold, by registers.
+template <int kD>
+constexpr int kBlocks = kD <= 128 ? 3 : 2;
 
 template <typename T, int kD, Storage kStorage, bool kScattered>
-__global__ void __launch_bounds__(kThreads, (kBlocks<kD, kStorage>))
+__global__ void __launch_bounds__(kThreads, kBlocks<kD>)
     decode_kernel(const __grid_constant__ DecodeArgs a, const Partials partials) {
   const int b = blockIdx.y, parts = static_cast<int>(a.G + kGroup - 1) / kGroup, h = blockIdx.x / parts;
   const int head = static_cast<int>(h * a.G) + blockIdx.x % parts * kGroup;  // of the first query
@@ -438,7 +475,6 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<kD, kStorage>))
     join_warps<T, kD, kStorage, kScattered>(
         memory, softmax, heads, D, [&](int row, int d, float x) { partials.out[at(row) * D + d] = x; },
         [&](int row, float x) { partials.lse[at(row)] = x; });
-    if (!kGoesOn<kD>) return;
     __syncthreads();  // the next split needs the memory
   }
 }

@@ -93,6 +93,13 @@ __device__ __forceinline__ void join_stream() {
 #endif
 }
 
+// log2 x to about 2^-22 of itself or of 1; denormals are zero.
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // 2^x to about 2 ulp; denormals are zero.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

@@ -24,6 +24,7 @@ struct Output {
   uint32_t matrices[32][4], transposed[32][4];
   float d[2][16][8];
   float power[32];         // 2^x
+  float logarithm[32];     // log2 |x|
   float codes[32][4];      // the bytes of a word
   uint32_t packed[2][32];  // x and -x, in half, in bfloat16
   float unpacked[2][32][2];
@@ -80,6 +81,7 @@ __global__ void __launch_bounds__(32) instructions_kernel(const Input* in, Outpu
 
   const float x = in->x[lane];
   out->power[lane] = exp2_approx(x);
+  out->logarithm[lane] = log2_approx(fabsf(x));
   const uint32_t word = 0x01000000u * (255 - lane) + 0x00010000u * lane + 0x00008000u + (lane * 8);
   for (int i = 0; i < 4; ++i) out->codes[lane][i] = code_value(word, i);
   out->packed[0][lane] = pack<__half>(x, -x), out->packed[1][lane] = pack<__nv_bfloat16>(x, -x);

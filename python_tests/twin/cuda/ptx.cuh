@@ -81,4 +81,5 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   simt::warp_operation(~0u, &m, std::is_same_v<T, __half> ? simt::run_mma_f16 : simt::run_mma_bf16, SIMT_SITE("mma_m16n8k16"));
 }
 inline void join_stream() { simt::join_stream(); }
+inline float log2_approx(float x) { return std::log2(x); }
 inline float exp2_approx(float x) { return std::exp2(x); }
