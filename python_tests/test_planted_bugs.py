@@ -73,13 +73,13 @@ BUGS = [
     ),
     Bug(
         "decode's sums are not rescaled",
-        "decode",
+        "transposed",
         "fmaf(sum[e], factor[e], s[e] + s[e + 2])",
         "sum[e] + s[e] + s[e + 2]",
     ),
     Bug(
         "nor are its outputs",
-        "decode",
+        "transposed",
         "x[0] *= factor[0], x[1] *= factor[1], x[2] *= factor[0], x[3] *= factor[1];",
         ";",
     ),
@@ -110,7 +110,7 @@ BUGS = [
     ),
     Bug(
         "bytes of another key",
-        "decode",
+        "transposed",
         "code_pair<__half>(word, odd, 2 + odd)",
         "code_pair<__half>(word, odd, 1 + odd)",
     ),
@@ -256,7 +256,7 @@ BUGS = [
     ),
     Bug(
         "codes that follow the maximum of logits",
-        "decode",
+        "transposed",
         "exp2_approx(s[i] - base[i % 2]);",
         "exp2_approx(s[i] - max[i % 2]);",
         "python_tests/test_decode.py -k any_size",
