@@ -65,7 +65,7 @@ CLASSES = {
 USUAL = "H?GMMA|HMMA|LDSM|LDGSTS|EX2"
 """What every turn of a main loop does."""
 LOOK_UPS = {"decode": 1 / 32, "decode scattered": 1 / 2, "prefill": 1 / 2, "split_prefill": 1 / 2, "mass": 1 / 8}
-"""How many in a turn. They are what loads from global memory."""
+"""How many in a turn. They are what loads from global memory. By wgmma other warps do it."""
 BYTES_A_CYCLE = 3.0e12 / 132 / 1.755e9
 """Of an SM."""
 PRODUCT_CYCLES = {("sm_80", "HMMA"): 8, ("sm_90a", "HMMA"): 4, ("sm_90a", "HGMMA"): 32}
@@ -95,7 +95,6 @@ class Instruction:
     """Of a branch."""
     always: bool = True
     """Whether a branch is taken whatever a predicate says."""
-
     operands: str = ""
     """With the predicate that guards it first."""
 
@@ -173,10 +172,8 @@ class Kernel:
 
     def usual_turn(self) -> dict[str, float]:
         """Operations, and how many of them a turn has in the mean."""
-        name = self.name.removeprefix("sm90::").partition("_kernel")[0]
+        name = self.name.partition("_kernel")[0]
         share = LOOK_UPS.get(name + " scattered" * self.name.endswith(", true>"), LOOK_UPS.get(name, 0.0))
-        if self.name.startswith("sm90::"):  # other warps look up
-            share = 0.0
         without, looked_up = (Counter(i.op for i in way(self.main_loop(), ops)) for ops in (USUAL, f"{USUAL}|LDG"))
         return {op: without[op] + share * (looked_up[op] - without[op]) for op in without | looked_up}
 

@@ -54,21 +54,7 @@ def test_a_usual_turn_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     import static
 
     def kernel(name: str) -> static.Kernel:
-        ops = [
-            "MOV",
-            "LDGSTS.128",
-            "BRA",
-            "LDG.32",
-            "IMAD",
-            "BRA",
-            "FMUL",
-            "FMUL",
-            "FMUL",
-            "HMMA",
-            "BRA",
-            "BRA",
-            "EXIT",
-        ]
+        ops = ["MOV", "LDGSTS.128", "BRA", "LDG.32", "IMAD", "BRA", *["FMUL"] * 3, "HMMA", "BRA", "BRA", "EXIT"]
         jumps = {2: (5, False), 5: (8, False), 10: (0, False), 11: (12, True)}
         code = [static.Instruction(i, op, *jumps.get(i, ())) for i, op in enumerate(ops)]
         return static.Kernel("sm_80", name, 0, 0, code=code)

@@ -210,9 +210,7 @@ BUGS = [
     Bug("another head's row", "split_prefill", "row % tile.heads * a.q.stride1", "0", DRAFTS),
     Bug("a page's end is passed", "split_prefill", "origin + span), start", "origin + 2 * span), start", DRAFTS),
     Bug("a query's place taken for a row", "prefill", "position + row / heads", "position + row", DRAFTS),
-    Bug(
-        "a split that nobody counts", "split_prefill", "(tokens.count + size - 1) / size", "tokens.count / size", DRAFTS
-    ),
+    Bug("a split that nobody counts", "merge", ": (tokens + size - 1) / size", ": tokens / size", DRAFTS),
     Bug("few queries that go twice", "prefill", "is_split(a, of.queries) ? 0 : max", "false ? 0 : max", DRAFTS),
     Bug("splits of another sequence's row", "split_prefill", "first_row + row / tile.heads) *", "first_row) *", DRAFTS),
     Bug(

@@ -20,11 +20,6 @@ __host__ __device__ inline int split_tokens(const Mask& mask, int tokens) {
   return split_tokens(tokens, (unit < size ? size / unit : 1) * unit, kMaxSplits);
 }
 
-__device__ __forceinline__ int count_splits(const Mask& mask, int tokens) {
-  const int size = split_tokens(mask, tokens);
-  return tokens == 0 ? 0 : (tokens + size - 1) / size;
-}
-
 // The one of (b, h).
 struct DecodeQuery : Queries<DecodeArgs> {
   using Queries::Queries;
@@ -262,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kD>)
 
   const auto row_of = [&](int row) { return b * (a.kv.H * a.G) + head + row; };
   if (blockIdx.z == 0 && static_cast<int>(threadIdx.x) < heads)
-    partials.counts[row_of(threadIdx.x)] = count_splits(a.mask, found.count);
+    partials.counts[row_of(threadIdx.x)] = count_splits(found.count, split_tokens(a.mask, found.count));
   for (int split = blockIdx.z;; split += gridDim.z) {
     const int size = split_tokens(a.mask, tokens.count), first = split * size, last = min(first + size, tokens.count);
     if (first >= last) return;
@@ -288,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const Tokens tokens = own.tokens();
   const int size = split_tokens(a.mask, tokens.count);
   const int64_t row = static_cast<int64_t>(b) * heads + head;
-  if (blockIdx.z == 0 && threadIdx.x % 32 == 0) partials.counts[row] = count_splits(a.mask, tokens.count);
+  if (blockIdx.z == 0 && threadIdx.x % 32 == 0) partials.counts[row] = count_splits(tokens.count, size);
   const float* const q = load_query(static_cast<const T*>(a.q.data) + b * a.q.stride0 + head * a.q.stride1, D);
   for (int split = blockIdx.z; split * size < tokens.count; split += gridDim.z) {
     const int first = split * size, last = min(first + size, tokens.count);

@@ -31,6 +31,9 @@ __host__ __device__ inline int split_tokens(int tokens, int chunk, int splits) {
   return (chunks + splits - 1) / splits * chunk;
 }
 
+// Splits of so many tokens, `size` each.
+__host__ __device__ inline int count_splits(int tokens, int size) { return tokens == 0 ? 0 : (tokens + size - 1) / size; }
+
 // The splits of a row, kMost at most, in order: out [D] and lse. By all threads of a block.
 template <int kMost, typename T>
 __device__ __forceinline__ void join_splits(const Partials& partials, int64_t row, int64_t D, T* out, float* lse) {

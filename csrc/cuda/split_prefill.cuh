@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     return (first_row + row / tile.heads) * (a.kv.H * a.G) + h * a.G + row % tile.heads;
   };
   if (split == 0 && static_cast<int>(threadIdx.x) < rows)
-    partials.counts[row_of(threadIdx.x)] = (tokens.count + size - 1) / size;
+    partials.counts[row_of(threadIdx.x)] = count_splits(tokens.count, size);
   load_queries<kQueries>(memory.q, D, [&](int row) {
     return row < rows ? queries + row / tile.heads * a.q.stride0 + row % tile.heads * a.q.stride1 : nullptr;
   });
